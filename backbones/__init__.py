@@ -1,0 +1,27 @@
+"""Efficient vision backbones that run where you deploy.
+
+``create_model("convnext_tiny")`` gives a model that provably computes what its authors' model
+computes, in plain PyTorch. Importing this package registers every model with timm.
+"""
+
+from backbones.errors import BackbonesError
+from backbones.factory import create_model, list_families, list_models, model_info
+from backbones.info import ModelInfo
+from backbones.registry import register_family, register_shipped_families
+from backbones.weights import LoadReport, load_checkpoint, save_checkpoint
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackbonesError",
+    "LoadReport",
+    "ModelInfo",
+    "create_model",
+    "list_families",
+    "list_models",
+    "load_checkpoint",
+    "model_info",
+    "register_family",
+    "save_checkpoint",
+]
+
+register_shipped_families()

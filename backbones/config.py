@@ -1,0 +1,377 @@
+"""Reads and validates ``configs/*.yaml``: families, their variants and their hyper-parameters.
+
+The schema of a variant is the signature and the type hints of its family's constructor, so that a
+file can say nothing the model would not understand. Every error names file, line and key. This
+module imports no torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+import yaml
+
+from backbones.errors import ConfigError, nearest
+
+__all__ = [
+    "FamilyConfig",
+    "PerStage",
+    "Source",
+    "Variant",
+    "YamlMapping",
+    "check_arguments",
+    "data_folder",
+    "read_family",
+    "read_yaml",
+]
+
+T = TypeVar("T")
+# One value for all stages or one a stage; an inner sequence is cycled over the stage's blocks.
+PerStage = Union[T, Sequence[Union[T, Sequence[T]]]]
+
+MAX_FILE_BYTES = 4 * 1024 * 1024
+RESERVED_KEYS = ("like", "timm_name", "source")
+FAMILY_KEYS = ("family", "sources", "defaults", "variants", "aliases")
+
+_YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_YamlLoader):
+    """A safe loader that reads ``1e-6`` as a number, as YAML 1.2 does and YAML 1.1 does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+class YamlMapping(dict[str, Any]):
+    """A mapping read from a file that remembers where it and each of its keys stand."""
+
+    def __init__(self, path: Path, line: int) -> None:
+        super().__init__()
+        self.path = path
+        self.line = line
+        self.lines: dict[str, int] = {}
+
+    def where(self, key: str | None = None) -> str:
+        """Return ``file:line`` of `key`, or of the mapping itself."""
+        return f"{self.path}:{self.lines.get(key, self.line) if key else self.line}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an architecture comes from: the paper and the authors' code."""
+
+    title: str
+    paper: str
+    repository: str
+    commit: str | None = None
+    license: str = "unstated"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One named architecture: a family and the arguments of its constructor."""
+
+    name: str
+    family: str
+    arguments: Mapping[str, Any]
+    source: Source | None = None
+    timm_name: str | None = None
+    where: str = ""
+    lines: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """The content of one YAML file."""
+
+    family: str
+    path: Path
+    sources: Mapping[str, Source]
+    variants: Mapping[str, Variant]
+    aliases: Mapping[str, str]
+
+
+def data_folder() -> Path:
+    """Return the folder that holds ``configs/`` and ``weights_manifest.yaml``.
+
+    In a wheel that is the package's own folder, in a source tree or editable install its parent.
+    """
+    here = Path(__file__).resolve().parent
+    return here if (here / "configs").is_dir() else here.parent
+
+
+def read_yaml(path: str | Path) -> YamlMapping:
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: the file is missing, too large, no YAML, holds a duplicate key, an alias
+            (``*name``: a few lines of them can expand without bound) or a key that is no text.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; not a config file")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
+            raise ConfigError(f"{path}: YAML aliases (*name) are not supported; use 'like: <name>'")
+        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader("")
+        content = _construct(node, path, loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, YamlMapping):
+        raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
+    return content
+
+
+def _construct(node: yaml.Node | None, path: Path, loader: Any) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        result = YamlMapping(path, node.start_mark.line + 1)
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            key = _construct(key_node, path, loader)
+            if not isinstance(key, str):
+                raise ConfigError(f"{path}:{line}: key {key!r} is not text; put it in quotes")
+            if key in result:
+                first = result.lines[key]
+                raise ConfigError(f"{path}:{line}: duplicate key {key!r} (first on line {first})")
+            result[key] = _construct(value_node, path, loader)
+            result.lines[key] = line
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, path, loader) for item in node.value]
+    if node is None:
+        return None
+    try:
+        return loader.construct_object(node)
+    except ValueError as error:
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path}:{line}: cannot read the value {node.value!r}: {error}") from None
+
+
+def _expect_mapping(content: YamlMapping, key: str) -> YamlMapping:
+    value = content.get(key)
+    if value is None:
+        return YamlMapping(content.path, content.lines.get(key, content.line))
+    if not isinstance(value, YamlMapping):
+        raise ConfigError(f"{content.where(key)}: {key!r} must hold 'name: value' lines")
+    return value
+
+
+def _check_keys(content: YamlMapping, allowed: Sequence[str], what: str) -> None:
+    for key in content:
+        if key not in allowed:
+            raise ConfigError(
+                f"{content.where(key)}: unknown key {key!r} in {what}{nearest(key, allowed)}"
+                f" (known: {', '.join(allowed)})"
+            )
+
+
+def _read_source(content: YamlMapping, name: str) -> Source:
+    fields = Source.__dataclass_fields__
+    _check_keys(content, tuple(fields), f"source {name!r}")
+    for key in ("title", "paper", "repository"):
+        if not isinstance(content.get(key), str):
+            raise ConfigError(f"{content.where(key)}: source {name!r} needs a text for {key!r}")
+    return Source(**{key: content[key] for key in fields if key in content})
+
+
+def read_family(path: str | Path, known: Mapping[str, Variant] | None = None) -> FamilyConfig:
+    """Read one family file, ours or a user's.
+
+    Args:
+        path: a YAML file with ``family``, ``variants`` and optionally ``sources``, ``defaults``
+            and ``aliases``.
+        known: variants registered already, which ``like:`` may name beside those of the file.
+
+    Raises:
+        ConfigError: with file, line, key and, for a misspelled key, the nearest valid one.
+    """
+    content = read_yaml(path)
+    _check_keys(content, FAMILY_KEYS, "a family file")
+    family = content.get("family")
+    if not isinstance(family, str):
+        raise ConfigError(f"{content.where('family')}: 'family: <name>' is missing")
+    source_nodes = _expect_mapping(content, "sources")
+    sources = {name: _read_source(source_nodes[name], name) for name in source_nodes}
+    defaults = _expect_mapping(content, "defaults")
+    nodes = _expect_mapping(content, "variants")
+    if not nodes:
+        raise ConfigError(f"{content.where('variants')}: no variants are listed")
+    variants: dict[str, Variant] = {}
+    for name in nodes:
+        _resolve(name, nodes, defaults, family, sources, dict(known or {}), variants, ())
+    alias_node = _expect_mapping(content, "aliases")
+    for alias, target in alias_node.items():
+        if target not in variants:
+            raise ConfigError(
+                f"{alias_node.where(alias)}: alias {alias!r} names no variant: {target!r}"
+                f"{nearest(str(target), variants)}"
+            )
+        if alias in variants:
+            raise ConfigError(f"{alias_node.where(alias)}: {alias!r} is a variant already")
+    return FamilyConfig(family, content.path, sources, variants, dict(alias_node))
+
+
+def _resolve(
+    name: str,
+    nodes: YamlMapping,
+    defaults: YamlMapping,
+    family: str,
+    sources: Mapping[str, Source],
+    known: Mapping[str, Variant],
+    done: dict[str, Variant],
+    path: tuple[str, ...],
+) -> Variant:
+    if name in done:
+        return done[name]
+    node = _expect_mapping(nodes, name)
+    if name in path:
+        raise ConfigError(f"{nodes.where(name)}: 'like' runs in a circle: {' -> '.join(path)}")
+    arguments: dict[str, Any] = dict(defaults)
+    lines = {key: defaults.where(key) for key in defaults}
+    source = next(iter(sources.values()), None)
+    parent = node.get("like")
+    if parent is not None:
+        if parent in nodes and parent != name:
+            inherited = _resolve(
+                parent, nodes, defaults, family, sources, known, done, (*path, name)
+            )
+        elif parent in known and known[parent].family == family:
+            inherited = known[parent]
+        else:
+            choices = [*nodes, *(n for n, v in known.items() if v.family == family)]
+            raise ConfigError(
+                f"{node.where('like')}: {name!r} is like {parent!r}, which is no variant of family"
+                f" {family!r}{nearest(str(parent), choices)}"
+            )
+        arguments |= inherited.arguments
+        lines |= inherited.lines
+        source = inherited.source
+    if "source" in node:
+        if node["source"] not in sources:
+            raise ConfigError(
+                f"{node.where('source')}: no source {node['source']!r}"
+                f"{nearest(str(node['source']), sources)}"
+            )
+        source = sources[node["source"]]
+    own = {key: value for key, value in node.items() if key not in RESERVED_KEYS}
+    arguments |= own
+    lines |= {key: node.where(key) for key in own}
+    done[name] = Variant(
+        name, family, arguments, source, node.get("timm_name"), nodes.where(name), lines
+    )
+    return done[name]
+
+
+def constructor_hints(model_class: type) -> tuple[dict[str, Any], set[str]]:
+    """Return the type hints of all constructor arguments of a class, and the required ones.
+
+    A constructor that ends in ``**common`` takes its base class's arguments as well.
+    """
+    hints: dict[str, Any] = {}
+    required: set[str] = set()
+    for owner in model_class.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        init = vars(owner)["__init__"]
+        types_of = typing.get_type_hints(init)
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            if parameter.name not in hints:
+                hints[parameter.name] = types_of.get(parameter.name, Any)
+                if parameter.default is parameter.empty:
+                    required.add(parameter.name)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return hints, required
+
+
+def check_arguments(variant: Variant, model_class: type, hidden: Sequence[str] = ()) -> None:
+    """Compare a variant's arguments with the constructor of its family.
+
+    Args:
+        variant: the variant as read.
+        model_class: the family's class.
+        hidden: constructor arguments that a file must not set (device, dtype).
+
+    Raises:
+        ConfigError: for an unknown or missing key or a value of the wrong type.
+    """
+    hints, required = constructor_hints(model_class)
+    choices = [key for key in hints if key not in hidden]
+    for key, value in variant.arguments.items():
+        where = variant.lines.get(key, variant.where)
+        if key not in choices:
+            raise ConfigError(
+                f"{where}: {variant.name}: unknown key {key!r}{nearest(key, choices)}"
+                f" (family {variant.family!r} knows: {', '.join(sorted(choices))})"
+            )
+        if not fits(value, hints[key]):
+            raise ConfigError(
+                f"{where}: {variant.name}: {key} must be {describe(hints[key])}, not {value!r}"
+            )
+    missing = sorted(required - set(variant.arguments) - set(hidden))
+    if missing:
+        raise ConfigError(f"{variant.where}: {variant.name}: missing {', '.join(missing)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value read from YAML fits a type hint (bool is no int, int is a float)."""
+    if hint is Any:
+        return True
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if origin is not None and issubclass(origin, Sequence):
+        items = [part for part in parts if part is not Ellipsis] or [Any]
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        return all(fits(item, items[0]) for item in value)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    """Return a type hint in words."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(part) for part in parts))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(part) for part in parts)
+    if origin is not None:
+        inner = [describe(part) for part in parts if part is not Ellipsis]
+        return "a list of (" + " / ".join(inner) + ")" if inner else "a list"
+    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    return "null" if hint is type(None) else words.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,1 @@
+"""One file a family: its blocks, its class, its checkpoint key mapping."""

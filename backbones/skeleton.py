@@ -1,0 +1,463 @@
+"""The one skeleton of all families: stem -> stages -> head, and timm's whole model contract.
+
+A family states class data and four builders; everything that timm's users expect of a model
+(features, intermediates, pruning, classifier reset, layer groups, gradient checkpointing) follows
+from `StagedBackbone.run_stages`, which yields the output of one stage after the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, Union
+
+import torch
+from timm.layers import calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from backbones.errors import InputSizeError, UnsupportedError
+from backbones.layers.head import Head
+
+__all__ = ["Layout", "Stage", "StagePlan", "StagedBackbone", "Tensors", "per_stage"]
+
+T = TypeVar("T")
+Tensors = dict[str, Tensor]
+# How a foreign checkpoint becomes ours: ordered (pattern, replacement) pairs applied to every key
+# (replacement None drops the entry), or a function of (tensors, model).
+Layout = Union[Sequence[tuple[str, Union[str, None]]], Callable[[Tensors, Any], Tensors]]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a builder needs to know of a stage.
+
+    `stride` is the stage's own stride (1 where `output_stride` asks for dilation instead),
+    `first_dilation` that of its downsampling and `dilation` that of its blocks.
+    """
+
+    index: int
+    in_dim: int
+    dim: int
+    depth: int
+    stride: int
+    reduction: int
+    first_dilation: int = 1
+    dilation: int = 1
+
+
+class Stage(nn.Module):
+    """The default stage: an optional downsampling, then blocks one after the other."""
+
+    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample or nn.Identity()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+def per_stage(value: Any, count: int, name: str) -> list[Any]:
+    """Spread a value given once, or once a stage, over `count` stages.
+
+    Raises:
+        ValueError: a sequence of another length.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} needs one value or {count}, one a stage; got {list(value)}")
+    return list(value)
+
+
+@torch.fx.wrap
+def check_input(x: Tensor, in_chans: int, smallest: int) -> None:
+    """Refuse an input that the model cannot take, with words instead of a kernel's message."""
+    if torch.compiler.is_compiling():
+        return  # a guard here would pin the sizes of an exported graph
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise InputSizeError(
+            f"expected an input of shape (batch, {in_chans}, height, width), got {tuple(x.shape)};"
+            " create the model with in_chans=... for another number of channels"
+        )
+    if min(x.shape[-2:]) < smallest:
+        raise InputSizeError(
+            f"input of {x.shape[-2]}x{x.shape[-1]} is smaller than the model's total stride;"
+            f" height and width must be at least {smallest}"
+        )
+
+
+class StagedBackbone(nn.Module):
+    """Base class of all families.
+
+    A family calls ``super().__init__(dims, depths, **common)``, keeps its own arguments as
+    attributes and then calls :meth:`assemble`, which asks the builders for the parts.
+
+    Args:
+        dims: channels of each stage.
+        depths: blocks of each stage.
+        in_chans: channels of the input.
+        num_classes: width of the classifier; 0 for none.
+        global_pool: timm's name of the pooling; ``""`` keeps the map.
+        output_stride: largest stride; 8 or 16 trade strides for dilation where a family can.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        head_init_scale: factor on the classifier's initial weights.
+        device: where the parameters are made; ``"meta"`` works.
+        dtype: their type.
+    """
+
+    # Class data of a family.
+    strides: ClassVar[tuple[int, ...]] = (4, 2, 2, 2)  # own stride of each stage, stem in the first
+    first_conv: ClassVar[str] = "stem.0"
+    classifier_names: ClassVar[tuple[str, ...]] = ("head.fc",)
+    layouts: ClassVar[Mapping[str, Layout]] = {}
+    derived_keys: ClassVar[tuple[str, ...]] = ()  # entries that the model computes itself
+    auxiliary_keys: ClassVar[tuple[str, ...]] = ()  # entries that exist with aux_head=True only
+    no_decay_patterns: ClassVar[tuple[str, ...]] = ()
+    dilatable: ClassVar[bool] = False  # whether output_stride 8 and 16 are possible
+
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StagedBackbone:
+        # Every instance knows how it was built, so that twins and checkpoints can be made of it.
+        # (Unpickling calls this without arguments and fills the attribute from the state.)
+        model = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(model, *args, **kwargs).arguments
+        recorded = {**bound.pop("common", {}), **bound}
+        for name in ("self", "device", "dtype"):
+            recorded.pop(name, None)
+        object.__setattr__(model, "arguments", recorded)
+        return model
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if len(dims) != len(self.strides) or len(depths) != len(self.strides):
+            raise ValueError(
+                f"{type(self).__name__} has {len(self.strides)} stages; got dims {list(dims)} and"
+                f" depths {list(depths)}"
+            )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.head_init_scale = head_init_scale
+        self.grad_checkpointing = False
+        self.num_features = dims[-1]
+        self._global_pool = global_pool
+        self._factory = {"device": device, "dtype": dtype}
+        self.plans = self._plan(dims, depths, output_stride)
+
+    def _plan(
+        self, dims: Sequence[int], depths: Sequence[int], output_stride: int
+    ) -> list[StagePlan]:
+        natural = 1
+        for stride in self.strides:
+            natural *= stride
+        allowed = (8, 16, natural) if self.dilatable else (natural,)
+        # 32 is timm's default; families with another total stride take it as "no dilation".
+        if output_stride not in (*allowed, 32):
+            raise UnsupportedError(
+                f"{type(self).__name__} cannot run at output_stride={output_stride};"
+                f" possible: {', '.join(map(str, allowed))}"
+            )
+        limit = output_stride if output_stride in allowed else natural
+        plans, reduction, dilation = [], 1, 1
+        for i, own in enumerate(self.strides):
+            if reduction * own > limit:
+                dilation *= own
+                own = 1
+            reduction *= own
+            first_dilation = 1 if dilation in (1, 2) else 2
+            in_dim = dims[max(i - 1, 0)]
+            plans.append(
+                StagePlan(i, in_dim, dims[i], depths[i], own, reduction, first_dilation, dilation)
+            )
+        return plans
+
+    # Builders: what a family supplies.
+
+    def build_stem(self) -> nn.Module:
+        """Return the stem, from (B, in_chans, H, W) to the first stage's input."""
+        raise NotImplementedError
+
+    def build_downsample(self, plan: StagePlan) -> nn.Module | None:
+        """Return the downsampling in front of a stage, or None."""
+        raise NotImplementedError
+
+    def build_block(self, plan: StagePlan, index: int, drop_path: float) -> nn.Module:
+        """Return block `index` of a stage."""
+        raise NotImplementedError
+
+    def build_head(self, **common: Any) -> Head:
+        """Return the head; `common` holds num_classes, pool_type and drop_rate."""
+        raise NotImplementedError
+
+    def build_stage(self, plan: StagePlan, drop_path: Sequence[float]) -> nn.Module:
+        """Return a whole stage; the default is a downsampling and blocks."""
+        blocks = [self.build_block(plan, j, drop_path[j]) for j in range(plan.depth)]
+        return Stage(self.build_downsample(plan), blocks)
+
+    def init_layer(self, module: nn.Module, name: str) -> None:
+        """Initialize one module; the default is truncated normal 0.02 with zero biases."""
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def drop_path_rates(self) -> list[list[float]]:
+        """Return the drop path rate of every block, by stage: 0 to the rate, linearly."""
+        depths = [plan.depth for plan in self.plans]
+        return calculate_drop_path_rates(self.drop_path_rate, depths, stagewise=True)
+
+    def assemble(self) -> None:
+        """Build stem, stages and head, initialize them and place them."""
+        device, dtype = self._factory["device"], self._factory["dtype"]
+        with torch.device(device) if device is not None else nullcontext():
+            self.stem = self.build_stem()
+            rates = self.drop_path_rates()
+            self.stages = nn.Sequential(
+                *(self.build_stage(plan, rates[plan.index]) for plan in self.plans)
+            )
+            self.head = self.build_head(
+                num_classes=self.num_classes, pool_type=self._global_pool, drop_rate=self.drop_rate
+            )
+        self.feature_info = [
+            {"num_chs": dim, "reduction": plan.reduction, "module": name}
+            for plan, dim, name in zip(self.plans, self.feature_dims(), self.feature_names())
+        ]
+        self.init_weights()
+        if dtype is not None:
+            self.to(dtype)
+
+    def init_weights(self) -> None:
+        """(Re-)initialize all parameters in place."""
+        for name, module in self.named_modules():
+            self.init_layer(module, name)
+        self._scale_classifier()
+
+    def _scale_classifier(self) -> None:
+        if self.head_init_scale != 1.0:
+            with torch.no_grad():
+                for parameter in self.head.classifier.parameters():
+                    parameter.mul_(self.head_init_scale)
+
+    def feature_dims(self) -> list[int]:
+        """Return the channels of each stage's output."""
+        return [plan.dim for plan in self.plans]
+
+    def feature_names(self) -> list[str]:
+        """Return the module whose output is each stage's feature map."""
+        return [f"stages.{plan.index}" for plan in self.plans]
+
+    # The generator and what follows from it.
+
+    def run_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the output of each stage in turn, un-normalized, (B, C, H, W)."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = self.run_stage(stage, x)
+            yield x
+
+    def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """Run one stage, block by block under gradient checkpointing where that is on."""
+        if not self.grad_checkpointing:
+            return stage(x)
+        if isinstance(stage, Stage):
+            x, stage = stage.downsample(x), stage.blocks
+        return checkpoint_seq(stage, x) if len(list(stage.children())) else stage(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to the last feature map (B, C, H', W').
+
+        Raises:
+            InputSizeError: an input smaller than the total stride or with other channels.
+        """
+        check_input(x, self.in_chans, self.feature_info[-1]["reduction"])
+        for output in self.run_stages(x):
+            x = output
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map the last feature map to logits, or to what enters the classifier."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the un-normalized stage outputs, as timm's method of that name.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: which stages: the last n, all for None, or a list (negative counts from the
+                end); the maps come in ascending order.
+            norm: accepted for timm's sake; these families normalize in the head, after pooling.
+            stop_early: do not run stages beyond the last one asked for.
+            output_fmt: only ``"NCHW"``.
+            intermediates_only: return only the list, without the final map.
+        """
+        if output_fmt != "NCHW":
+            raise UnsupportedError(f"output_fmt={output_fmt!r}; the maps are NCHW")
+        check_input(x, self.in_chans, self.feature_info[-1]["reduction"])
+        taken, last = self.take_indices(indices)
+        intermediates = []
+        for i, output in enumerate(self.run_stages(x)):
+            x = output
+            if i in taken:
+                intermediates.append(x)
+            if stop_early and i == last:
+                break
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def take_indices(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """Resolve timm's ways of naming stages to indices from 0 and the largest of them.
+
+        Raises:
+            IndexError: a stage that the model does not have.
+        """
+        count = len(self.feature_info)
+        if indices is None:
+            chosen = list(range(count))
+        elif isinstance(indices, int):
+            if not 0 < indices <= count:
+                raise IndexError(f"last {indices} of {count} stages")
+            chosen = list(range(count - indices, count))
+        else:
+            for i in indices:
+                if not -count <= i < count:
+                    raise IndexError(
+                        f"stage {i} does not exist; out_indices run from {-count} to {count - 1}"
+                    )
+            chosen = [i % count for i in indices]
+        return chosen, max(chosen)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the stages asked for do not need; return their indices."""
+        taken, last = self.take_indices(indices)
+        at_end = last == len(self.feature_info) - 1
+        self.prune_stages(last)
+        if not at_end:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or not at_end:
+            self.reset_classifier(0, "", reset_other=True)
+        return taken
+
+    def prune_stages(self, last: int) -> None:
+        """Remove the stages after `last`."""
+        self.stages = self.stages[: last + 1]
+
+    # The classifier.
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the vector that enters the classifier."""
+        return self.head.num_features
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head.classifier
+
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
+    ) -> None:
+        """Replace the classifier, keeping device, type, train mode and by default the pooling.
+
+        Args:
+            num_classes: width of the new classifier; 0 for none.
+            global_pool: new pooling; None keeps it.
+            reset_other: also remove the head's other parts.
+        """
+        self.num_classes = num_classes
+        self.arguments["num_classes"] = num_classes
+        if global_pool is not None:
+            self.arguments["global_pool"] = global_pool
+        self.head.reset(
+            num_classes,
+            global_pool,
+            reset_other=reset_other,
+            in_features=self.num_features,
+            **get_device_dtype(self),
+        )
+        classifier = self.head.classifier
+        self.init_layer(classifier, self.classifier_names[0])
+        self._scale_classifier()
+
+    # Training helpers.
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory: keep only block inputs and recompute the rest in backward."""
+        self.grad_checkpointing = enable
+
+    def execution_order(self, coarse: bool = False) -> list[str]:
+        """Return patterns of parameter names in the order in which forward reaches them.
+
+        One pattern a block, a downsampling counting with the block that follows it; with `coarse`
+        one a stage. What none matches (the head) comes last.
+        """
+        patterns = [r"^stem\."]
+        for i, stage in enumerate(self.stages):
+            blocks = stage.blocks if isinstance(stage, Stage) else stage
+            inner = r"blocks\." if isinstance(stage, Stage) else ""
+            if coarse or len(list(blocks.children())) == 0:
+                patterns.append(rf"^stages\.{i}\.")
+                continue
+            for j in range(len(list(blocks.children()))):
+                with_downsample = r"downsample|" if j == 0 and inner else ""
+                patterns.append(rf"^stages\.{i}\.({with_downsample}{inner}{j})\.")
+        return patterns
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return timm's description of layer groups, for layer-wise learning rates."""
+        return {f"group{i}": pattern for i, pattern in enumerate(self.execution_order(coarse))}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that weight decay should spare (beside 1-D ones)."""
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if any(re.search(pattern, name) for pattern in self.no_decay_patterns)
+        }
+
+    # Checkpoints.
+
+    def expected_shapes(self) -> dict[str, torch.Size]:
+        """Return the state dict's shapes of the whole, unpruned model."""
+        twin = type(self)(**self.arguments, device="meta")
+        return {key: value.shape for key, value in twin.state_dict().items()}
+
+    def complete_checkpoint(self, tensors: Tensors) -> Tensors:
+        """Add what a released checkpoint is known to lack; a hook for families."""
+        return tensors
