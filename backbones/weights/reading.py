@@ -1,0 +1,154 @@
+"""Reading checkpoint files of strangers: safetensors and `torch.save`, never running code."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+from torch import Tensor
+
+from backbones.errors import CheckpointError, WeightsUnavailableError
+from backbones.weights.header import parse_header
+from backbones.weights.pickled import load_archive, load_pickle
+from backbones.weights.unwrapping import unwrap_all
+
+__all__ = ["Checkpoint", "read_checkpoint", "read_metadata"]
+
+_NOT_A_CHECKPOINT = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights; run 'git lfs pull' there"),
+    (b"<", "a web page or other markup; open the address in a browser and fetch the file itself"),
+    (b"\x1f\x8b", "a gzip archive; unpack it and give the checkpoint inside"),
+    (b"\x89hdf", "an HDF5 file (Keras); give PyTorch weights"),
+    (b"\x93numpy", "a NumPy array; give PyTorch weights"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's tensors as they were stored, and what was beside them."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    """A safetensors file's metadata; empty for other formats."""
+    wrapper: str | None = None
+    """Where the tensors were found, e.g. ``model`` or ``ema[0.9998]``; None for a bare dict."""
+    others: tuple[str, ...] = ()
+    """Names of entries beside the tensors that are none, such as ``epoch``."""
+    source: str = "the checkpoint"
+    """The file, for messages."""
+
+
+def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
+    """Read a safetensors file or one written by `torch.save`, told apart by their content.
+
+    No code is ever run, and no option allows it: pickles go through a list of what they may name
+    and PyTorch's weights-only reader. Memory and time are bounded by the size of the file.
+
+    Args:
+        path: the file; its extension does not matter.
+
+    Raises:
+        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
+        UnsafeCheckpointError: reading would run code; the message names what was blocked.
+        CheckpointError: the file is damaged, cut short or no checkpoint.
+    """
+    path = Path(path)
+    size = _size(path)
+    with _open(path) as stream:
+        head = stream.read(512)
+        kind = _kind(path, head, size)
+        header = parse_header(path, stream, size) if kind == "safetensors" else None
+    if header is not None:
+        try:
+            tensors: Any = safetensors.torch.load_file(path)
+        except Exception as error:  # SafetensorError and whatever PyTorch raises
+            raise CheckpointError(f"{path}: damaged ({error}); fetch the file again") from error
+    elif kind == "zip":
+        tensors = load_archive(path, size)
+    else:
+        tensors = load_pickle(path, head)
+    try:
+        found, wrapper, others = unwrap_all(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    for key, tensor in found.items():
+        # A tensor of stride 0 can declare any size over a single stored number.
+        if tensor.numel() * tensor.element_size() > size:
+            raise CheckpointError(
+                f"{path}: tensor {key[:80]!r} declares more values than the file holds; "
+                "do not use this file"
+            )
+    return Checkpoint(found, header.metadata if header else {}, wrapper, others, str(path))
+
+
+def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return the metadata of a safetensors file, reading its header only.
+
+    The entry ``backbones``, where `save_checkpoint` wrote one, is returned decoded.
+
+    Raises:
+        WeightsUnavailableError: there is no such file.
+        CheckpointError: it is no intact safetensors file.
+    """
+    path = Path(path)
+    size = _size(path)
+    with _open(path) as stream:
+        if _kind(path, stream.read(512), size) != "safetensors":
+            raise CheckpointError(f"{path}: only safetensors files carry metadata")
+        metadata: dict[str, Any] = dict(parse_header(path, stream, size).metadata)
+    if "backbones" in metadata:
+        try:
+            ours = json.loads(metadata["backbones"])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: the metadata 'backbones' is no JSON: {error}"
+            ) from error
+        if not isinstance(ours, Mapping):
+            raise CheckpointError(f"{path}: the metadata 'backbones' is no JSON object")
+        metadata["backbones"] = ours
+    return metadata
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise WeightsUnavailableError(f"{path}: no such file; check the path") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); check path and rights") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise CheckpointError(f"{path}: {kind}; give the checkpoint file itself")
+    if status.st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty; fetch it again")
+    return status.st_size
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); check its rights") from error
+
+
+def _kind(path: Path, head: bytes, size: int) -> str:
+    if head[8:9] == b"{":
+        return "safetensors"
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for magic, what in _NOT_A_CHECKPOINT:
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: {what}")
+    raise CheckpointError(
+        f"{path}: {size} bytes that are neither safetensors nor a file of torch.save, "
+        "or one cut short; give the checkpoint file itself"
+    )

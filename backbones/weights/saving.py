@@ -1,0 +1,122 @@
+"""Saving models as safetensors files that say what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from backbones.errors import CheckpointError
+from backbones.weights.target import inner_module
+
+__all__ = ["save_checkpoint"]
+
+_INPUT_KEYS = (
+    "num_classes",
+    "input_size",
+    "test_input_size",
+    "pool_size",
+    "crop_pct",
+    "test_crop_pct",
+    "crop_mode",
+    "interpolation",
+    "mean",
+    "std",
+)
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    license: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Path:
+    """Save a model's state dict as safetensors, with metadata that lets it be rebuilt.
+
+    The metadata holds ``format`` and one JSON object ``backbones`` with the variant's name and
+    arguments, whether the weights are merged, license, provenance, class names and the input
+    configuration (`read_metadata` returns it). The file appears whole or not at all: it is
+    written beside its place, flushed to the disk and renamed.
+
+    Args:
+        model: the model, in any memory layout, on any device, also compiled or data parallel.
+        path: a name ending in ``.safetensors`` in an existing folder; an old file is replaced.
+        license: license of the weights; by default that of the pretrained weights, if known.
+        provenance: where the weights come from (source, digest, training), as JSON values.
+        classes: names of the classes, in the classifier's order.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: the file cannot be written, the model has no values (meta device), or the
+            metadata is no JSON. Nothing is left behind.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: checkpoints are safetensors files; name it *.safetensors")
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+        raise CheckpointError(f"{path}: cannot be written, {reason}; give a file in a folder")
+    inner = inner_module(model)
+    tensors = {}
+    for key, tensor in inner.state_dict().items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{path}: nothing to save, {key!r} is on the meta device")
+        # The format knows neither shared memory nor strides (channels_last), so each is copied.
+        tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    metadata = {
+        "format": "pt",
+        "backbones": _describe(inner, path, license, provenance, classes),
+    }
+
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); check free space and rights of the folder"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _describe(
+    model: nn.Module,
+    path: Path,
+    license: str | None,
+    provenance: Mapping[str, Any] | None,
+    classes: Sequence[str] | None,
+) -> str:
+    pretrained_cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    config: Mapping[str, Any] = getattr(model, "config", None) or {}
+    facts = {
+        "name": config.get("name") or pretrained_cfg.get("architecture"),
+        "arguments": config.get("arguments"),
+        "deploy": bool(getattr(model, "deployed", False)),
+        "license": license or pretrained_cfg.get("license"),
+        "provenance": None if provenance is None else dict(provenance),
+        "classes": None if classes is None else list(classes),
+        "input": {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg},
+    }
+    try:
+        return json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: the description of the model is no JSON ({error}); "
+            "give plain strings, numbers, lists and dicts"
+        ) from error

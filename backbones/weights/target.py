@@ -1,0 +1,102 @@
+"""What a model expects of a checkpoint: the view of a model that the mapping works on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Layout", "Target"]
+
+Layout = (
+    Sequence[tuple[str, str | None]] | Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+)
+
+
+class Target:
+    """A model as the receiver of a checkpoint.
+
+    Wrappers (`torch.compile`, data parallel, timm's `features_only` getter) are taken off: `module`
+    is the backbone whose own names count. Attributes of `StagedBackbone` are used where present;
+    any other module is matched by its state dict alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = inner_module(model)
+        self.present: dict[str, Tensor] = dict(self.module.state_dict())
+        # Merged weights fit one form only: renames and pruned parts belong to the training form.
+        self.deployed = bool(getattr(self.module, "deployed", False))
+        layouts = {} if self.deployed else getattr(self.module, "layouts", {})
+        self.layouts: Mapping[str, Layout] = layouts
+        self.classifiers: tuple[str, ...] = tuple(getattr(self.module, "classifier_names", ()))
+        self._derived = _any_of(getattr(self.module, "derived_keys", ()))
+        self._auxiliary = _any_of(getattr(self.module, "auxiliary_keys", ()))
+
+    @property
+    def name(self) -> str:
+        """The model's name for messages."""
+        config = getattr(self.module, "config", None)
+        pretrained_cfg = getattr(self.module, "pretrained_cfg", None) or {}
+        name = config.get("name") if isinstance(config, Mapping) else None
+        return str(name or pretrained_cfg.get("architecture") or type(self.module).__name__)
+
+    @cached_property
+    def pruned(self) -> frozenset[str]:
+        """Names that the whole model has and this one no longer, as with `features_only`."""
+        shapes: Callable[[], Mapping[str, torch.Size]] | None
+        shapes = getattr(self.module, "expected_shapes", None)
+        if shapes is None or self.deployed:
+            return frozenset()
+        return frozenset(shapes()) - self.present.keys()
+
+    def is_derived(self, key: str) -> bool:
+        """Whether the model computes this entry itself."""
+        return bool(self._derived and self._derived.search(key))
+
+    def is_absent_auxiliary(self, key: str) -> bool:
+        """Whether the entry belongs to an auxiliary head that this model was built without."""
+        return key not in self.present and bool(self._auxiliary and self._auxiliary.search(key))
+
+    def is_classifier(self, key: str) -> bool:
+        """Whether the entry belongs to a final classifier layer."""
+        return any(key.startswith(f"{name}.") for name in self.classifiers)
+
+    def is_absent_part(self, key: str) -> bool:
+        """Whether the entry belongs to a part this model has not: pruned, or no classifier."""
+        if key in self.present:
+            return False
+        if any(
+            key.startswith(f"{name}.") and not any(k.startswith(f"{name}.") for k in self.present)
+            for name in self.classifiers
+        ):
+            return True
+        return key in self.pruned
+
+    def complete(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Let the model fill in or convert what its own layout allows to be absent."""
+        hook: Any = getattr(self.module, "complete_checkpoint", None)
+        return tensors if hook is None or self.deployed else hook(dict(tensors))
+
+
+def inner_module(model: nn.Module) -> nn.Module:
+    """Take `torch.compile`, data parallel and timm's feature getter off a model."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif (
+            isinstance(model, nn.ModuleDict) and "model" in model and hasattr(model, "out_indices")
+        ):
+            model = model["model"]
+        else:
+            return model
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
+    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return re.compile(joined) if joined else None

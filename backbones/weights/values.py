@@ -1,0 +1,63 @@
+"""Checking that a checkpoint's numbers are ones a model can hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backbones.errors import CheckpointError
+
+__all__ = ["check_values"]
+
+
+def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Check kind, finiteness and agreement of `tensors` against the entries they will replace.
+
+    Meta tensors have no values and pass on their kind alone.
+
+    Raises:
+        CheckpointError: integers where the model has floating point (or the reverse), a value that
+            is not finite or overflows the model's type, or parameters that the model shares and
+            the checkpoint gives different values.
+    """
+    shared: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for key, tensor in tensors.items():
+        mine = own[key]
+        if _kind(tensor) != _kind(mine):
+            raise CheckpointError(
+                f"entry {key!r} holds {tensor.dtype}, the model needs {mine.dtype}; "
+                "the file is damaged or of another model"
+            )
+        if tensor.is_meta or _kind(tensor) == "integer":
+            continue
+        if not _is_finite(tensor):
+            raise CheckpointError(
+                f"entry {key!r} holds values that are not finite; the training that made the "
+                "file diverged, or it is damaged: take another checkpoint"
+            )
+        if mine.dtype != tensor.dtype and not _is_finite(tensor.to(mine.dtype)):
+            raise CheckpointError(
+                f"entry {key!r} holds values too large for {mine.dtype}; load it into a float32 "
+                "model"
+            )
+        if mine.numel() and not mine.is_meta:
+            place = (mine.data_ptr(), mine.shape, mine.stride())
+            first = shared.setdefault(place, key)
+            if first != key and not torch.equal(tensor, tensors[first]):
+                raise CheckpointError(
+                    f"entries {first!r} and {key!r} differ, but the model shares one parameter "
+                    "between them; the file is of another model"
+                )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "floating" if tensor.is_floating_point() else "integer"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # no arithmetic is defined on the 8-bit types
+    # The sum is ten times cheaper. It is finite only if all are, but may overflow by itself.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
