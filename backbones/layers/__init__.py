@@ -1,8 +1,19 @@
 """Parts that two or more families use."""
 
+from backbones.layers.conv_norm import conv_norm
+from backbones.layers.dilated_reparam import DILATED_REPARAM_LAYOUT, DilatedReparamConv
 from backbones.layers.downsample import norm_conv_downsample
 from backbones.layers.head import Head
 from backbones.layers.mlp import ChannelMlp
 from backbones.layers.norm import GlobalResponseNorm, statistics_dtype
 
-__all__ = ["ChannelMlp", "GlobalResponseNorm", "Head", "norm_conv_downsample", "statistics_dtype"]
+__all__ = [
+    "DILATED_REPARAM_LAYOUT",
+    "ChannelMlp",
+    "DilatedReparamConv",
+    "GlobalResponseNorm",
+    "Head",
+    "conv_norm",
+    "norm_conv_downsample",
+    "statistics_dtype",
+]

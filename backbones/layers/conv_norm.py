@@ -1,0 +1,36 @@
+"""A convolution without bias and the batch norm after it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+__all__ = ["conv_norm"]
+
+
+def conv_norm(
+    in_dim: int,
+    dim: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    padding: int | None = None,
+    eps: float = 1e-5,
+    act: nn.Module | None = None,
+) -> nn.Sequential:
+    """Return `conv` (no bias), `norm` and, where given, `act`, under these names.
+
+    The default padding keeps the size at stride 1 for odd kernels.
+    """
+    if padding is None:
+        padding = dilation * (kernel_size - 1) // 2
+    conv = nn.Conv2d(
+        in_dim, dim, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False
+    )
+    parts: list[tuple[str, nn.Module]] = [("conv", conv), ("norm", nn.BatchNorm2d(dim, eps=eps))]
+    if act is not None:
+        parts.append(("act", act))
+    return nn.Sequential(OrderedDict(parts))
