@@ -206,7 +206,7 @@ def _create_remote(
         except ValueError as error:
             raise ConfigError(f"{path}: not valid JSON: {error}") from None
         described = dict(content.get("pretrained_cfg") or {})
-        described |= {"file": weights.file_in(place), "source": "local-dir"}
+        described |= {"file": place, "source": "local-dir"}
         architecture, saved = content.get("architecture"), content.get("model_args") or {}
     else:
         described, architecture, saved = load_model_config_from_hf(place, cache_dir=cache_dir)

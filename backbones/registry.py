@@ -82,7 +82,7 @@ registry = Registry()
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     """Return "no <kind> 'x'; did you mean ...?" with up to three near names."""
-    close = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, dict.fromkeys(choices), n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"no {kind} {name!r}{hint}"
 
@@ -136,7 +136,9 @@ def build(
     body.config = {"name": variant.name, "family": variant.family, "arguments": body.arguments}
     if source is not None:
         lacks = entry.lacks if entry is not None and checkpoint_path is None else ()
-        weights.load_pretrained(model, source, lacks=lacks)
+        weights.load_pretrained(
+            model, source, lacks=lacks, new_classifier="num_classes" in overrides
+        )
     return model
 
 

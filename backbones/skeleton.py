@@ -436,7 +436,7 @@ class StagedBackbone(nn.Module):
                 continue
             for j in range(len(list(blocks.children()))):
                 with_downsample = r"downsample|" if j == 0 and inner else ""
-                patterns.append(rf"^stages\.{i}\.({with_downsample}{inner}{j})\.")
+                patterns.append(rf"^stages\.{i}\.(?:{with_downsample}{inner}{j})\.")
         return patterns
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

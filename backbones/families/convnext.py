@@ -54,9 +54,7 @@ class Block(nn.Module):
         super().__init__()
         self.channels_last = not conv_mlp
         if conv_ratio < 1:
-            self.conv_dw: nn.Module = PartialConv(
-                dim, int(dim * conv_ratio), kernel_size, dilation
-            )
+            self.conv_dw: nn.Module = PartialConv(dim, int(dim * conv_ratio), kernel_size, dilation)
         else:
             self.conv_dw = create_conv2d(
                 dim, dim, kernel_size, dilation=dilation, depthwise=True, bias=True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from backbones.weights.fetch import fetch
 from backbones.weights.loading import LoadReport, filter_for_timm, load_checkpoint
 from backbones.weights.mapping import Mapped, map_checkpoint
+from backbones.weights.pretrained import load_pretrained, saved_arguments
 from backbones.weights.reading import Checkpoint, read_checkpoint, read_metadata
 from backbones.weights.saving import save_checkpoint
 from backbones.weights.unwrapping import unwrap
@@ -12,11 +14,14 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "Mapped",
+    "fetch",
     "filter_for_timm",
     "load_checkpoint",
+    "load_pretrained",
     "map_checkpoint",
     "read_checkpoint",
     "read_metadata",
     "save_checkpoint",
+    "saved_arguments",
     "unwrap",
 ]

@@ -1,0 +1,71 @@
+"""Which variants a test runs over by default and which only with ``-m slow``.
+
+Tiers follow the parameter count on the meta device, never lists of names.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+import backbones
+from backbones.config import constructor_hints
+from backbones.registry import registry
+
+DEFAULT_LIMIT = 31e6
+
+
+@cache
+def parameters_of(name: str) -> int:
+    variant = registry.variants[name]
+    model = registry.classes[variant.family](**variant.arguments, device="meta")
+    return sum(p.numel() for p in model.parameters())
+
+
+def by_size(limit: float = DEFAULT_LIMIT) -> list[Any]:
+    """Every variant, those above `limit` parameters marked slow."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if parameters_of(name) > limit else [])
+        for name in backbones.list_models()
+    ]
+
+
+def representatives(limit: float = DEFAULT_LIMIT) -> list[Any]:
+    """The smallest variant of each distinct set of structural arguments by default, all if slow.
+
+    Two variants of a family are alike in structure when they differ only in widths and depths.
+    """
+    smallest: dict[Any, str] = {}
+    for name in backbones.list_models():
+        key = _structure(name)
+        if key not in smallest or parameters_of(name) < parameters_of(smallest[key]):
+            smallest[key] = name
+    chosen = {name for name in smallest.values() if parameters_of(name) <= limit}
+    return [
+        pytest.param(name, marks=[] if name in chosen else [pytest.mark.slow])
+        for name in backbones.list_models()
+    ]
+
+
+def smallest_of_each_family() -> list[str]:
+    """The smallest variant of every family."""
+    return [
+        min(backbones.list_models(family=family), key=parameters_of)
+        for family in backbones.list_families()
+    ]
+
+
+def _structure(name: str) -> Any:
+    variant = registry.variants[name]
+    hints, _ = constructor_hints(registry.classes[variant.family])
+    sizes = {"dims", "depths", "embed_dim", "head_dims"}
+    return variant.family, repr(
+        sorted((k, v) for k, v in variant.arguments.items() if k in hints and k not in sizes)
+    )
+
+
+def smallest_size(model: Any) -> int:
+    """The smallest valid input side: the total stride."""
+    return int(model.feature_info[-1]["reduction"])
