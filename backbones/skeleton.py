@@ -216,6 +216,13 @@ class StagedBackbone(nn.Module):
         blocks = [self.build_block(plan, j, drop_path[j]) for j in range(plan.depth)]
         return Stage(self.build_downsample(plan), blocks)
 
+    def build_extras(self, drop_path: Sequence[Sequence[float]]) -> Mapping[str, nn.Module]:
+        """Return the parts beside stem, stages and head, by attribute; the default has none.
+
+        `drop_path` is what :meth:`drop_path_rates` returned, which may hold lists for them.
+        """
+        return {}
+
     def init_layer(self, module: nn.Module, name: str) -> None:
         """Initialize one module; the default is truncated normal 0.02 with zero biases."""
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -237,6 +244,8 @@ class StagedBackbone(nn.Module):
             self.stages = nn.Sequential(
                 *(self.build_stage(plan, rates[plan.index]) for plan in self.plans)
             )
+            for name, part in self.build_extras(rates).items():
+                self.add_module(name, part)
             self.head = self.build_head(
                 num_classes=self.num_classes, pool_type=self._global_pool, drop_rate=self.drop_rate
             )
