@@ -1,0 +1,142 @@
+"""UniRepLKNet: large depthwise kernels helped by dilated ones, squeeze and excitation, GRN.
+
+Source: "UniRepLKNet: A Universal Perception Large-Kernel ConvNet" (arXiv 2311.15599), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, SqueezeExcite
+from torch import Tensor, nn
+
+from backbones.config import PerStage
+from backbones.errors import ConfigError
+from backbones.layers import (
+    DILATED_REPARAM_LAYOUT,
+    ChannelMlp,
+    DilatedReparamConv,
+    Head,
+)
+from backbones.skeleton import StagedBackbone, StagePlan, per_stage
+
+EPS = 1e-6
+
+# (kernel, dilation) of the branches beside each large kernel; smaller kernels have none.
+BRANCHES = {
+    17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    9: ((5, 1), (5, 2), (3, 3), (3, 4)),
+    7: ((5, 1), (3, 2), (3, 3)),
+}
+SMALL_KERNELS = (3, 5)
+
+
+class Block(nn.Module):
+    """``x + gamma * norm_out(mlp(se(norm(conv_dw(x)))))``, the norms batch norms (section 3.1)."""
+
+    def __init__(self, dim: int, conv_dw: nn.Module, ls_init_value: float, drop_path: float):
+        super().__init__()
+        self.conv_dw = conv_dw
+        self.norm = nn.BatchNorm2d(dim)
+        self.se = SqueezeExcite(dim, rd_channels=dim // 4)
+        self.mlp = ChannelMlp(dim, 4 * dim, use_conv=True, use_grn=True, out_bias=False)
+        self.norm_out = nn.BatchNorm2d(dim)
+        self.gamma = nn.Parameter(torch.full((dim,), ls_init_value))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm_out(self.mlp(self.se(self.norm(self.conv_dw(x)))))
+        return x + self.drop_path(y * self.gamma.view(1, -1, 1, 1))
+
+
+class UniRepLKNet(StagedBackbone):
+    """UniRepLKNet; see :class:`StagedBackbone` for the common arguments.
+
+    Args:
+        depths: blocks of each stage.
+        dims: channels of each stage.
+        kernel_sizes: depthwise kernel: 3, 5 or a large one of 7 to 17; a list inside the list is
+            repeated over the stage's blocks.
+        ls_init_value: initial layer scale.
+
+    Raises:
+        ConfigError: a kernel of another size, or a stage without any.
+    """
+
+    layouts = {
+        "authors": (
+            (r"^downsample_layers\.0\.", "stem."),
+            (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+            (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+            (r"\.dwconv\.", ".conv_dw."),
+            *DILATED_REPARAM_LAYOUT,
+            (r"\.se\.down\.", ".se.fc1."),
+            (r"\.se\.up\.", ".se.fc2."),
+            (r"\.pwconv1\.1\.", ".mlp.fc1."),
+            (r"\.act\.1\.gamma$", ".mlp.grn.weight"),
+            (r"\.act\.1\.beta$", ".mlp.grn.bias"),
+            (r"\.pwconv2\.0\.", ".mlp.fc2."),
+            (r"\.pwconv2\.2\.", ".norm_out."),
+            (r"^norm\.", "head.norm."),
+            (r"^head\.(weight|bias)$", r"head.fc.\1"),
+        )
+    }
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        kernel_sizes: PerStage[int] = (3, 13, 13, 13),
+        ls_init_value: float = 1e-6,
+        **common: Any,
+    ) -> None:
+        super().__init__(dims, depths, **common)
+        sizes = per_stage(kernel_sizes, len(dims), "kernel_sizes")
+        self.kernel_sizes = [[size] if isinstance(size, int) else list(size) for size in sizes]
+        if not all(self.kernel_sizes):
+            raise ConfigError(f"kernel_sizes: a stage has none in {sizes}")
+        self.ls_init_value = ls_init_value
+        self.assemble()
+
+    def build_stem(self) -> nn.Module:
+        dim = self.plans[0].dim
+        return nn.Sequential(
+            nn.Conv2d(self.in_chans, dim // 2, 3, stride=2, padding=1),
+            LayerNorm2d(dim // 2, eps=EPS),
+            nn.GELU(),
+            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+            LayerNorm2d(dim, eps=EPS),
+        )
+
+    def build_downsample(self, plan: StagePlan) -> nn.Module | None:
+        if plan.index == 0:
+            return None
+        return nn.Sequential(
+            nn.Conv2d(plan.in_dim, plan.dim, 3, stride=2, padding=1),
+            LayerNorm2d(plan.dim, eps=EPS),
+        )
+
+    def build_block(self, plan: StagePlan, index: int, drop_path: float) -> nn.Module:
+        sizes = self.kernel_sizes[plan.index]
+        conv_dw = depthwise(plan.dim, sizes[index % len(sizes)])
+        return Block(plan.dim, conv_dw, self.ls_init_value, drop_path)
+
+    def build_head(self, **common: Any) -> Head:
+        dim = self.plans[-1].dim
+        return Head(dim, vectors={"norm": LayerNorm(dim, eps=EPS)}, **common)
+
+
+def depthwise(dim: int, kernel_size: int) -> nn.Module:
+    """Return the depthwise convolution of a kernel size: a plain one or one with branches."""
+    if kernel_size in BRANCHES:
+        return DilatedReparamConv(dim, kernel_size, BRANCHES[kernel_size])
+    if kernel_size in SMALL_KERNELS:
+        return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+    raise ConfigError(
+        f"kernel_sizes: no kernel of {kernel_size}; possible: {sorted((*SMALL_KERNELS, *BRANCHES))}"
+    )
