@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from backbones.errors import InputSizeError, UnsupportedError
 from backbones.layers.head import Head
+from backbones.layers.tracing import fx_leaf
 
 __all__ = ["Layout", "Stage", "StagePlan", "StagedBackbone", "Tensors", "per_stage"]
 
@@ -74,7 +75,7 @@ def per_stage(value: Any, count: int, name: str) -> list[Any]:
     return list(value)
 
 
-@torch.fx.wrap
+@fx_leaf
 def check_input(x: Tensor, in_chans: int, smallest: int) -> None:
     """Refuse an input that the model cannot take, with words instead of a kernel's message."""
     if torch.compiler.is_compiling():

@@ -6,6 +6,7 @@ from backbones.layers.downsample import norm_conv_downsample
 from backbones.layers.head import Head
 from backbones.layers.mlp import ChannelMlp
 from backbones.layers.norm import GlobalResponseNorm, statistics_dtype
+from backbones.layers.tracing import fx_leaf
 
 __all__ = [
     "DILATED_REPARAM_LAYOUT",
@@ -14,6 +15,7 @@ __all__ = [
     "GlobalResponseNorm",
     "Head",
     "conv_norm",
+    "fx_leaf",
     "norm_conv_downsample",
     "statistics_dtype",
 ]

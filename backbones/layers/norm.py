@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from backbones.layers.tracing import fx_leaf
+
 __all__ = ["GlobalResponseNorm", "statistics_dtype"]
 
 
+@fx_leaf
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Return the type in which statistics over `x` are taken: float32 for the half types."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
