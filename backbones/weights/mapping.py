@@ -57,8 +57,9 @@ class _Attempt:
         return not (self.missing or self.unexpected or self.mismatched or self.error)
 
     @property
-    def rank(self) -> tuple[int, int, int]:
-        return len(self.tensors), len(self.mismatched), -len(self.unexpected)
+    def rank(self) -> tuple[int, int, bool, int]:
+        fits, close = len(self.tensors), len(self.mismatched)
+        return fits, close, self.error is None, -len(self.unexpected)
 
 
 def map_checkpoint(
@@ -128,22 +129,26 @@ def _try(
 ) -> None:
     """Fill in `attempt`: rename, drop what is not needed, let the model complete, compare."""
     try:
-        if callable(layout):
-            renamed = layout(dict(tensors), target.module)
-        else:
-            renamed = _rename(tensors, layout, attempt.dropped)
-        kept: dict[str, Tensor] = {}
-        for key, tensor in renamed.items():
-            counter = key == _BOOKKEEPING and key not in target.present
-            if counter or target.is_derived(key) or target.is_absent_auxiliary(key):
-                attempt.dropped.append(key)
-            else:
-                kept[key] = tensor
-        if any(key in target.present for key in kept):
-            kept = target.complete(kept)
-    except Exception as error:  # noqa: BLE001  a family's code on foreign tensors; see _explain
+        renamed = (
+            layout(dict(tensors), target.module)
+            if callable(layout)
+            else _rename(tensors, layout, attempt)
+        )
+    except Exception as error:  # a family's code on foreign tensors; shown if nothing else fits
         attempt.error = error
         return
+    kept: dict[str, Tensor] = {}
+    for key, tensor in renamed.items():
+        counter = key == _BOOKKEEPING and key not in target.present
+        if counter or target.is_derived(key) or target.is_absent_auxiliary(key):
+            attempt.dropped.append(key)
+        else:
+            kept[key] = tensor
+    if any(key in target.present for key in kept):
+        try:
+            kept = target.complete(kept)
+        except Exception as error:  # likewise
+            attempt.error = error
     for key, tensor in kept.items():
         if key in target.present:
             own = target.present[key].shape
@@ -170,7 +175,7 @@ def _try(
 
 
 def _rename(
-    tensors: dict[str, Tensor], rules: Sequence[tuple[str, str | None]], dropped: list[str]
+    tensors: dict[str, Tensor], rules: Sequence[tuple[str, str | None]], attempt: _Attempt
 ) -> dict[str, Tensor]:
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
     renamed: dict[str, Tensor] = {}
@@ -180,11 +185,11 @@ def _rename(
             if replacement is not None:
                 new = pattern.sub(replacement, new)
             elif pattern.search(new):
-                dropped.append(key)
+                attempt.dropped.append(key)
                 break
         else:
             if new in renamed:
-                raise CheckpointError(f"two entries become {new!r}")
+                attempt.mismatched.append(f"{new!r} comes twice, also as {key!r}")
             renamed[new] = tensor
     return renamed
 
@@ -240,7 +245,7 @@ def _explain(attempt: _Attempt, target: Target, strict: bool) -> str:
         parts.append(f"{type(attempt.error).__name__}: {attempt.error}")
     parts += _listed("missing", map(repr, attempt.missing))
     parts += _listed("unexpected", map(repr, attempt.unexpected))
-    parts += _listed("wrong shape", attempt.mismatched)
+    parts += _listed("do not fit", attempt.mismatched)
     if target.deployed:
         parts.append(
             "the model is re-parameterized and takes only files saved in that form; "

@@ -110,7 +110,7 @@ def _checked_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             refuse(
                 f"the archive's member {name[:80]!r} is compressed or encrypted",
-                "torch.save does neither; unpack the file and pack it with 'zip -0', or fetch it again",
+                "torch.save does neither; unpack it and pack it again with 'zip -0'",
             )
     declared = sum(member.file_size for member in members)
     if declared > size:
@@ -199,9 +199,20 @@ def _is_allowed(name: str) -> bool:
 
 
 def _torch_load(path: Path, *, mmap: bool) -> Any:
+    # PyTorch takes this extension for the other format, and maps named files only.
+    misnamed = path.suffix == ".safetensors"
     try:
-        with _SAFE_GLOBALS_LOCK, torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+        with (
+            _SAFE_GLOBALS_LOCK,
+            torch.serialization.safe_globals([argparse.Namespace]),
+            path.open("rb") as stream,
+        ):
+            return torch.load(
+                stream if misnamed else str(path),
+                map_location="cpu",
+                weights_only=True,
+                mmap=mmap and not misnamed,
+            )
     except Exception as error:  # PyTorch raises a dozen classes on damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
