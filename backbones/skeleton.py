@@ -267,7 +267,7 @@ class StagedBackbone(nn.Module):
     def _scale_classifier(self) -> None:
         if self.head_init_scale != 1.0:
             with torch.no_grad():
-                for parameter in self.head.classifier.parameters():
+                for parameter in self.head.get_classifier().parameters():
                     parameter.mul_(self.head_init_scale)
 
     def feature_dims(self) -> list[int]:
@@ -398,7 +398,7 @@ class StagedBackbone(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier layer."""
-        return self.head.classifier
+        return self.head.get_classifier()
 
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
@@ -421,7 +421,7 @@ class StagedBackbone(nn.Module):
             in_features=self.num_features,
             **get_device_dtype(self),
         )
-        classifier = self.head.classifier
+        classifier = self.head.get_classifier()
         self.init_layer(classifier, self.classifier_names[0])
         self._scale_classifier()
 

@@ -82,9 +82,8 @@ class Head(nn.Module):
         self.add_module(first, fresh)
         fresh.train(self.training)
 
-    @property
-    def classifier(self) -> nn.Module:
-        """The classifier layer, an ``Identity`` where there is none."""
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer, an ``Identity`` where there is none."""
         return self.get_submodule(self.classifier_name)
 
     def reset(
@@ -126,5 +125,5 @@ class Head(nn.Module):
             x = getattr(self, name)(x)
         x = self.drop(x)
         if not pre_logits:
-            x = self.classifier(x)
+            x = self.get_classifier()(x)
         return x if self.pool_type else x.permute(0, 3, 1, 2)
