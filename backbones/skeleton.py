@@ -115,7 +115,7 @@ class StagedBackbone(nn.Module):
     # Class data of a family.
     strides: ClassVar[tuple[int, ...]] = (4, 2, 2, 2)  # own stride of each stage, stem in the first
     first_conv: ClassVar[str] = "stem.0"
-    classifier_names: ClassVar[tuple[str, ...]] = ("head.fc",)
+    classifier_names: tuple[str, ...] = ("head.fc",)  # an instance may have further ones
     layouts: ClassVar[Mapping[str, Layout]] = {}
     derived_keys: ClassVar[tuple[str, ...]] = ()  # entries that the model computes itself
     auxiliary_keys: ClassVar[tuple[str, ...]] = ()  # entries that exist with aux_head=True only
