@@ -1,0 +1,84 @@
+"""Writes the README's table of models from the configs and the manifest.
+
+    python scripts/update_readme.py            # rewrite the table in README.md
+    python scripts/update_readme.py --check    # exit with 1 if it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import backbones
+from backbones.manifest import WeightsEntry
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+START, END = "<!-- models: written by scripts/update_readme.py -->", "<!-- /models -->"
+
+
+def weights_cell(entries: list[WeightsEntry]) -> str:
+    """Say in a few words what can be had and under which licenses."""
+    released = [entry for entry in entries if entry.available]
+    if not released:
+        entry = entries[0] if entries else None
+        if entry is not None and entry.status == "page_only":
+            return f"[web page]({entry.page}), {entry.license}"
+        return "none released"
+    licenses = ", ".join(dict.fromkeys(entry.license for entry in released))
+    more = f" and {len(released) - 1} more" if len(released) > 1 else ""
+    return f"`{released[0].tag}`{more}; {licenses}"
+
+
+def accuracy_cell(entries: list[WeightsEntry]) -> str:
+    """Return the default tag's published top-1, with its size where that is not 224."""
+    if not entries or entries[0].top1 is None:
+        return "–"
+    size = entries[0].input_size[-1]
+    return f"{entries[0].top1:.1f}" + (f" @{size}" if size != 224 else "")
+
+
+def table() -> str:
+    """Return the whole table as Markdown."""
+    lines = []
+    for family in backbones.list_families():
+        names = backbones.list_models(family=family)
+        infos = sorted((backbones.model_info(name) for name in names), key=lambda i: i.params)
+        papers = dict.fromkeys(
+            f"[{info.source.title}]({info.source.paper})" for info in infos if info.source
+        )
+        lines += [f"**{family}** — {'; '.join(papers)}", ""]
+        lines += ["| model | parameters (M) | MACs (G) | top-1 (%) | weights (default tag; licenses) |"]
+        lines += ["|---|---|---|---|---|"]
+        for info in infos:
+            aliases = "".join(f" (`{alias}`)" for alias in info.aliases)
+            size = "" if info.input_size[-1] == 224 else f" @{info.input_size[-1]}"
+            lines.append(
+                f"| `{info.name}`{aliases} | {info.params / 1e6:.2f} | {info.macs / 1e9:.2f}{size}"
+                f" | {accuracy_cell(list(info.weights))} | {weights_cell(list(info.weights))} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    """Return the README's text with a fresh table."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n\n{table()}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the README's table of models.")
+    parser.add_argument("--check", action="store_true", help="only say whether it is current")
+    args = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    fresh = updated(text)
+    if args.check:
+        return int(fresh != text)
+    README.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
