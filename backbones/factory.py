@@ -135,7 +135,9 @@ def create_model(
     Args:
         name: a variant (``convnext_tiny``), with a tag (``convnext_tiny.fb_in1k``), an alias, a
             YAML file of one's own (``./mine.yaml``, ``./mine.yaml#variant``),
-            ``hf-hub:owner/repo@revision``, ``local-dir:path``, or any other model of timm.
+            ``hf-hub:owner/repo@revision``, ``local-dir:path``, or any other model of timm. A
+            family (``spartan``) stands for whatever variant the file `checkpoint_path` holds, in
+            families whose arguments follow from a checkpoint's shapes.
         pretrained: load the released weights of the tag.
         checkpoint_path: load a local checkpoint of any known layout.
         num_classes: width of the classifier; None for that of the weights.
@@ -158,6 +160,11 @@ def create_model(
     if name.startswith(REMOTE):
         return _create_remote(name, pretrained, checkpoint_path, cache_dir, arguments)
     variant, tag = find_variant(name)
+    family = split_model_name_tag(name)[0]
+    if variant is None and family in registry.classes:
+        if pretrained and checkpoint_path is None and (entry := load_manifest().find(family, tag)):
+            checkpoint_path = weights.fetch(entry, cache_dir=cache_dir)
+        variant, pretrained = _variant_of_checkpoint(family, checkpoint_path), False
     if variant is None:
         return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)
     if checkpoint_path is not None:
@@ -170,6 +177,19 @@ def create_model(
         cache_dir=cache_dir,
         **arguments,
     )
+
+
+def _variant_of_checkpoint(family: str, path: str | Path | None) -> Variant:
+    """Return a variant whose arguments are read off a checkpoint."""
+    if path is None:
+        first = list_models(family=family)[0]
+        raise ConfigError(
+            f"{family!r} is a family; name a variant, such as {first!r}, or pass"
+            " checkpoint_path=... for a family that can tell its arguments from a checkpoint"
+        )
+    arguments = weights.saved_arguments(path, family)
+    model_class = registry.model_class(family)
+    return Variant(family, family, arguments or weights.inferred_arguments(path, model_class))
 
 
 def _create_with_timm(

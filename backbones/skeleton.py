@@ -468,6 +468,15 @@ class StagedBackbone(nn.Module):
         twin = type(self)(**self.arguments, device="meta")
         return {key: value.shape for key, value in twin.state_dict().items()}
 
+    @classmethod
+    def arguments_from_checkpoint(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the arguments that a checkpoint's names and shapes imply; a hook for families.
+
+        None where they imply none: the checkpoint is another family's, or this family's arguments
+        do not follow from shapes.
+        """
+        return None
+
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:
         """Add what a released checkpoint is known to lack; a hook for families."""
         return tensors

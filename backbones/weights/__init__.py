@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backbones.weights.fetch import fetch
+from backbones.weights.inference import inferred_arguments
 from backbones.weights.loading import LoadReport, filter_for_timm, load_checkpoint
 from backbones.weights.mapping import Mapped, map_checkpoint
 from backbones.weights.pretrained import load_pretrained, saved_arguments
@@ -16,6 +17,7 @@ __all__ = [
     "Mapped",
     "fetch",
     "filter_for_timm",
+    "inferred_arguments",
     "load_checkpoint",
     "load_pretrained",
     "map_checkpoint",
