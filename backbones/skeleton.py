@@ -260,6 +260,8 @@ class StagedBackbone(nn.Module):
 
     def init_weights(self) -> None:
         """(Re-)initialize all parameters in place."""
+        if next(self.parameters()).is_meta:
+            return  # nothing to set, and drawing nothing takes most of the time to build a model
         for name, module in self.named_modules():
             self.init_layer(module, name)
         self._scale_classifier()
@@ -434,7 +436,7 @@ class StagedBackbone(nn.Module):
     def execution_order(self, coarse: bool = False) -> list[str]:
         """Return patterns of parameter names in the order in which forward reaches them.
 
-        One pattern a block, a downsampling counting with the block that follows it; with `coarse`
+        One pattern a block, a stage's other parts counting with its first block; with `coarse`
         one a stage. What none matches (the head) comes last.
         """
         patterns = [r"^stem\."]
@@ -445,8 +447,8 @@ class StagedBackbone(nn.Module):
                 patterns.append(rf"^stages\.{i}\.")
                 continue
             for j in range(len(list(blocks.children()))):
-                with_downsample = r"downsample|" if j == 0 and inner else ""
-                patterns.append(rf"^stages\.{i}\.(?:{with_downsample}{inner}{j})\.")
+                others = r"(?!blocks\.)|" if j == 0 and inner else ""
+                patterns.append(rf"^stages\.{i}\.(?:{others}{inner}{j}\.)")
         return patterns
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
