@@ -1,0 +1,23 @@
+"""Operators with a plain reference and faster paths.
+
+Each is one function. Its reference is its definition; the path is chosen by shape, device and
+whether the operations are being recorded, and every path is tested against the reference in
+values and gradients. :func:`use_reference` forces the reference.
+"""
+
+from __future__ import annotations
+
+from backbones.ops.dispatch import reference_active, use_reference
+from backbones.ops.neighborhood import neighborhood_aggregation, neighborhood_bias
+from backbones.ops.small_kernel import small_kernel_aggregation
+from backbones.ops.spectral import resize_filter, spectral_filter
+
+__all__ = [
+    "neighborhood_aggregation",
+    "neighborhood_bias",
+    "reference_active",
+    "resize_filter",
+    "small_kernel_aggregation",
+    "spectral_filter",
+    "use_reference",
+]

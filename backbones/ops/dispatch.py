@@ -1,0 +1,67 @@
+"""What the operators share: the switch to the reference, and how a path is chosen.
+
+Every operator has a plain reference that is its definition, and faster paths that are tested
+against it. Three questions decide the path: is the reference asked for, is somebody recording the
+operations (``torch.compile``, ``torch.export``, ``torch.jit.trace``), and are the sizes known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+_reference_depth = 0
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Make every operator compute by its reference inside the ``with`` block.
+
+    The switch is the process's, not the thread's, so that backward passes and worker threads of
+    the block see it too. Blocks may be nested. :func:`reference_active` tells whether one is open.
+    """
+    global _reference_depth
+    _reference_depth += 1
+    try:
+        yield
+    finally:
+        _reference_depth -= 1
+
+
+def reference_active() -> bool:
+    """Whether a :func:`use_reference` block is open."""
+    return _reference_depth > 0
+
+
+def is_recorded() -> bool:
+    """Whether the operations are being recorded rather than only run.
+
+    A recorded path consists of differentiable out-of-place operations of the standard set; it
+    holds no custom autograd function and no complex number.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """The type to compute in: the promoted type of `tensors`, float32 instead of half types."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast leaves operations on `tensor`'s device alone."""
+    device = tensor.device.type
+    # Nothing is entered where autocast is off: an exporter would record it as a region.
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def is_symbolic(*sizes: int) -> bool:
+    """Whether a size is left open in the graph being recorded (a dynamic height or width)."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)

@@ -1,0 +1,201 @@
+"""Small-kernel aggregation: a depthwise convolution whose kernel differs at every position.
+
+Source: LSNet (Wang et al., CVPR 2025, arXiv 2503.23135), section 3.3, the aggregation step of
+large-small convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from backbones.errors import InputSizeError
+from backbones.ops.dispatch import at_least_float32, is_recorded, reference_active, without_autocast
+
+# Up to this many products (channels x positions x taps) one multiplication and one sum are faster
+# than a multiply-add per tap: below it the cost is the number of calls, above it the memory.
+_ONE_GO = 300_000
+
+
+@register_notrace_function
+def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum each k x k neighborhood of `x` with the weights of its position.
+
+    ``out[c, i, j] = sum_{a, b} x[c, i - k//2 + a, j - k//2 + b] * weight[c % wc, k*a + b, i, j]``
+    with zeros outside the map, a and b from 0 to k - 1. Weights are shared by the channels that
+    are equal modulo `wc`, not by neighboring channels.
+
+    Half types are computed in float32 and rounded once.
+
+    Args:
+        x: (B, C, H, W), any memory layout.
+        weight: (B, wc, k*k, H, W) with k odd and C a multiple of wc; its type may differ.
+
+    Returns:
+        (B, C, H, W) of `x`'s type and memory layout.
+
+    Raises:
+        InputSizeError: the shapes do not fit each other, or k is no odd integer.
+    """
+    k = _check(x, weight)
+    dtype = at_least_float32(x, weight)
+    with without_autocast(x):
+        if reference_active():
+            out = _reference(x.to(dtype), weight.to(dtype), k)
+        elif is_recorded():
+            out = _recorded(x.to(dtype), weight.to(dtype), k)
+        else:
+            out = _SmallKernel.apply(x.to(dtype), weight.to(dtype), k)
+        return out.to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor) -> int:
+    if x.ndim != 4 or weight.ndim != 5:
+        raise InputSizeError(
+            "small_kernel_aggregation takes x (B, C, H, W) and weight (B, wc, k*k, H, W), "
+            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    k = 1
+    while k * k < weight.shape[2]:
+        k += 2
+    if k * k != weight.shape[2]:
+        raise InputSizeError(
+            f"small_kernel_aggregation: weight has {weight.shape[2]} taps; an odd kernel has "
+            "k*k taps: 1, 9, 25, ..."
+        )
+    if x.shape[0] != weight.shape[0] or x.shape[2:] != weight.shape[3:]:
+        raise InputSizeError(
+            "small_kernel_aggregation: x and weight must agree in batch, height and width, "
+            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if x.shape[1] % weight.shape[1]:
+        raise InputSizeError(
+            f"small_kernel_aggregation: {x.shape[1]} channels of x are no multiple of "
+            f"{weight.shape[1]} weight groups"
+        )
+    return k
+
+
+def _reference(x: Tensor, weight: Tensor, k: int) -> Tensor:
+    groups = weight.shape[1]
+    patches = F.unfold(x, k, padding=k // 2)
+    patches = patches.view(x.shape[0], x.shape[1] // groups, groups, k * k, *x.shape[2:])
+    return (patches * weight.unsqueeze(1)).sum(3).view(x.shape)
+
+
+def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
+    """One multiply-add per tap on slices of the padded map; height and width may be symbolic."""
+    pad = k // 2
+    height, width = x.shape[2:]
+    padded = F.pad(x, (pad, pad, pad, pad)).unflatten(1, (-1, weight.shape[1]))
+    out = None
+    for tap in range(k * k):
+        row, col = divmod(tap, k)
+        term = padded[..., row : row + height, col : col + width] * weight[:, None, :, tap]
+        out = term if out is None else out + term
+    assert out is not None  # k >= 1
+    return out.flatten(1, 2)
+
+
+class _SmallKernel(torch.autograd.Function):
+    """The eager path, forward and backward.
+
+    The map is flattened, so that a tap is an offset and its products run over whole maps instead
+    of rows. An offset wraps around at the left and right border; there the weight is set to zero.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, k: int) -> Tensor:
+        flat, masked = _flatten(x, weight, k)
+        if x.numel() * k * k <= _ONE_GO:
+            shifted, taps = _tap_views(flat, masked, x.shape, k)
+            out = _product(shifted, taps).flatten(0, 1).sum(0)
+        else:
+            pairs = _tap_pairs(flat, masked, x.shape, k)
+            out = torch.mul(*pairs[0])
+            for shifted, tap in pairs[1:]:
+                out.addcmul_(shifted, tap)
+        return _like(out.view(x.shape), x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        x, weight, ctx.k = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        k, shape, channels = ctx.k, x.shape, weight.shape[1]
+        flat, masked = _flatten(x, weight, k)
+        grad_out = grad.contiguous().view(shape[0], -1, channels, shape[2] * shape[3])
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_flat = torch.zeros_like(flat)
+            for shifted, tap in _tap_pairs(grad_flat, masked, shape, k):
+                shifted.addcmul_(grad_out, tap)
+            edge = k // 2 * (shape[3] + 1)
+            grad_x = _like(grad_flat[..., edge : edge + shape[2] * shape[3]].reshape(shape), x)
+        if ctx.needs_input_grad[1]:
+            shifted, _ = _tap_views(flat, masked, shape, k)
+            by_row = torch.stack([_product(row, grad_out).sum(2) for row in shifted.unbind(0)])
+            grad_weight = by_row.permute(2, 3, 0, 1, 4).contiguous().view(weight.shape)
+            _zero_wrapped(grad_weight, k)
+        return grad_x, grad_weight, None
+
+
+def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The map as (B, C, e + H*W + e) with zero ends, and the weights that do not wrap around."""
+    edge = k // 2 * (x.shape[3] + 1)
+    masked = weight.clone(memory_format=torch.contiguous_format)
+    _zero_wrapped(masked, k)
+    return F.pad(x.contiguous().flatten(2), (edge, edge)), masked
+
+
+def _zero_wrapped(weight: Tensor, k: int) -> None:
+    """Zero, in place, the weights whose column lies outside the map, left and right."""
+    batch, channels, _, height, width = weight.shape
+    size = height * width
+    for col in range(k // 2):  # the kernel's column; its mirror image is k - 1 - col
+        for j in range(min(k // 2 - col, width)):
+            # The second axis steps from (col, j) to (k - 1 - col, width - 1 - j).
+            step = (k - 1 - 2 * col) * size + width - 1 - 2 * j
+            shape, stride = (batch * channels * k, 2, height), (k * size, step, width)
+            weight.as_strided(shape, stride, col * size + j).zero_()
+
+
+def _tap_views(flat: Tensor, weight: Tensor, shape: torch.Size, k: int) -> tuple[Tensor, Tensor]:
+    """Shifted maps and weights, both (row, column, B, C/wc, wc, H*W), without a copy."""
+    batch, channels, height, width = shape
+    groups, size, length = weight.shape[1], height * width, flat.shape[2]
+    maps = (k, k, batch, channels // groups, groups, size)
+    shifted = flat.as_strided(maps, (width, 1, channels * length, groups * length, length, 1))
+    per_group = k * k * size
+    taps = weight.as_strided(maps, (k * size, size, groups * per_group, 0, per_group, 1))
+    return shifted, taps
+
+
+def _tap_pairs(
+    flat: Tensor, weight: Tensor, shape: torch.Size, k: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The views of :func:`_tap_views`, one pair a tap."""
+    rows = zip(*(view.unbind(0) for view in _tap_views(flat, weight, shape, k)), strict=True)
+    return [pair for a, b in rows for pair in zip(a.unbind(0), b.unbind(0), strict=True)]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a * b in row-major order; left alone, the result would inherit `a`'s overlapping strides."""
+    out = torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=a.dtype, device=a.device)
+    return torch.mul(a, b, out=out)
+
+
+def _like(out: Tensor, x: Tensor) -> Tensor:
+    """`out` in `x`'s memory layout, so that what follows does not mix layouts."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return out.contiguous()
+    return out.contiguous(memory_format=torch.channels_last)

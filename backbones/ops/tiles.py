@@ -1,0 +1,169 @@
+"""Tiles of a map for neighborhood aggregation.
+
+A tile is a rectangle of query positions with the smallest rectangle of key positions that holds
+all their windows. Within a tile the aggregation is one matrix product (queries x keys).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Maps up to this many positions are one tile: there the zeros of a dense matrix cost less than
+# the calls of several products.
+_ONE_TILE = 256
+
+
+def window_starts(length: int, k: int, device: torch.device) -> Tensor:
+    """The first position of every position's window: clamp(i - k//2, 0, length - k)."""
+    return (torch.arange(length, device=device) - k // 2).clamp(0, length - k)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Query positions first to stop - 1 on an axis of `length`, and their keys."""
+
+    first: int
+    stop: int
+    length: int
+    k: int
+
+    def start(self, position: int) -> int:
+        return min(max(position - self.k // 2, 0), self.length - self.k)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.start(self.first), self.start(self.stop - 1) + self.k)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(first, stop, step): pieces on which a window's start moves by `step` per position."""
+        inner = self.k // 2 + 1
+        outer = max(self.length - self.k + self.k // 2, inner)
+        pieces = [(0, inner, 0), (inner, outer, 1), (outer, self.length, 0)]
+        clipped = [(max(a, self.first), min(b, self.stop), step) for a, b, step in pieces]
+        return [piece for piece in clipped if piece[0] < piece[1]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The product of two spans. Weights are (N, H, W, k, k), keys (N, c, H, W)."""
+
+    vertical: Span
+    horizontal: Span
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.vertical.first, self.vertical.stop)
+
+    @property
+    def cols(self) -> slice:
+        return slice(self.horizontal.first, self.horizontal.stop)
+
+    @property
+    def key_rows(self) -> slice:
+        return self.vertical.keys
+
+    @property
+    def key_cols(self) -> slice:
+        return self.horizontal.keys
+
+    @property
+    def height(self) -> int:
+        return self.vertical.stop - self.vertical.first
+
+    @property
+    def width(self) -> int:
+        return self.horizontal.stop - self.horizontal.first
+
+    @property
+    def key_height(self) -> int:
+        return self.key_rows.stop - self.key_rows.start
+
+    @property
+    def key_width(self) -> int:
+        return self.key_cols.stop - self.key_cols.start
+
+    @property
+    def queries(self) -> int:
+        return self.height * self.width
+
+    @property
+    def keys(self) -> int:
+        return self.key_height * self.key_width
+
+    @property
+    def shared(self) -> bool:
+        """Whether all queries have the same window: then their weights are the matrix."""
+        return self.keys == self.vertical.k * self.horizontal.k
+
+    def flat_keys(self, keys: Tensor) -> Tensor:
+        """(N, c, keys)."""
+        return keys[..., self.key_rows, self.key_cols].flatten(2)
+
+    def matrix(self, weights: Tensor) -> Tensor:
+        """(N, queries, keys): every query's weights at its window, zeros elsewhere."""
+        if self.shared:
+            return weights[:, self.rows, self.cols].flatten(3).flatten(1, 2)
+        out = weights.new_zeros(weights.shape[0], self.queries, self.keys)
+        for part, window in self._windows(out, weights):
+            window.copy_(part)
+        return out
+
+    def collect(self, matrix: Tensor, weights: Tensor) -> None:
+        """The inverse of :meth:`matrix`: fill this tile's part of `weights` from `matrix`."""
+        if self.shared:
+            target = weights[:, self.rows, self.cols]
+            target.copy_(matrix.view(target.shape))
+            return
+        for part, window in self._windows(matrix, weights):
+            part.copy_(window)
+
+    def _windows(self, matrix: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of views: weights of a piece of the tile, and where they are in the matrix."""
+        pairs = []
+        k, line = self.vertical.k, self.key_width
+        for i, i_stop, down in self.vertical.runs():
+            row = self.vertical.start(i) - self.key_rows.start
+            for j, j_stop, right in self.horizontal.runs():
+                col = self.horizontal.start(j) - self.key_cols.start
+                query = (i - self.rows.start) * self.width + j - self.cols.start
+                shape = (matrix.shape[0], i_stop - i, j_stop - j, k, k)
+                # One query on: a row of the matrix, and the window's step within the row.
+                strides = (self.width * self.keys + down * line, self.keys + right, line, 1)
+                window = matrix.as_strided(
+                    shape, (matrix.stride(0), *strides), query * self.keys + row * line + col
+                )
+                pairs.append((weights[:, i:i_stop, j:j_stop], window))
+        return pairs
+
+    def key_index(self, device: torch.device) -> Tensor:
+        """(1, queries, k*k): the column of the matrix that every weight belongs to."""
+        taps = torch.arange(self.vertical.k, device=device)
+        rows, cols = (
+            window_starts(span.length, span.k, device)[span.first : span.stop, None]
+            - span.keys.start
+            + taps
+            for span in (self.vertical, self.horizontal)
+        )
+        index = rows[:, None, :, None] * self.key_width + cols[None, :, None, :]
+        return index.reshape(1, self.queries, -1)
+
+
+def split_map(height: int, width: int, k: int, edge: int) -> list[list[Tile]]:
+    """Rows of tiles that cover the map, about `edge` positions wide and high."""
+    height, width = int(height), int(width)  # torch.jit.trace hands out tensors for sizes
+    if height * width <= _ONE_TILE:
+        edge = max(height, width)
+    return [
+        [Tile(vertical, horizontal) for horizontal in _split(width, k, edge)]
+        for vertical in _split(height, k, edge)
+    ]
+
+
+def _split(length: int, k: int, edge: int) -> list[Span]:
+    count = -(-length // edge)
+    bounds = [length * i // count for i in range(count + 1)]
+    return [Span(a, b, length, k) for a, b in pairwise(bounds)]
