@@ -7,18 +7,16 @@ module imports no torch.
 
 from __future__ import annotations
 
-import inspect
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any
 
 import yaml
 
 from backbones.errors import ConfigError, nearest
+from backbones.schema import PerStage, constructor_hints, describe, fits
 
 __all__ = [
     "FamilyConfig",
@@ -31,10 +29,6 @@ __all__ = [
     "read_family",
     "read_yaml",
 ]
-
-T = TypeVar("T")
-# One value for all stages or one a stage; an inner sequence is cycled over the stage's blocks.
-PerStage = Union[T, Sequence[Union[T, Sequence[T]]]]
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 RESERVED_KEYS = ("like", "timm_name", "source")
@@ -286,31 +280,6 @@ def _resolve(
     return done[name]
 
 
-def constructor_hints(model_class: type) -> tuple[dict[str, Any], set[str]]:
-    """Return the type hints of all constructor arguments of a class, and the required ones.
-
-    A constructor that ends in ``**common`` takes its base class's arguments as well.
-    """
-    hints: dict[str, Any] = {}
-    required: set[str] = set()
-    for owner in model_class.__mro__:
-        if "__init__" not in vars(owner):
-            continue
-        init = vars(owner)["__init__"]
-        types_of = typing.get_type_hints(init)
-        parameters = list(inspect.signature(init).parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
-            if parameter.name not in hints:
-                hints[parameter.name] = types_of.get(parameter.name, Any)
-                if parameter.default is parameter.empty:
-                    required.add(parameter.name)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return hints, required
-
-
 def check_arguments(variant: Variant, model_class: type, hidden: Sequence[str] = ()) -> None:
     """Compare a variant's arguments with the constructor of its family.
 
@@ -338,40 +307,3 @@ def check_arguments(variant: Variant, model_class: type, hidden: Sequence[str] =
     missing = sorted(required - set(variant.arguments) - set(hidden))
     if missing:
         raise ConfigError(f"{variant.where}: {variant.name}: missing {', '.join(missing)}")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value read from YAML fits a type hint (bool is no int, int is a float)."""
-    if hint is Any:
-        return True
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
-    if origin is typing.Literal:
-        return any(value == part and type(value) is type(part) for part in parts)
-    if origin is not None and issubclass(origin, Sequence):
-        items = [part for part in parts if part is not Ellipsis] or [Any]
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            return False
-        return all(fits(item, items[0]) for item in value)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(hint, type) and isinstance(value, hint)
-
-
-def describe(hint: Any) -> str:
-    """Return a type hint in words."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(part) for part in parts))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(repr(part) for part in parts)
-    if origin is not None:
-        inner = [describe(part) for part in parts if part is not Ellipsis]
-        return "a list of (" + " / ".join(inner) + ")" if inner else "a list"
-    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
-    return "null" if hint is type(None) else words.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,4 +1,4 @@
-"""Reads and validates ``weights_manifest.yaml``: every released checkpoint, where it is, whose it is.
+"""Reads and validates ``weights_manifest.yaml``: every released checkpoint, where and whose it is.
 
 This module imports no torch and opens no connection.
 """
@@ -14,8 +14,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from backbones.config import YamlMapping, data_folder, describe, fits, read_yaml
+from backbones.config import YamlMapping, data_folder, read_yaml
 from backbones.errors import ConfigError, UnknownModelError, nearest
+from backbones.schema import describe, fits
 
 __all__ = ["Manifest", "WeightsEntry", "load_manifest", "read_manifest"]
 

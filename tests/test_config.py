@@ -6,10 +6,11 @@ import pytest
 from tiers import parameters_of
 
 import backbones
-from backbones.config import check_arguments, fits, read_family, read_yaml
+from backbones.config import check_arguments, read_family, read_yaml
 from backbones.errors import ConfigError, UnknownModelError
 from backbones.manifest import load_manifest, read_manifest
 from backbones.registry import registry
+from backbones.schema import fits
 
 
 @pytest.fixture

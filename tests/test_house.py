@@ -15,7 +15,7 @@ import backbones
 PACKAGE = Path(backbones.__file__).parent
 # Each room imports only from those before it (families do not know one another).
 ROOMS = (
-    "errors merge ops config manifest layers skeleton families reparam weights registry info "
+    "errors schema merge ops config manifest layers skeleton families reparam weights registry info "
     "factory engines bench train quickstart cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -62,7 +62,7 @@ def test_only_public_paths_of_timm_and_torch(path):
             assert "._" not in name, f"{path} imports the private {name}"
 
 
-@pytest.mark.parametrize("room", ["errors", "config", "manifest"])
+@pytest.mark.parametrize("room", ["errors", "schema", "config", "manifest"])
 def test_descriptions_are_read_without_torch(room):
     assert not any(
         name.split(".")[0] in ("torch", "timm") for name in imports(PACKAGE / f"{room}.py")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import backbones
-from backbones.config import constructor_hints
 from backbones.registry import registry
+from backbones.schema import constructor_hints
 
 DEFAULT_LIMIT = 31e6
 
