@@ -216,6 +216,6 @@ def _torch_load(path: Path, *, mmap: bool) -> Any:
     except Exception as error:  # PyTorch raises a dozen classes on damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: damaged, or not readable by PyTorch's safe reader ({reason}); fetch the file "
-            "again, or save its tensors with safetensors where it was made"
+            f"{path}: damaged or cut short, or not readable by PyTorch's safe reader ({reason}); "
+            "fetch the file again, or save its tensors with safetensors where it was made"
         ) from error

@@ -65,8 +65,9 @@ def save_checkpoint(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: checkpoints are safetensors files; name it *.safetensors")
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        missing = f"the folder {path.parent} does not exist"
+        reason = "it is a folder" if os.path.isdir(path) else missing
         raise CheckpointError(f"{path}: cannot be written, {reason}; give a file in a folder")
     inner = inner_module(model)
     tensors = {}
@@ -80,7 +81,7 @@ def save_checkpoint(
         "backbones": _describe(inner, path, license, provenance, classes),
     }
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         safetensors.torch.save_file(tensors, temporary, metadata)
         with temporary.open("rb+") as stream:

@@ -44,7 +44,8 @@ def test_safetensors_by_content(tmp_path, name):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ["m.pt", "m.bin", "m.pth.tar", "m.safetensors"])
 def test_torch_files_by_content(tmp_path, name, zipped):
-    content = {"model": OrderedDict(STATE), "epoch": 3, "args": argparse.Namespace(lr=1e-3, l=[1])}
+    arguments = argparse.Namespace(lr=1e-3, betas=[1], dtype=torch.bfloat16)
+    content = {"model": OrderedDict(STATE), "epoch": 3, "args": arguments}
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
     checkpoint = read_checkpoint(str(tmp_path / name))
     assert_state(checkpoint.tensors)
@@ -119,7 +120,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", "szl")
 def test_truncation_anywhere(tmp_path, kind):
     content = files(tmp_path)[kind]
-    path = tmp_path / "cut"
+    path = tmp_path / "short"
     for length in {*range(1, len(content), max(1, len(content) // 60)), len(content) - 1}:
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match="cut"):
@@ -256,7 +257,7 @@ def repacked(content: bytes, *, rename=None, extra=(), compress=zipfile.ZIP_STOR
         ({"extra": [("z\\x", b"x")]}, "odd path"),
         ({"extra": [("z/DATA.pkl", b"x")]}, "twice"),
         ({"extra": [("other/x", b"x")]}, "no checkpoint of torch.save"),
-        ({"extra": [("z/constants.pkl", b"x")]}, "TorchScript"),
+        ({"extra": [("z/constants.pkl", b"x")]}, "a TorchScript archive; save"),
         ({"compress": zipfile.ZIP_DEFLATED}, "compressed"),
         ({"rename": lambda name: name.replace("data.pkl", "x.pkl")}, "no checkpoint of torch.save"),
     ],
@@ -311,6 +312,7 @@ def safetensors_bytes(header, data=bytes(16), length=None) -> bytes:
 LIES = {
     "length beyond the file": safetensors_bytes({"a": TENSOR}, length=1 << 20),
     "length of terabytes": safetensors_bytes({"a": TENSOR}, length=1 << 42),
+    "length of many MiB": safetensors_bytes(json.dumps({"a": TENSOR}).encode() + b" " * (9 << 20)),
     "length negative": safetensors_bytes({"a": TENSOR}, length=(1 << 64) - 1),
     "no JSON": safetensors_bytes(b"{'a': 1}"),
     "no UTF-8": safetensors_bytes(b'{"\xff": 1}'),

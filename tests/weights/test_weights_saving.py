@@ -149,6 +149,13 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == old
 
 
+def test_failing_last_step_leaves_nothing(tmp_path):
+    """The file is written, but cannot get its name."""
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_checkpoint(model(), tmp_path / ("m" * 300 + ".safetensors"))
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
