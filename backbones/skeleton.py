@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, Union
 
 import torch
@@ -19,9 +18,9 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, trunc_norma
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from backbones.errors import InputSizeError, UnsupportedError
+from backbones.errors import UnsupportedError
 from backbones.layers.head import Head
-from backbones.layers.tracing import fx_leaf
+from backbones.stages import Stage, StagePlan, check_input, per_stage, plan_stages
 
 __all__ = ["Layout", "Stage", "StagePlan", "StagedBackbone", "Tensors", "per_stage"]
 
@@ -30,66 +29,6 @@ Tensors = dict[str, Tensor]
 # How a foreign checkpoint becomes ours: ordered (pattern, replacement) pairs applied to every key
 # (replacement None drops the entry), or a function of (tensors, model).
 Layout = Union[Sequence[tuple[str, Union[str, None]]], Callable[[Tensors, Any], Tensors]]
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What a builder needs to know of a stage.
-
-    `stride` is the stage's own stride (1 where `output_stride` asks for dilation instead),
-    `first_dilation` that of its downsampling and `dilation` that of its blocks.
-    """
-
-    index: int
-    in_dim: int
-    dim: int
-    depth: int
-    stride: int
-    reduction: int
-    first_dilation: int = 1
-    dilation: int = 1
-
-
-class Stage(nn.Module):
-    """The default stage: an optional downsampling, then blocks one after the other."""
-
-    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample or nn.Identity()
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
-
-
-def per_stage(value: Any, count: int, name: str) -> list[Any]:
-    """Spread a value given once, or once a stage, over `count` stages.
-
-    Raises:
-        ValueError: a sequence of another length.
-    """
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} needs one value or {count}, one a stage; got {list(value)}")
-    return list(value)
-
-
-@fx_leaf
-def check_input(x: Tensor, in_chans: int, smallest: int) -> None:
-    """Refuse an input that the model cannot take, with words instead of a kernel's message."""
-    if torch.compiler.is_compiling():
-        return  # a guard here would pin the sizes of an exported graph
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise InputSizeError(
-            f"expected an input of shape (batch, {in_chans}, height, width), got {tuple(x.shape)};"
-            " create the model with in_chans=... for another number of channels"
-        )
-    if min(x.shape[-2:]) < smallest:
-        raise InputSizeError(
-            f"input of {x.shape[-2]}x{x.shape[-1]} is smaller than the model's total stride;"
-            f" height and width must be at least {smallest}"
-        )
 
 
 class StagedBackbone(nn.Module):
@@ -151,11 +90,6 @@ class StagedBackbone(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if len(dims) != len(self.strides) or len(depths) != len(self.strides):
-            raise ValueError(
-                f"{type(self).__name__} has {len(self.strides)} stages; got dims {list(dims)} and"
-                f" depths {list(depths)}"
-            )
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -165,34 +99,9 @@ class StagedBackbone(nn.Module):
         self.num_features = dims[-1]
         self._global_pool = global_pool
         self._factory = {"device": device, "dtype": dtype}
-        self.plans = self._plan(dims, depths, output_stride)
-
-    def _plan(
-        self, dims: Sequence[int], depths: Sequence[int], output_stride: int
-    ) -> list[StagePlan]:
-        natural = 1
-        for stride in self.strides:
-            natural *= stride
-        allowed = (8, 16, natural) if self.dilatable else (natural,)
-        # 32 is timm's default; families with another total stride take it as "no dilation".
-        if output_stride not in (*allowed, 32):
-            raise UnsupportedError(
-                f"{type(self).__name__} cannot run at output_stride={output_stride};"
-                f" possible: {', '.join(map(str, allowed))}"
-            )
-        limit = output_stride if output_stride in allowed else natural
-        plans, reduction, dilation = [], 1, 1
-        for i, own in enumerate(self.strides):
-            if reduction * own > limit:
-                dilation *= own
-                own = 1
-            reduction *= own
-            first_dilation = 1 if dilation in (1, 2) else 2
-            in_dim = dims[max(i - 1, 0)]
-            plans.append(
-                StagePlan(i, in_dim, dims[i], depths[i], own, reduction, first_dilation, dilation)
-            )
-        return plans
+        self.plans = plan_stages(
+            type(self).__name__, self.strides, dims, depths, output_stride, self.dilatable
+        )
 
     # Builders: what a family supplies.
 

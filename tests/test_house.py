@@ -15,7 +15,7 @@ import backbones
 PACKAGE = Path(backbones.__file__).parent
 # Each room imports only from those before it (families do not know one another).
 ROOMS = (
-    "errors schema merge ops config manifest layers skeleton families reparam weights registry info "
+    "errors schema merge ops config manifest layers stages skeleton families reparam weights registry info "
     "factory engines bench train quickstart cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
