@@ -8,6 +8,13 @@ entries of our own layout.
 from __future__ import annotations
 
 DAMPING: dict[str, list[tuple[str, float]]] = {
+    "hornet": [],  # the gates keep their size: 1e-6 as filled
+    "cpubone": [
+        (r"\.upsampling\.0\.(weight|bias)$", 0.2),
+        (r"\.total\.0\.1\.main\.3\.(weight|bias)$", 0.2),
+        (r"\.total\.1\.main\.point_conv\.norm\.weight$", 0.2),
+        (r"^(stem|stages\.[01])\.[1-9]\d*\.main\.point_conv\.norm\.weight$", 0.2),
+    ],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
     "unireplknet": [(r"blocks\.\d+\.gamma$", 0.2)],
 }
