@@ -1,0 +1,80 @@
+"""scikit-learn's 1,797 real handwritten digits (UCI "Optical Recognition of Handwritten Digits",
+its test part) written out as an image folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from backbones.errors import MissingDependencyError
+from backbones.train.images import DataError
+
+__all__ = ["write_digits"]
+
+PIXELS = 32  # side of the pictures: four times the 8x8 of the originals
+HELD_OUT = 0.2
+MINIMUM = 30  # one image of each digit held out
+OURS = re.compile(r"(train|val)/\d/\d{4}\.png")
+
+
+def write_digits(root: str | Path, *, limit: int | None = None) -> tuple[int, int]:
+    """Write the digits as ``root/{train,val}/<digit>/<number>.png``; a fifth of each class is val.
+
+    The split is drawn once and for all, with a fixed seed, and stratified by class.
+
+    Args:
+        root: the folder to fill; files of an earlier call are replaced.
+        limit: use only that many images, evenly over the classes.
+
+    Returns:
+        Numbers of training and of validation images.
+
+    Raises:
+        MissingDependencyError: scikit-learn is not installed.
+        DataError: the folder holds other files, or `limit` is too small.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingDependencyError(
+            'the digits come with scikit-learn; pip install "backbones[quickstart]"'
+        ) from error
+    if limit is not None and limit < MINIMUM:
+        raise DataError(f"{limit} images are too few to learn and test ten digits; use {MINIMUM}")
+    root = Path(root)
+    _clear(root)
+    digits = load_digits()
+    rng = np.random.default_rng(0)
+    counts = {"train": 0, "val": 0}
+    for label in range(10):
+        members = rng.permutation(np.flatnonzero(digits.target == label))
+        if limit is not None:
+            members = members[: limit // 10]
+        held_out = round(len(members) * HELD_OUT)
+        for split, chosen in (("val", members[:held_out]), ("train", members[held_out:])):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            counts[split] += len(chosen)
+            for index in chosen:
+                _picture(digits.images[index]).save(folder / f"{index:04d}.png")
+    return counts["train"], counts["val"]
+
+
+def _picture(values: np.ndarray) -> Image.Image:
+    # Values run from 0 to 16.
+    gray = Image.fromarray((values * (255 / 16)).round().astype(np.uint8))
+    return gray.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+
+
+def _clear(root: Path) -> None:
+    if not root.exists():
+        return
+    files = [p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir()]
+    other = next((name for name in files if not OURS.fullmatch(name)), None)
+    if other is not None:
+        raise DataError(f"{root} holds {other}, which is not of the digits; give another folder")
+    shutil.rmtree(root)
