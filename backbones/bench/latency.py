@@ -1,0 +1,114 @@
+"""Latency of callables after warm-up, candidates in alternation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from backbones.errors import ConfigError
+
+__all__ = ["Latency", "compare_latency", "measure"]
+
+RUNS_A_TURN = 5
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds a call: median, 90th percentile, and how many calls they are of."""
+
+    median_ms: float
+    p90_ms: float
+    runs: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.2f} ms (p90 {self.p90_ms:.2f} ms, {self.threads} threads)"
+
+
+def measure(
+    function: Callable[[Any], Any],
+    input: Any,
+    *,
+    threads: int | None = None,
+    warmup_s: float = 0.3,
+    seconds: float = 1.5,
+) -> Latency:
+    """Measure one callable; see `compare_latency`."""
+    return compare_latency(
+        {"it": function}, input, threads=threads, warmup_s=warmup_s, seconds=seconds
+    )["it"]
+
+
+def compare_latency(
+    candidates: Mapping[str, Callable[[Any], Any]],
+    input: Any,
+    *,
+    threads: int | None = None,
+    warmup_s: float = 0.3,
+    seconds: float = 1.5,
+) -> dict[str, Latency]:
+    """Measure several callables on the same input, taking turns.
+
+    What else happens on the machine then falls on all alike. The first call of a turn refills the
+    caches and is not counted. Modules are measured as they are: the caller chooses eval mode.
+
+    Args:
+        candidates: callables by name.
+        input: what each is called with.
+        threads: PyTorch's threads meanwhile; other engines fix theirs when they are made.
+        warmup_s: seconds of unmeasured calls of each candidate, at least two calls.
+        seconds: seconds of measurement of each candidate, at least two turns.
+
+    Raises:
+        ConfigError: no candidates, or fewer than one thread.
+    """
+    if not candidates:
+        raise ConfigError("nothing to measure: no candidates")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch_threads(threads), torch.inference_mode():
+        for function in candidates.values():
+            end = time.perf_counter() + warmup_s
+            function(input)
+            function(input)
+            while time.perf_counter() < end:
+                function(input)
+        end = time.perf_counter() + seconds * len(candidates)
+        turns = 0
+        while turns < 2 or time.perf_counter() < end:
+            for name, function in candidates.items():
+                function(input)
+                times[name].extend(timed(function, input) for _ in range(RUNS_A_TURN))
+            turns += 1
+        granted = torch.get_num_threads()
+    return {
+        name: Latency(
+            float(np.median(values)), float(np.percentile(values, 90)), len(values), granted
+        )
+        for name, values in times.items()
+    }
+
+
+def timed(function: Callable[[Any], Any], input: Any) -> float:
+    """Return the milliseconds of one call."""
+    start = time.perf_counter()
+    function(input)
+    return (time.perf_counter() - start) * 1e3
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Set PyTorch's number of threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
