@@ -101,7 +101,7 @@ def test_the_file_says_what_it_is(exported):
 
 
 def test_a_runner_takes_tensors_and_arrays(exported):
-    model, report = exported
+    _, report = exported
     runner = OnnxRuntimeRunner(report.path, threads=1)
     assert runner.threads == 1
     images = torch.randn(2, 64, 64, 3).permute(0, 3, 1, 2)  # not contiguous

@@ -1,0 +1,135 @@
+"""``backbones predict``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import (
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_model_data_config,
+)
+from torch import nn
+from tqdm import tqdm
+
+import backbones
+from backbones.cli.parsing import command, json_flag, positive
+from backbones.errors import CheckpointError, ConfigError
+from backbones.train import DataError, open_image
+from backbones.weights import read_metadata
+
+__all__ = ["add_parser", "run"]
+
+DEFAULT_MODEL = "convnext_tiny"
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Describe the command."""
+    parser = command(
+        commands,
+        "predict",
+        "name what is on images",
+        "backbones predict cat.jpg dog.jpg --model convnext_tiny --top-k 3\n"
+        "         backbones predict digit.png --checkpoint quickstart-output/model.safetensors",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--model",
+        help="model name; its pretrained weights are downloaded unless --checkpoint is given"
+        f" (default: the checkpoint's, else {DEFAULT_MODEL})",
+    )
+    parser.add_argument(
+        "--checkpoint", help="weights to use; files saved by this package say which model they are"
+    )
+    parser.add_argument(
+        "--top-k", type=positive, default=5, help="classes to print an image (default: 5)"
+    )
+    json_flag(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the likeliest classes of each image; bad images are named before anything is run."""
+    check_images(args.images)
+    model, classes = load(args.model, args.checkpoint)
+    transform = create_transform(**resolve_model_data_config(model))
+    mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
+    answers = []
+    for path in tqdm(args.images, unit="image", leave=False, disable=None):
+        with torch.inference_mode():
+            scores = model(transform(open_image(path, mode))[None])[0].softmax(dim=0)
+        top = scores.topk(min(args.top_k, len(scores)))
+        found = [
+            {"class": classes[i] if classes else f"class {i}", "index": i, "probability": p}
+            for p, i in zip(top.values.tolist(), top.indices.tolist())
+        ]
+        answers.append({"image": path, "predictions": found})
+    if args.json:
+        print(json.dumps(answers))
+        return 0
+    for answer in answers:
+        print(answer["image"])
+        for guess in answer["predictions"]:
+            print(f"  {guess['probability']:7.2%}  {guess['class']}")
+    return 0
+
+
+def check_images(paths: list[str]) -> None:
+    """Decode every image once.
+
+    Raises:
+        DataError: names every file that is no image.
+    """
+    problems = []
+    for path in paths:
+        try:
+            open_image(path)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n       ".join(problems))
+
+
+def load(name: str | None, checkpoint: str | None) -> tuple[nn.Module, list[str] | None]:
+    """Return the model in eval mode and its class names, where known.
+
+    Raises:
+        BackbonesError: the model or its weights cannot be had.
+    """
+    saved = describe(checkpoint) if checkpoint else {}
+    name = name or saved.get("name") or (None if checkpoint else DEFAULT_MODEL)
+    if name is None:
+        raise ConfigError(f"{checkpoint} does not say which model it is of; add --model NAME")
+    matches = saved.get("name") == name
+    overrides: dict[str, Any] = {}
+    if matches and not saved.get("arguments") and saved.get("classes"):
+        overrides["num_classes"] = len(saved["classes"])  # a model of timm's own
+    model = backbones.create_model(
+        name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **overrides
+    ).eval()
+    if matches:
+        cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        cfg.update(saved.get("input") or {})
+        if saved.get("classes"):
+            return model, saved["classes"]
+    subset = infer_imagenet_subset(model)
+    return model, ImageNetInfo(subset).label_descriptions() if subset else None
+
+
+def describe(checkpoint: str) -> dict[str, Any]:
+    """Return what a checkpoint saved by this package says of itself; empty for others'.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if not Path(checkpoint).is_file():
+        raise ConfigError(f"{checkpoint}: no such file; check the path given as --checkpoint")
+    try:
+        return dict(read_metadata(checkpoint).get("backbones") or {})
+    except CheckpointError:
+        return {}  # of another format; whether it is intact is seen when it is read

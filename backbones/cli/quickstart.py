@@ -1,0 +1,111 @@
+"""``backbones quickstart``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from backbones import quickstart
+from backbones.cli.parsing import command, positive
+from backbones.train import Update
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Describe the command."""
+    default = quickstart.QuickstartConfig()
+    parser = command(
+        commands,
+        "quickstart",
+        "train a small model on handwritten digits, check it, export it and compare",
+        "backbones quickstart --output quickstart-output",
+    )
+    parser.add_argument("--model", default=default.model, help="(default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=default.output, help="folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--epochs", type=positive, default=default.epochs, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=positive, default=default.size, help="pixels a side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=default.batch_size, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lr", type=float, default=default.lr, help="learning rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="of training (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=positive, help="use only that many images (default: all)")
+    parser.add_argument(
+        "--min-top1",
+        type=float,
+        default=default.min_top1,
+        help="percent of held-out images to get right, else exit code 1 (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=positive, help="(default: PyTorch's)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the main job; exit code 1 where validation stays below the bar."""
+    config = quickstart.QuickstartConfig(
+        model=args.model,
+        output=args.output,
+        epochs=args.epochs,
+        size=args.size,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        limit=args.limit,
+        min_top1=args.min_top1,
+        threads=args.threads,
+    )
+    with Bar() as bar:
+        report = quickstart.run(config, lambda line: print(line, flush=True), bar.update)
+    names = ", ".join(quickstart.RESULTS)
+    print(f"{config.output} holds {names}, after {report['seconds']:.0f} s in all")
+    if not report["passed"]:
+        print(
+            f"error: {report['top1']:.2f} % of the held-out images are right, below the"
+            f" {report['min_top1']} % asked for; train longer with --epochs or lower --min-top1",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+class Bar:
+    """A progress bar over the steps of training; none where the output is no terminal."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def update(self, update: Update) -> None:
+        """Advance by one step."""
+        if self.bar is None:
+            self.bar = tqdm(total=update.steps, unit="step", leave=False, disable=None)
+        self.bar.set_postfix(epoch=update.epoch, loss=f"{update.loss:.3f}", refresh=False)
+        self.bar.update()
+        if update.step == update.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

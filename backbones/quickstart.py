@@ -1,0 +1,275 @@
+"""The main job in one call: images in, a trained, checked and exported model out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants as hub
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.utils import random_seed
+from torch import nn
+
+from backbones.bench import compare_latency
+from backbones.engines import OnnxRuntimeRunner, compare, export
+from backbones.engines.optional import optional_import
+from backbones.errors import BackbonesError, ConfigError, ExportError
+from backbones.factory import create_model, model_info
+from backbones.train import (
+    Evaluation,
+    ImageFolder,
+    TrainConfig,
+    Update,
+    eval_loader,
+    evaluate,
+    fit,
+    image_folder,
+    set_input,
+    train_loader,
+)
+from backbones.train.digits import write_digits
+from backbones.train.pictures import draw_predictions
+from backbones.weights import save_checkpoint
+
+__all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]
+
+DEFAULT_MODEL = "cpubone_nano"
+HUB_TIMEOUT_S = 5.0
+RESULTS = ("model.safetensors", "model.onnx", "report.json", "predictions.png")
+NEEDS = ("onnx", "onnxscript", "onnxruntime", "sklearn", "matplotlib")
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """What to train, how long and where the results go.
+
+    `limit` takes only so many of the images, `min_top1` (percent) is what validation must reach,
+    `threads` None means PyTorch's default.
+    """
+
+    model: str = DEFAULT_MODEL
+    output: Path = Path("quickstart-output")
+    epochs: int = 10
+    size: int = 64
+    batch_size: int = 32
+    lr: float = 2e-3
+    seed: int = 0
+    limit: int | None = None
+    min_top1: float = 98.5
+    threads: int | None = None
+
+
+def run(
+    config: QuickstartConfig,
+    say: Callable[[str], None],
+    progress: Callable[[Update], None] | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a small model on handwritten digits, validate, save, export and compare it.
+
+    The output folder then holds ``digits/`` (the image folder), ``model.safetensors``,
+    ``model.onnx``, ``report.json`` and ``predictions.png``.
+
+    Args:
+        config: what to do.
+        say: takes lines for people, one a step.
+        progress: called after every optimizer step.
+
+    Returns:
+        What ``report.json`` holds; ``passed`` is whether validation reached `min_top1`.
+
+    Raises:
+        BackbonesError: a step failed; files of finished steps are in the output folder.
+    """
+    started, output = time.perf_counter(), config.output
+    check(config)
+    info, training = model_info(config.model), recipe(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    output.mkdir(parents=True, exist_ok=True)
+
+    counts = write_digits(output / "digits", limit=config.limit)
+    for name in RESULTS:  # an earlier run's results must not pass for this one's
+        (output / name).unlink(missing_ok=True)
+    say(f"[1/6] {counts[0]} + {counts[1]} handwritten digits are in {output / 'digits'}")
+    random_seed(config.seed)
+    model, beginning = starting_point(config.model, len(info.weights) > 0)
+    set_input(model, config.size)
+    data_config = resolve_model_data_config(model)
+    train_set = image_folder(output / "digits", "train")
+    classes = train_set.classes
+    val_set = image_folder(output / "digits", "val", classes=classes)
+    val_batches = eval_loader(val_set, data_config)
+    say(f"[2/6] training {config.model}, {training.epochs} epochs at {config.size}x{config.size};")
+    say(f"      {beginning}")
+    trained = fit(model, train_loader(train_set, training, data_config), None, training, progress)
+    result = evaluate(model, val_batches)
+    passed = result.top1 >= config.min_top1
+    say(
+        f"[3/6] validation: {result.correct} of {result.count} right, {result.top1:.2f} % top-1,"
+        f" after {trained.seconds:.0f} s of training"
+    )
+
+    facts = {"trained_on": "scikit-learn digits", "start": beginning}
+    checkpoint = save_checkpoint(
+        model, output / "model.safetensors", classes=classes, provenance=facts
+    )
+    exported = export(model, output / "model.onnx", classes=classes)
+    runner = OnnxRuntimeRunner(exported.path)
+    say(f"[4/6] saved {checkpoint} and {exported.path} ({exported.bytes / 1e6:.1f} MB)")
+    by_file = evaluate(runner, val_batches)
+    agreement = compare(result.logits, by_file.logits)
+    if agreement.top1_agreement < 1:
+        raise ExportError(
+            f"{exported.path}: ONNX Runtime and the model name the same class for only"
+            f" {agreement.top1_agreement:.2%} of the held-out images"
+        )
+    say(
+        f"[5/6] ONNX Runtime on the held-out images: {by_file.top1:.2f} % top-1, the same class"
+        f" for all {agreement.count}, largest difference of a logit {agreement.max_error:.1e}"
+    )
+    image = torch.randn(1, *data_config["input_size"])
+    latencies = compare_latency({"pytorch": model, "onnxruntime": runner}, image)
+    before, after = latencies["pytorch"], latencies["onnxruntime"]
+    say(f"[6/6] latency of one image before, PyTorch: {before}")
+    say(
+        f"      and after, ONNX Runtime: {after}, {before.median_ms / after.median_ms:.1f}x as fast"
+    )
+
+    title = f"{config.model}: {result.correct} of {result.count} right; mistakes first, in red"
+    draw_predictions(
+        output / "predictions.png",
+        val_set,
+        result.predictions,
+        result.targets,
+        classes=classes,
+        title=title,
+    )
+    report = {
+        "passed": passed,
+        "model": config.model,
+        "start": beginning,
+        "top1": result.top1,
+        "min_top1": config.min_top1,
+        "onnx_top1": by_file.top1,
+        "agreement": dataclasses.asdict(agreement),
+        "latency": {name: dataclasses.asdict(value) for name, value in latencies.items()},
+        "mistakes": mistakes(val_set, result),
+        "images": {"train": counts[0], "val": counts[1]},
+        "training": dataclasses.asdict(training),
+        "history": [dataclasses.asdict(epoch) for epoch in trained.epochs],
+        "export": exported.as_dict(),
+        "versions": versions(),
+        "training_seconds": trained.seconds,
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(output / "report.json", report)
+    return report
+
+
+def check(config: QuickstartConfig) -> None:
+    """Refuse what cannot work before anything is written.
+
+    Raises:
+        BackbonesError: a package is missing, or the model, the size or the output do not fit.
+    """
+    for package in NEEDS:
+        optional_import(package, "quickstart")
+    if config.output.exists() and not config.output.is_dir():
+        raise ConfigError(f"{config.output} is a file; give a folder as output")
+    model_info(config.model)
+    recipe(config)
+    model = create_model(config.model, num_classes=10, device="meta")
+    model(torch.empty(2, 3, config.size, config.size, device="meta"))
+
+
+def recipe(config: QuickstartConfig) -> TrainConfig:
+    """Return the training recipe: digits are not mirrored, and cropped with care."""
+    return TrainConfig(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        warmup_epochs=min(1.0, config.epochs / 4),
+        scale=(0.65, 1.0),
+        ratio=(0.8, 1.25),
+        hflip=0.0,
+        seed=config.seed,
+    )
+
+
+def starting_point(name: str, has_weights: bool) -> tuple[nn.Module, str]:
+    """Return a ten-class model and a sentence on where its weights come from.
+
+    Pretrained weights are taken where the Hub answers within five seconds (or, with
+    ``HF_HUB_OFFLINE``, where they are in its cache); otherwise training starts from scratch.
+    """
+    reason = None if has_weights else f"no weights of {name} were released"
+    if reason is None and not hub.HF_HUB_OFFLINE and not hub_answers():
+        reason = f"{hub.ENDPOINT} does not answer within {HUB_TIMEOUT_S:.0f} s"
+    if reason is None:
+        try:
+            model = create_model(name, pretrained=True, num_classes=10)
+            return model, f"starting from pretrained weights, {model.pretrained_cfg['tag']}"  # type: ignore[index]
+        except BackbonesError as error:
+            reason = str(error)
+    return create_model(name, num_classes=10), f"starting from scratch: {reason}"
+
+
+def hub_answers(timeout: float = HUB_TIMEOUT_S) -> bool:
+    """Return whether the Hub (``HF_ENDPOINT``) answers in time, with whatever status."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=timeout).close()
+        except urllib.error.HTTPError:
+            pass  # a status is an answer
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    # A thread of its own, because resolving a name obeys no timeout.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout)
+    return answered.is_set()
+
+
+def mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:
+    """Return file, true and predicted class of every mistake."""
+    wrong = (result.predictions != result.targets).nonzero().flatten().tolist()
+    return [
+        {
+            "file": str(dataset.path(index)),
+            "true": dataset.classes[int(result.targets[index])],
+            "predicted": dataset.classes[int(result.predictions[index])],
+        }
+        for index in wrong
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions and the processor that the figures were made with."""
+    names = ("onnx", "onnxruntime", "onnxscript")
+    found = {name: optional_import(name, "quickstart").__version__ for name in names}
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    return {"torch": str(torch.__version__), "timm": timm.__version__, **found, **machine}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
