@@ -1,0 +1,74 @@
+"""Float32 is close to float64 and the half types stay finite, with weights of realistic size."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from damping import DAMPING
+from golden import fill
+from tiers import by_size, smallest_of_each_family
+
+import backbones
+from backbones.registry import registry
+
+EACH = pytest.mark.parametrize("name", by_size())
+# Freshly filled branches are as strong as their identities; no trained model's are.
+GAMMA = [(r"\.gamma$", 0.2)]
+
+
+def filled(name: str) -> torch.nn.Module:
+    """The model in float64 with the golden files' values, residual branches damped."""
+    model = backbones.create_model(name, dtype=torch.float64).eval()
+    rules = DAMPING.get(registry.variants[name].family, GAMMA)
+    state = {}
+    for key, value in model.state_dict().items():
+        state[key] = fill(key, tuple(value.shape)) if value.is_floating_point() else value
+        for pattern, factor in rules:
+            if re.search(pattern, key):
+                state[key] = state[key] * factor
+    model.load_state_dict(state)
+    return model
+
+
+@EACH
+@torch.no_grad()
+def test_float32_is_close_to_float64(name):
+    model = filled(name)
+    side = 96 if model.feature_info[-1]["reduction"] == 32 else 128
+    x = fill("input", (1, 3, side, side))
+    expected = model(x)
+    error = (model.float()(x.float()).double() - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+
+
+@EACH
+@pytest.mark.parametrize("size", [(96, 96), (384, 128)], ids=["96x96", "384x128"])
+@torch.no_grad()
+def test_half_types_stay_finite(name, size):
+    model = filled(name)
+    x = fill("input", (1, 3, *size))
+    for dtype in (torch.bfloat16, torch.float16):
+        output = model.to(dtype)(x.to(dtype))
+        assert output.dtype == dtype
+        assert torch.isfinite(output).all(), dtype
+
+
+@EACH
+@pytest.mark.slow
+@torch.no_grad()
+def test_half_types_stay_finite_at_the_native_size(name):
+    model = filled(name)
+    x = fill("input", (1, *backbones.model_info(name).input_size))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.isfinite(model.to(dtype)(x.to(dtype))).all(), dtype
+
+
+@pytest.mark.parametrize("name", smallest_of_each_family())
+@torch.no_grad()
+def test_autocast_stays_finite(name):
+    model = filled(name).float()
+    x = fill("input", (1, 3, 96, 96)).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(model(x)).all()
