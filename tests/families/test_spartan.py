@@ -60,12 +60,15 @@ def test_our_own_layout_and_our_own_file_are_read_too(custom_file, tmp_path):
             assert torch.equal(twin.state_dict()[key], value), key
 
 
-def test_what_the_user_asks_for_wins(custom_file):
+def test_what_the_user_asks_for_wins(custom_file, tmp_path):
     model = backbones.create_model(
         "spartan", checkpoint_path=custom_file, num_classes=5, in_chans=1
     )
     assert model.head.fc.weight.shape == (5, 160)
     assert model.stem[0].conv.weight.shape[1] == 1
+    torch.save(model.state_dict(), tmp_path / "narrow.pth")
+    twin = backbones.create_model("spartan", checkpoint_path=tmp_path / "narrow.pth")
+    assert (twin.num_classes, twin.in_chans) == (5, 1)
 
 
 def test_family_name_without_a_file():
@@ -81,6 +84,9 @@ def test_files_of_other_families_and_families_that_cannot_tell(tmp_path):
     torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth: SpaRTAN cannot tell"):
         backbones.create_model("spartan", checkpoint_path=tmp_path / "other.pth")
+    torch.save({"stem.0.conv.weight": torch.ones(8, 3, 3, 3)}, tmp_path / "stem.pth")
+    with pytest.raises(CheckpointError, match=r"stem\.pth: SpaRTAN cannot tell"):
+        backbones.create_model("spartan", checkpoint_path=tmp_path / "stem.pth")
     with pytest.raises(CheckpointError, match="ConvNeXt cannot tell"):
         backbones.create_model("convnext", checkpoint_path=tmp_path / "other.pth")
 
