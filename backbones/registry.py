@@ -160,7 +160,7 @@ def _resolve_cfg(
 def pretrained_cfg_of(variant: Variant, entry: WeightsEntry | None) -> PretrainedCfg:
     """Return timm's description of a tag, or of an untrained variant for None."""
     model_class = registry.model_class(variant.family)
-    names = model_class.classifier_names
+    names = model_class.classifiers(variant.arguments)
     common: dict[str, Any] = {
         "architecture": variant.timm_name or variant.name,
         "first_conv": model_class.first_conv,

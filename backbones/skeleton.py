@@ -58,6 +58,7 @@ class StagedBackbone(nn.Module):
     layouts: ClassVar[Mapping[str, Layout]] = {}
     derived_keys: ClassVar[tuple[str, ...]] = ()  # entries that the model computes itself
     auxiliary_keys: ClassVar[tuple[str, ...]] = ()  # entries that exist with aux_head=True only
+    resizable_keys: ClassVar[tuple[str, ...]] = ()  # entries as long as a checkpoint has them
     no_decay_patterns: ClassVar[tuple[str, ...]] = ()
     dilatable: ClassVar[bool] = False  # whether output_stride 8 and 16 are possible
 
@@ -335,6 +336,11 @@ class StagedBackbone(nn.Module):
         classifier = self.head.get_classifier()
         self.init_layer(classifier, self.classifier_names[0])
         self._scale_classifier()
+
+    @classmethod
+    def classifiers(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the classifiers that a model of these arguments has."""
+        return cls.classifier_names
 
     # Training helpers.
 

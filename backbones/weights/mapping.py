@@ -153,6 +153,7 @@ def _try(
         if key in target.present:
             own = target.present[key].shape
             free = ignore_classifier and target.is_classifier(key)
+            free |= target.is_resizable(key) and tensor.shape[:-1] == own[:-1]
             fitted = tensor if free else _fit(tensor, own, key in any_input_channels)
             if fitted is None:
                 attempt.mismatched.append(

@@ -35,6 +35,7 @@ class Target:
         self.classifiers: tuple[str, ...] = tuple(getattr(self.module, "classifier_names", ()))
         self._derived = _any_of(getattr(self.module, "derived_keys", ()))
         self._auxiliary = _any_of(getattr(self.module, "auxiliary_keys", ()))
+        self._resizable = _any_of(getattr(self.module, "resizable_keys", ()))
 
     @property
     def name(self) -> str:
@@ -60,6 +61,10 @@ class Target:
     def is_absent_auxiliary(self, key: str) -> bool:
         """Whether the entry belongs to an auxiliary head that this model was built without."""
         return key not in self.present and bool(self._auxiliary and self._auxiliary.search(key))
+
+    def is_resizable(self, key: str) -> bool:
+        """Whether the model takes the entry's last dimension from a checkpoint."""
+        return bool(self._resizable and self._resizable.search(key))
 
     def is_classifier(self, key: str) -> bool:
         """Whether the entry belongs to a final classifier layer."""
