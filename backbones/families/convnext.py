@@ -1,22 +1,26 @@
-"""ConvNeXt V1 and V2, and the kernel-size and partial-convolution variants of InceptionNeXt's paper.
+"""ConvNeXt V1 and V2, the convolution variants of InceptionNeXt's paper, and ConvNeXt-DCLS.
 
-Sources: "A ConvNet for the 2020s" (arXiv 2201.03545), "ConvNeXt V2" (arXiv 2301.00808) and, for
-`kernel_sizes` and `conv_ratio`, section 3.1 of "InceptionNeXt" (arXiv 2303.16900).
+Sources: "A ConvNet for the 2020s" (arXiv 2201.03545), "ConvNeXt V2" (arXiv 2301.00808), for
+`kernel_sizes` and `conv_ratio` section 3.1 of "InceptionNeXt" (arXiv 2303.16900), and for `points`
+"Dilated convolution with learnable spacings" (arXiv 2112.03740), section 4.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, create_conv2d
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, create_conv2d, trunc_normal_
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from backbones.config import PerStage
-from backbones.layers import ChannelMlp, Head, norm_conv_downsample
-from backbones.skeleton import StagedBackbone, StagePlan, per_stage
+from backbones.errors import CheckpointError, ConfigError
+from backbones.layers import ChannelMlp, Head, SpacedConv, norm_conv_downsample
+from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
 
@@ -37,7 +41,7 @@ class PartialConv(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + gamma * mlp(norm(conv_dw(x)))``, the norm over channels (arXiv 2201.03545, figure 4)."""
+    """``x + gamma * mlp(norm(conv_dw(x)))``, the norm over channels (2201.03545, figure 4)."""
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class Block(nn.Module):
         *,
         kernel_size: int,
         conv_ratio: float,
+        points: int | None,
         dilation: int,
         conv_mlp: bool,
         use_grn: bool,
@@ -53,8 +58,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.channels_last = not conv_mlp
-        if conv_ratio < 1:
-            self.conv_dw: nn.Module = PartialConv(dim, int(dim * conv_ratio), kernel_size, dilation)
+        if points:
+            self.conv_dw: nn.Module = SpacedConv(dim, kernel_size, points, dilation)
+        elif conv_ratio < 1:
+            self.conv_dw = PartialConv(dim, int(dim * conv_ratio), kernel_size, dilation)
         else:
             self.conv_dw = create_conv2d(
                 dim, dim, kernel_size, dilation=dilation, depthwise=True, bias=True
@@ -66,8 +73,8 @@ class Block(nn.Module):
         )
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_dw(x)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        y = self.conv_dw(x) if positions is None else self.conv_dw(x, positions)
         if self.channels_last:
             y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         else:
@@ -75,6 +82,22 @@ class Block(nn.Module):
         if self.gamma is not None:
             y = y * self.gamma.view(1, -1, 1, 1)
         return x + self.drop_path(y)
+
+
+class SpacedStage(Stage):
+    """A stage whose blocks share the positions of their kernels' points, (2, C, n)."""
+
+    def __init__(
+        self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, points: int
+    ) -> None:
+        super().__init__(downsample, blocks)
+        self.positions = nn.Parameter(torch.empty(2, dim, points))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = block(x, self.positions)
+        return x
 
 
 class ConvNeXt(StagedBackbone):
@@ -85,14 +108,21 @@ class ConvNeXt(StagedBackbone):
         dims: channels of each stage.
         kernel_sizes: depthwise kernel size.
         conv_ratio: share of the channels that the depthwise convolution sees (the last ones).
+        points: make each kernel of this many points whose positions are learned, shared by the
+            stage's blocks (DCLS); None for dense kernels. Training wants no weight decay and five
+            times the learning rate for positions, and :meth:`clamp_positions` after each step.
         conv_mlp: pointwise layers as 1x1 convolutions instead of linear layers.
         use_grn: global response norm in the MLP (V2).
         ls_init_value: initial layer scale; None for no layer scale (V2).
         stem_type: ``patch`` (4x4 stride 4), or two 3x3 convolutions of stride 2 with equal widths
             (``overlap``) or half the width first (``overlap_tiered``).
+
+    Raises:
+        ConfigError: `points` below one, with an even kernel size or with `conv_ratio`.
     """
 
     dilatable = True
+    no_decay_patterns = (r"\.positions$",)
     layouts = {
         "authors": (
             (r"^downsample_layers\.0\.", "stem."),
@@ -113,6 +143,7 @@ class ConvNeXt(StagedBackbone):
         dims: Sequence[int],
         kernel_sizes: PerStage[int] = 7,
         conv_ratio: float = 1.0,
+        points: int | None = None,
         conv_mlp: bool = False,
         use_grn: bool = False,
         ls_init_value: float | None = 1e-6,
@@ -122,9 +153,18 @@ class ConvNeXt(StagedBackbone):
         super().__init__(dims, depths, **common)
         self.stem_type = stem_type
         self.kernel_sizes = per_stage(kernel_sizes, len(dims), "kernel_sizes")
+        self.points = points
+        if points is not None:
+            odd = all(size % 2 for size in self.kernel_sizes)
+            if points < 1 or conv_ratio < 1 or not odd:
+                raise ConfigError(
+                    f"points={points} must be positive and needs odd kernel_sizes (got"
+                    f" {self.kernel_sizes}) and conv_ratio=1 (got {conv_ratio})"
+                )
         self.block = partial(
             Block,
             conv_ratio=conv_ratio,
+            points=points,
             conv_mlp=conv_mlp,
             use_grn=use_grn,
             ls_init_value=ls_init_value,
@@ -159,6 +199,52 @@ class ConvNeXt(StagedBackbone):
             drop_path=drop_path,
         )
 
+    def build_stage(self, plan: StagePlan, drop_path: Sequence[float]) -> nn.Module:
+        stage = super().build_stage(plan, drop_path)
+        if not self.points or not isinstance(stage, Stage):
+            return stage
+        return SpacedStage(stage.downsample, list(stage.blocks), plan.dim, self.points)
+
     def build_head(self, **common: Any) -> Head:
         dim = self.plans[-1].dim
         return Head(dim, vectors={"norm": LayerNorm(dim, eps=EPS)}, **common)
+
+    def init_layer(self, module: nn.Module, name: str) -> None:
+        super().init_layer(module, name)
+        if isinstance(module, SpacedConv):
+            trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, SpacedStage):
+            nn.init.normal_(module.positions, std=0.5)
+            self.clamp_positions()
+
+    def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and isinstance(stage, SpacedStage)):
+            return super().run_stage(stage, x)
+        blocks = [partial(block, positions=stage.positions) for block in stage.blocks]
+        return checkpoint_seq(blocks, stage.downsample(x))
+
+    @torch.no_grad()
+    def clamp_positions(self) -> None:
+        """Move points that left their kernels back to the border; for use in training."""
+        for stage, size in zip(self.stages, self.kernel_sizes):
+            if isinstance(stage, SpacedStage):
+                stage.positions.clamp_(-(size // 2), size // 2)
+
+    def complete_checkpoint(self, tensors: Tensors) -> Tensors:
+        """Bring the positions that the authors' layout repeats in every block to their stage.
+
+        Raises:
+            CheckpointError: blocks of one stage disagree.
+        """
+        for key in list(tensors):
+            match = re.fullmatch(r"(stages\.\d+)\.blocks\.\d+\.conv_dw\.P", key)
+            if match is None:
+                continue
+            shared, positions = f"{match[1]}.positions", tensors.pop(key)
+            if not torch.equal(tensors.setdefault(shared, positions), positions):
+                raise CheckpointError(
+                    f"{key!r} differs from the positions of another block of its stage; the blocks"
+                    " of a ConvNeXt-DCLS stage share theirs, so this is no checkpoint of one"
+                )
+        return tensors

@@ -2,6 +2,7 @@
 
 from backbones.layers.conv_mlp import ConvMlp, ResidualConv
 from backbones.layers.conv_norm import conv_norm
+from backbones.layers.dcls import SpacedConv
 from backbones.layers.dilated_reparam import DILATED_REPARAM_LAYOUT, DilatedReparamConv
 from backbones.layers.downsample import norm_conv_downsample
 from backbones.layers.dynamic_conv import DynamicConv
@@ -21,6 +22,7 @@ __all__ = [
     "Head",
     "LayerScale",
     "ResidualConv",
+    "SpacedConv",
     "conv_norm",
     "fx_leaf",
     "norm_conv_downsample",
