@@ -99,6 +99,13 @@ def test_kernel_is_the_sum_of_its_points(size):
     torch.testing.assert_close(kernel_from_points(weight, positions, size), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_types_round_only_the_finished_kernel(dtype):
+    weight, positions = torch.randn(4, 20).to(dtype), (4 * torch.randn(2, 4, 20)).to(dtype)
+    expected = kernel_from_points(weight.float(), positions.float(), 17).to(dtype)
+    torch.testing.assert_close(kernel_from_points(weight, positions, 17), expected, rtol=0, atol=0)
+
+
 def test_kernel_gradients():
     weight = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     positions = torch.empty(2, 2, 5, dtype=torch.float64).uniform_(0.1, 0.9) - 1
