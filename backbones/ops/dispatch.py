@@ -65,3 +65,12 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def is_symbolic(*sizes: int) -> bool:
     """Whether a size is left open in the graph being recorded (a dynamic height or width)."""
     return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def fixed(size: int) -> int:
+    """`size` as a plain integer, whatever records: to unroll loops and to look tables up.
+
+    ``torch.jit.trace`` hands out tensors for sizes and ``torch.compile`` may hold them open, also
+    through ``int()``; a range has to be of definite length.
+    """
+    return len(range(size))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,7 +25,6 @@ from backbones.ops.dispatch import (
 from backbones.ops.tiles import Tile, split_map, window_starts
 
 
-@register_notrace_function
 def neighborhood_aggregation(value: Tensor, attention: Tensor, kernel_size: int) -> Tensor:
     """Aggregate `value` over each position's window with that position's weights.
 
@@ -64,7 +62,6 @@ def neighborhood_aggregation(value: Tensor, attention: Tensor, kernel_size: int)
         return out.to(value.dtype)
 
 
-@register_notrace_function
 def neighborhood_bias(table: Tensor, size: tuple[int, int]) -> Tensor:
     """Spread a table of relative position biases over a map, in the layout of attention weights.
 

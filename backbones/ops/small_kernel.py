@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,7 +21,6 @@ from backbones.ops.dispatch import at_least_float32, is_recorded, reference_acti
 _ONE_GO = 300_000
 
 
-@register_notrace_function
 def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
     """Sum each k x k neighborhood of `x` with the weights of its position.
 

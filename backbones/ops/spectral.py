@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor
 
 from backbones.errors import InputSizeError
 from backbones.ops.dispatch import (
     at_least_float32,
+    fixed,
     is_recorded,
-    is_symbolic,
     reference_active,
     without_autocast,
 )
-from backbones.ops.fourier import Dense, Separable, dense, separable
+from backbones.ops.fourier import dense, separable
 
 # On the CPU matrix products beat the fast Fourier transform up to this map side, and one matrix
 # for both axes beats one for each up to this many positions (scripts/measure_ops.py).
@@ -27,7 +26,6 @@ _MATRIX_SIDE = 32
 _DENSE_POSITIONS = 144
 
 
-@register_notrace_function
 def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
     """Filter `x` in the frequency domain: ``irfft2(rfft2(x) * filter)``, orthonormal transforms.
 
@@ -58,12 +56,11 @@ def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
         if reference_active() or not _matrices_pay(x):
             out = _reference(signal, filter_)
         else:
-            size = (int(height), int(width))  # torch.jit.trace hands out tensors for sizes
-            single = dtype == torch.float32
-            if size[0] * size[1] <= _DENSE_POSITIONS:
-                out = _by_one_matrix(signal, filter_, dense(*size, single))
-            else:
-                out = _axis_by_axis(signal, filter_, separable(*size, single))
+            matrices = _matrices(fixed(height), fixed(width), dtype == torch.float32)
+            matrices = tuple(matrix.to(x.device) for matrix in matrices)
+            # All axes at once takes one matrix each way, axis by axis two and an index.
+            multiply = _at_once if len(matrices) == 2 else _axis_by_axis
+            out = multiply(signal, filter_, matrices)
         return out.to(x.dtype)
 
 
@@ -77,7 +74,7 @@ def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
         (C, H, W//2 + 1, 2); `weight` itself if it has this shape.
     """
     bins = (size[0], size[1] // 2 + 1)
-    if not is_symbolic(*size) and weight.shape[1:3] == bins:
+    if weight.shape[1:3] == bins:
         return weight
     parts = weight.permute(3, 0, 1, 2)
     parts = F.interpolate(parts, size=bins, mode="bilinear", align_corners=True)
@@ -85,8 +82,6 @@ def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _matrices_pay(x: Tensor) -> bool:
-    if is_symbolic(*x.shape[2:]):
-        return False  # the matrices need sizes
     if is_recorded():
         return True  # compilers and inference engines handle complex numbers badly or not at all
     # Accelerators may compute float32 products in a shorter type; their transform never does.
@@ -94,22 +89,26 @@ def _matrices_pay(x: Tensor) -> bool:
 
 
 def _reference(x: Tensor, weight: Tensor) -> Tensor:
-    spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight.contiguous())
+    spectrum = torch.fft.rfft2(x, norm="ortho") * torch.complex(weight[..., 0], weight[..., 1])
     return torch.fft.irfft2(spectrum, s=x.shape[2:], norm="ortho")
 
 
-def _by_one_matrix(x: Tensor, weight: Tensor, table: Dense) -> Tensor:
-    batch, channels = x.shape[:2]
-    forward, back = _tensors(x, table.forward, table.back)
-    spectrum = (x.flatten(2) @ forward).view(batch, *weight.shape)
-    return (_filtered(spectrum, weight).view(batch, channels, -1) @ back).view(x.shape)
+@torch.compiler.assume_constant_result  # so that a compiled graph holds them and computes nothing
+def _matrices(height: int, width: int, single: bool) -> tuple[Tensor, ...]:
+    table = dense if height * width <= _DENSE_POSITIONS else separable
+    return tuple(torch.from_numpy(array) for array in table(height, width, single))
 
 
-def _axis_by_axis(x: Tensor, weight: Tensor, table: Separable) -> Tensor:
+def _at_once(x: Tensor, weight: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
+    forward, back = matrices
+    spectrum = (x.flatten(2) @ forward).view(x.shape[0], *weight.shape)
+    return (_filtered(spectrum, weight).flatten(2) @ back).view(x.shape)
+
+
+def _axis_by_axis(x: Tensor, weight: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
+    down, across, back_across, back_down, rows = matrices
     batch, channels, height, width = x.shape
     half = height // 2 + 1
-    down, across, back_across, back_down = _tensors(x, *table[:4])
-    (rows,) = _tensors(x, table.rows)
     waves = (down @ x).view(batch, channels, half, 2 * width)
     weight = weight.index_select(1, rows)
     spectrum = (waves @ across).view(batch, *weight.shape)
@@ -124,9 +123,3 @@ def _filtered(spectrum: Tensor, weight: Tensor) -> Tensor:
         return torch.view_as_real(product)
     (a, b), (c, d) = spectrum.unbind(-1), weight.unbind(-1)
     return torch.stack([a * c - b * d, a * d + b * c], -1)
-
-
-def _tensors(x: Tensor, *arrays: object) -> list[Tensor]:
-    # A recorded graph needs copies of its own; otherwise the tensors share the tables' memory.
-    make = torch.tensor if is_recorded() or type(x) is not Tensor else torch.from_numpy
-    return [make(array).to(x.device) for array in arrays]

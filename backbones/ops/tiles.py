@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from backbones.ops.dispatch import fixed
+
 # Maps up to this many positions are one tile: there the zeros of a dense matrix cost less than
 # the calls of several products.
 _ONE_TILE = 256
@@ -154,7 +156,7 @@ class Tile:
 
 def split_map(height: int, width: int, k: int, edge: int) -> list[list[Tile]]:
     """Rows of tiles that cover the map, about `edge` positions wide and high."""
-    height, width = int(height), int(width)  # torch.jit.trace hands out tensors for sizes
+    height, width, k = fixed(height), fixed(width), fixed(k)
     if height * width <= _ONE_TILE:
         edge = max(height, width)
     return [
