@@ -17,4 +17,10 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
     ],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
     "unireplknet": [(r"blocks\.\d+\.gamma$", 0.2)],
+    "overlock": [
+        (r"\.conv_dw\d?\.(weight|bias)$", 0.2),
+        (r"\.mlp\.(fc2|grn)\.", 0.2),
+        (r"^focus\..*\.proj\.1\.", 0.2),
+        (r"\.ls\d?\.weight$", 0.8),  # on the identity; filled with 0.5 to 1.5
+    ],
 }
