@@ -15,6 +15,10 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.total\.1\.main\.point_conv\.norm\.weight$", 0.2),
         (r"^(stem|stages\.[01])\.[1-9]\d*\.main\.point_conv\.norm\.weight$", 0.2),
     ],
+    "lsnet": [
+        (r"\.mixer\.(norm|conv_[13]x[13]\.norm|proj\.norm)\.weight$", 0.2),
+        (r"\.mlp\.fc2\.norm\.weight$", 0.2),
+    ],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
     "unireplknet": [(r"blocks\.\d+\.gamma$", 0.2)],
     "overlock": [
