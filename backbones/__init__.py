@@ -4,6 +4,7 @@
 computes, in plain PyTorch. Importing this package registers every model with timm.
 """
 
+from backbones.engines import ExportReport, export
 from backbones.errors import BackbonesError
 from backbones.factory import create_model, list_families, list_models, model_info
 from backbones.info import ModelInfo
@@ -13,9 +14,11 @@ from backbones.weights import LoadReport, load_checkpoint, save_checkpoint
 __version__ = "0.1.0"
 __all__ = [
     "BackbonesError",
+    "ExportReport",
     "LoadReport",
     "ModelInfo",
     "create_model",
+    "export",
     "list_families",
     "list_models",
     "load_checkpoint",

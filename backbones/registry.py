@@ -132,8 +132,14 @@ def build(
         cache_dir=cache_dir,
         **{**variant.arguments, **overrides},
     )
-    body = model.model if overrides.get("features_only") else model
-    body.config = {"name": variant.name, "family": variant.family, "arguments": body.arguments}
+    # timm's list and dict extractors take the model apart; the others hold it whole.
+    for body in model.modules():
+        if isinstance(body, StagedBackbone):
+            body.config = {
+                "name": variant.name,
+                "family": variant.family,
+                "arguments": body.arguments,
+            }
     if source is not None:
         lacks = entry.lacks if entry is not None and checkpoint_path is None else ()
         weights.load_pretrained(

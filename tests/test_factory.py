@@ -90,6 +90,21 @@ def test_arguments_reach_the_constructor():
         tiny(output_stride=4)
 
 
+@pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
+@torch.no_grad()
+def test_every_way_of_taking_features_gives_the_same(feature_cls):
+    arguments = {**SMALL, "features_only": True, "out_indices": (1, 3)}
+    whole = tiny().eval()
+    model = backbones.create_model("convnext_atto", feature_cls=feature_cls, **arguments).eval()
+    body = next(
+        m for m in (model, *model.children()) if "stages.0.blocks.0.gamma" in m.state_dict()
+    )
+    body.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 96)
+    taps = whole.forward_intermediates(x, indices=(1, 3), intermediates_only=True)
+    torch.testing.assert_close(list(model(x)), taps, rtol=0, atol=0)
+
+
 def test_head_init_scale():
     torch.manual_seed(0)
     plain = tiny().get_classifier().weight
