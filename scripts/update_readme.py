@@ -1,7 +1,7 @@
 """Writes the README's table of models from the configs and the manifest.
 
-    python scripts/update_readme.py            # rewrite the table in README.md
-    python scripts/update_readme.py --check    # exit with 1 if it is out of date
+python scripts/update_readme.py            # rewrite the table in README.md
+python scripts/update_readme.py --check    # exit with 1 if it is out of date
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def weights_cell(entries: list[WeightsEntry]) -> str:
 def accuracy_cell(entries: list[WeightsEntry]) -> str:
     """Return the default tag's published top-1, with its size where that is not 224."""
     if not entries or entries[0].top1 is None:
-        return "–"
+        return "-"
     size = entries[0].input_size[-1]
     return f"{entries[0].top1:.1f}" + (f" @{size}" if size != 224 else "")
 
@@ -48,7 +48,7 @@ def table() -> str:
             f"[{info.source.title}]({info.source.paper})" for info in infos if info.source
         )
         lines += [f"**{family}** — {'; '.join(papers)}", ""]
-        lines += ["| model | parameters (M) | MACs (G) | top-1 (%) | weights (default tag; licenses) |"]
+        lines += ["| model | parameters (M) | MACs (G) | top-1 (%) | weights (default; licenses) |"]
         lines += ["|---|---|---|---|---|"]
         for info in infos:
             aliases = "".join(f" (`{alias}`)" for alias in info.aliases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -135,6 +135,6 @@ def _verify(path: Path, entry: WeightsEntry) -> None:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_unpinned(name: str, source: str) -> None:
     _logger.warning("%s: no digest is recorded, so %s was not verified", name, source)

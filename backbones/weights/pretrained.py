@@ -1,4 +1,4 @@
-"""Loading released weights into a model that differs from theirs in classifier or input channels."""
+"""Loading released weights into a model with another classifier or other input channels."""
 
 from __future__ import annotations
 

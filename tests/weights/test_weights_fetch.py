@@ -51,14 +51,19 @@ LOAD = f"""
     model = backbones.create_model("{VARIANT}", pretrained=True)
     file = next(Path(os.environ["HF_HOME"]).rglob("model.safetensors"))
     saved = backbones.create_model("{VARIANT}", checkpoint_path=file)
-    same = lambda a, b: all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in b.state_dict())
+    def same(a, b):
+        return all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in b.state_dict())
     assert same(model, saved)
     by_timm = timm.create_model("backbones_{VARIANT}", pretrained=True)
     assert same(by_timm, saved)
-    adapted = backbones.create_model("{VARIANT}.sail_in1k", pretrained=True, num_classes=4, in_chans=1)
+    adapted = backbones.create_model(
+        "{VARIANT}.sail_in1k", pretrained=True, num_classes=4, in_chans=1
+    )
     assert torch.allclose(adapted.stem[0].weight, saved.stem[0].weight.sum(1, keepdim=True))
     assert adapted.get_classifier().out_features == 4
-    maps = backbones.create_model("{VARIANT}", pretrained=True, features_only=True, out_indices=(0, 1))
+    maps = backbones.create_model(
+        "{VARIANT}", pretrained=True, features_only=True, out_indices=(0, 1)
+    )
     assert torch.equal(maps.model.stem[0].weight, saved.stem[0].weight)
     print("loaded", file)
 """
