@@ -132,8 +132,8 @@ def read_manifest(path: str | Path) -> Manifest:
     for family, block in families.items():
         if not isinstance(block, YamlMapping):
             raise ConfigError(f"{families.where(family)}: {family!r} must hold 'weights:'")
-        defaults = block.get("defaults") or {}
-        weights = block.get("weights") or {}
+        defaults: Any = block.get("defaults") or {}
+        weights: Any = block.get("weights") or {}
         _check(defaults, f"defaults of {family!r}")
         for name, node in weights.items():
             where = weights.where(name)

@@ -63,6 +63,8 @@ class StagedBackbone(nn.Module):
     dilatable: ClassVar[bool] = False  # whether output_stride 8 and 16 are possible
 
     arguments: dict[str, Any]
+    config: Mapping[str, Any] | None = None  # name, family and arguments, set by the builder
+    feature_info: list[dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StagedBackbone:
         # Every instance knows how it was built, so that twins and checkpoints can be made of it.

@@ -67,7 +67,7 @@ def mix(
         tables,
         kernels,
     ):
-        weights = (part + (neighborhood_bias(table, size) + offset)).softmax(-1)
+        weights = (part + (neighborhood_bias(table, (size[0], size[1])) + offset)).softmax(-1)
         mixed.append(neighborhood_aggregation(value, weights.to(value.dtype), k))
     return torch.cat(mixed, dim=1).flatten(1, 2)
 
