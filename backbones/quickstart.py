@@ -61,10 +61,10 @@ class QuickstartConfig:
 
     model: str = DEFAULT_MODEL
     output: Path = Path("quickstart-output")
-    epochs: int = 10
+    epochs: int = 12
     size: int = 64
     batch_size: int = 32
-    lr: float = 2e-3
+    lr: float = 3e-3
     seed: int = 0
     limit: int | None = None
     min_top1: float = 98.5
@@ -201,8 +201,8 @@ def recipe(config: QuickstartConfig) -> TrainConfig:
         batch_size=config.batch_size,
         lr=config.lr,
         warmup_epochs=min(1.0, config.epochs / 4),
-        scale=(0.65, 1.0),
-        ratio=(0.8, 1.25),
+        scale=(0.8, 1.0),
+        ratio=(0.9, 1.1),
         hflip=0.0,
         seed=config.seed,
     )
