@@ -18,21 +18,22 @@ START, END = "<!-- models: written by scripts/update_readme.py -->", "<!-- /mode
 
 
 def weights_cell(entries: list[WeightsEntry]) -> str:
-    """Say in a few words what can be had and under which licenses."""
-    released = [entry for entry in entries if entry.available]
-    if not released:
-        entry = entries[0] if entries else None
-        if entry is not None and entry.status == "page_only":
-            return f"[web page]({entry.page}), {entry.license}"
-        return "none released"
-    licenses = ", ".join(dict.fromkeys(entry.license for entry in released))
-    more = f" and {len(released) - 1} more" if len(released) > 1 else ""
-    return f"`{released[0].tag}`{more}; {licenses}"
+    """Say in a few words what can be had and under which licenses; the default tag first."""
+    default = entries[0]
+    if default.available:
+        licenses = ", ".join(dict.fromkeys(e.license for e in entries if e.available))
+        more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+        return f"`{default.tag}`{more}; {licenses}"
+    others = ", ".join(f"`{entry.tag}` ({entry.license})" for entry in entries if entry.available)
+    also = f"; also {others}" if others else ""
+    if default.status == "page_only":
+        return f"[web page]({default.page}), {default.license}{also}"
+    return f"never released{also}"
 
 
 def accuracy_cell(entries: list[WeightsEntry]) -> str:
     """Return the default tag's published top-1, with its size where that is not 224."""
-    if not entries or entries[0].top1 is None:
+    if entries[0].top1 is None:
         return "-"
     size = entries[0].input_size[-1]
     return f"{entries[0].top1:.1f}" + (f" @{size}" if size != 224 else "")
