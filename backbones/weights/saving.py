@@ -83,7 +83,10 @@ def save_checkpoint(
 
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives; save_file makes it private
         safetensors.torch.save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)

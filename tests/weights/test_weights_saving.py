@@ -165,3 +165,9 @@ def test_read_only_folder(tmp_path):
     finally:
         tmp_path.chmod(0o700)
     assert os.listdir(tmp_path) == []
+
+
+def test_file_has_the_rights_of_any_new_file(tmp_path):
+    path = save_checkpoint(model(), tmp_path / "m.safetensors")
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
