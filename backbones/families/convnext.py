@@ -13,7 +13,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, create_conv2d, trunc_normal_
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    LayerNorm2d,
+    create_conv2d,
+    make_divisible,
+    trunc_normal_,
+)
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
@@ -115,7 +122,7 @@ class ConvNeXt(StagedBackbone):
         use_grn: global response norm in the MLP (V2).
         ls_init_value: initial layer scale; None for no layer scale (V2).
         stem_type: ``patch`` (4x4 stride 4), or two 3x3 convolutions of stride 2 with equal widths
-            (``overlap``) or half the width first (``overlap_tiered``).
+            (``overlap``) or half the width first, in multiples of 8 (``overlap_tiered``).
 
     Raises:
         ConfigError: `points` below one, with an even kernel size or with `conv_ratio`.
@@ -176,7 +183,7 @@ class ConvNeXt(StagedBackbone):
         if self.stem_type == "patch":
             convs = [nn.Conv2d(self.in_chans, dim, 4, stride=4)]
         else:
-            inner = dim // 2 if self.stem_type == "overlap_tiered" else dim
+            inner = make_divisible(dim // 2) if self.stem_type == "overlap_tiered" else dim
             convs = [
                 nn.Conv2d(self.in_chans, inner, 3, stride=2, padding=1),
                 nn.Conv2d(inner, dim, 3, stride=2, padding=1),
