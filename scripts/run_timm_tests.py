@@ -54,9 +54,11 @@ def main() -> int:
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(HERE), environment.get("PYTHONPATH")])
     )
+    environment["OMP_NUM_THREADS"] = "1"  # two processes of one thread each
     environment["BACKBONES_TIMM_TESTS_ALL"] = "1" if args.all else ""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "timm_tests_plugin", "-c", os.devnull]
-    command += ["--rootdir", str(folder), "-W", "ignore", str(folder / "test_models.py"), *rest]
+    command += ["--rootdir", str(folder), "-W", "ignore", "-n", "2", str(folder / "test_models.py")]
+    command += rest
     return subprocess.run(command, env=environment, cwd=folder.parent).returncode
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from damping import DAMPING
 from golden import fill
-from tiers import by_size, smallest_of_each_family
+from tiers import by_size, representatives, smallest_of_each_family
 
 import backbones
 from backbones.registry import registry
@@ -43,7 +43,7 @@ def test_float32_is_close_to_float64(name):
     assert error < 1e-4
 
 
-@EACH
+@pytest.mark.parametrize("name", representatives())
 @pytest.mark.parametrize("size", [(96, 96), (384, 128)], ids=["96x96", "384x128"])
 @torch.no_grad()
 def test_half_types_stay_finite(name, size):

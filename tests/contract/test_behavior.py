@@ -52,7 +52,7 @@ def test_forward_and_backward_reach_every_parameter(name):
         assert torch.isfinite(parameter.grad).all(), key
 
 
-@EACH
+@STRUCTURES
 @torch.no_grad()
 def test_deterministic_in_eval_and_independent_of_the_batch(name):
     model = build(name)
@@ -121,14 +121,14 @@ def test_pruned_models_have_no_unused_parameters(name):
         assert not unused, (index, unused)
 
 
-@EACH
+@STRUCTURES
 @torch.no_grad()
 def test_features_only_by_negative_and_reordered_indices(name):
     model = build(name)
     x = image(model)
     taps = model.forward_intermediates(x, intermediates_only=True)
     state = model.state_dict()
-    for indices in ((0, 1, 2, 3), (-1,), (-2, -1), (3, 1), (0,)):
+    for indices in ((-2, -1), (3, 1), (0,)):
         getter = backbones.create_model(name, features_only=True, out_indices=indices).eval()
         backbones.load_checkpoint(getter, state)
         wanted = sorted(i % len(taps) for i in indices)
@@ -140,7 +140,7 @@ def test_features_only_by_negative_and_reordered_indices(name):
         backbones.create_model(name, features_only=True, out_indices=(4,), device="meta")
 
 
-@EACH
+@STRUCTURES
 def test_reset_classifier_keeps_device_type_mode_and_pooling(name):
     model = backbones.create_model(name, global_pool="max", device="meta", dtype=torch.float64)
     model.train(False)
@@ -252,7 +252,7 @@ def test_channels_last_gives_the_same(name):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-@EACH
+@STRUCTURES
 @torch.no_grad()
 def test_deepcopy_is_independent(name):
     model = build(name, num_classes=3)
