@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
+MAX_NESTING = 64  # the parser's time grows with the square of the depth
 RESERVED_KEYS = ("like", "timm_name", "source")
 FAMILY_KEYS = ("family", "sources", "defaults", "variants", "aliases")
 
@@ -124,6 +125,8 @@ def read_yaml(path: str | Path) -> YamlMapping:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if _nesting(text) > MAX_NESTING:
+        raise ConfigError(f"{path}: not valid YAML for a config: brackets nested too deeply")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
             raise ConfigError(f"{path}: YAML aliases (*name) are not supported; use 'like: <name>'")
@@ -138,6 +141,18 @@ def read_yaml(path: str | Path) -> YamlMapping:
     if not isinstance(content, YamlMapping):
         raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
     return content
+
+
+def _nesting(text: str) -> int:
+    """Return how deeply brackets nest in a text, quotes disregarded."""
+    depth = deepest = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
 
 
 def _construct(node: yaml.Node | None, path: Path, loader: Any) -> Any:
