@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Layout", "Target"]
+from backbones.skeleton import Layout
 
-Layout = (
-    Sequence[tuple[str, str | None]] | Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
-)
+__all__ = ["Layout", "Target"]
 
 
 class Target:
