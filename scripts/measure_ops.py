@@ -4,10 +4,11 @@
     python scripts/measure_ops.py --json         # the same for programs
     python scripts/measure_ops.py --threads 1 --rounds 300
 
-Times are CPU times of float32 calls at batch 1. The two forms of a line are called in turn, so
-that both see the same load; the ratio is taken between medians (and between minima, which a busy
-machine disturbs least). Memory is the peak of the process beyond arguments and result; it needs
-Linux.
+Times are wall times of float32 calls on the CPU at batch 1. The two forms of a line are called in
+turn, so that both see the same load; the ratio is taken between medians (and between minima, which
+a busy machine disturbs least). A large buffer costs more in a process that has not used as much
+before, so ratios differ between a fresh process and one that has run a while. Memory is the peak
+of the process beyond arguments and result; it needs Linux.
 """
 
 from __future__ import annotations

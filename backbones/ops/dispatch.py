@@ -49,7 +49,8 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     """The type to compute in: the promoted type of `tensors`, float32 instead of half types."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

@@ -6,6 +6,7 @@ large-small convolution.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backbones.errors import InputSizeError
-from backbones.ops.dispatch import at_least_float32, is_recorded, reference_active, without_autocast
-
-# Up to this many products (channels x positions x taps) one multiplication and one sum are faster
-# than a multiply-add per tap: below it the cost is the number of calls, above it the memory.
-_ONE_GO = 300_000
+from backbones.ops.dispatch import (
+    at_least_float32,
+    fixed,
+    is_recorded,
+    reference_active,
+    without_autocast,
+)
 
 
 def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
@@ -47,8 +50,10 @@ def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
             out = _reference(x.to(dtype), weight.to(dtype), k)
         elif is_recorded():
             out = _recorded(x.to(dtype), weight.to(dtype), k)
-        else:
+        elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             out = _SmallKernel.apply(x.to(dtype), weight.to(dtype), k)
+        else:  # on small maps the autograd function itself would cost a third of the time
+            out = _eager(x.to(dtype), weight.to(dtype), k)
         return out.to(x.dtype)
 
 
@@ -58,10 +63,8 @@ def _check(x: Tensor, weight: Tensor) -> int:
             "small_kernel_aggregation takes x (B, C, H, W) and weight (B, wc, k*k, H, W), "
             f"not {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    k = 1
-    while k * k < weight.shape[2]:
-        k += 2
-    if k * k != weight.shape[2]:
+    k = round(fixed(weight.shape[2]) ** 0.5)
+    if k * k != weight.shape[2] or k % 2 == 0:
         raise InputSizeError(
             f"small_kernel_aggregation: weight has {weight.shape[2]} taps; an odd kernel has "
             "k*k taps: 1, 9, 25, ..."
@@ -100,25 +103,26 @@ def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
     return out.flatten(1, 2)
 
 
-class _SmallKernel(torch.autograd.Function):
-    """The eager path, forward and backward.
+def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:
+    """One multiply-add per tap on the flattened map.
 
-    The map is flattened, so that a tap is an offset and its products run over whole maps instead
-    of rows. An offset wraps around at the left and right border; there the weight is set to zero.
+    There a tap is an offset, and its products run over whole maps instead of rows. An offset wraps
+    around at the left and right border; at these positions the weight is set to zero.
     """
+    flat, taps = _flatten(x, weight, k)
+    views = _shifted(flat, x.shape, k)
+    out = torch.mul(next(views), taps[0])
+    for shifted, tap in zip(views, taps[1:], strict=True):
+        out.addcmul_(shifted, tap)
+    return _like(out.view(x.shape), x)
+
+
+class _SmallKernel(torch.autograd.Function):
+    """The eager path, forward and backward."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, k: int) -> Tensor:
-        flat, masked = _flatten(x, weight, k)
-        if x.numel() * k * k <= _ONE_GO:
-            shifted, taps = _tap_views(flat, masked, x.shape, k)
-            out = _product(shifted, taps).flatten(0, 1).sum(0)
-        else:
-            pairs = _tap_pairs(flat, masked, x.shape, k)
-            out = torch.mul(*pairs[0])
-            for shifted, tap in pairs[1:]:
-                out.addcmul_(shifted, tap)
-        return _like(out.view(x.shape), x)
+        return _eager(x, weight, k)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -129,30 +133,41 @@ class _SmallKernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        k, shape, channels = ctx.k, x.shape, weight.shape[1]
-        flat, masked = _flatten(x, weight, k)
-        grad_out = grad.contiguous().view(shape[0], -1, channels, shape[2] * shape[3])
+        k, shape, groups = ctx.k, x.shape, weight.shape[1]
+        flat, taps = _flatten(x, weight, k)
+        grad_out = grad.contiguous().view(shape[0], -1, groups, shape[2] * shape[3])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_flat = torch.zeros_like(flat)
-            for shifted, tap in _tap_pairs(grad_flat, masked, shape, k):
+            for shifted, tap in zip(_shifted(grad_flat, shape, k), taps, strict=True):
                 shifted.addcmul_(grad_out, tap)
             edge = k // 2 * (shape[3] + 1)
             grad_x = _like(grad_flat[..., edge : edge + shape[2] * shape[3]].reshape(shape), x)
         if ctx.needs_input_grad[1]:
-            shifted, _ = _tap_views(flat, masked, shape, k)
-            by_row = torch.stack([_product(row, grad_out).sum(2) for row in shifted.unbind(0)])
-            grad_weight = by_row.permute(2, 3, 0, 1, 4).contiguous().view(weight.shape)
+            by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, shape, k)]
+            grad_weight = torch.stack(by_tap, 2).view(weight.shape)
             _zero_wrapped(grad_weight, k)
         return grad_x, grad_weight, None
 
 
-def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The map as (B, C, e + H*W + e) with zero ends, and the weights that do not wrap around."""
-    edge = k // 2 * (x.shape[3] + 1)
+def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The map as (B, C/wc, wc, e + H*W + e) with zero ends; per tap (B, 1, wc, H*W) weights."""
+    batch, channels, height, width = x.shape
+    groups, size = weight.shape[1], height * width
+    edge = k // 2 * (width + 1)
     masked = weight.clone(memory_format=torch.contiguous_format)
     _zero_wrapped(masked, k)
-    return F.pad(x.contiguous().flatten(2), (edge, edge)), masked
+    maps = x.contiguous().view(batch, channels // groups, groups, size)
+    taps = masked.view(batch, 1, groups, k * k, size).unbind(3)
+    return F.pad(maps, (edge, edge)), taps
+
+
+def _shifted(flat: Tensor, shape: torch.Size, k: int) -> Iterator[Tensor]:
+    """Views (B, C/wc, wc, H*W) of the flattened map, one a tap."""
+    height, width = shape[2:]
+    for row in range(0, k * width, width):
+        for col in range(k):
+            yield flat.narrow(3, row + col, height * width)
 
 
 def _zero_wrapped(weight: Tensor, k: int) -> None:
@@ -165,31 +180,6 @@ def _zero_wrapped(weight: Tensor, k: int) -> None:
             step = (k - 1 - 2 * col) * size + width - 1 - 2 * j
             shape, stride = (batch * channels * k, 2, height), (k * size, step, width)
             weight.as_strided(shape, stride, col * size + j).zero_()
-
-
-def _tap_views(flat: Tensor, weight: Tensor, shape: torch.Size, k: int) -> tuple[Tensor, Tensor]:
-    """Shifted maps and weights, both (row, column, B, C/wc, wc, H*W), without a copy."""
-    batch, channels, height, width = shape
-    groups, size, length = weight.shape[1], height * width, flat.shape[2]
-    maps = (k, k, batch, channels // groups, groups, size)
-    shifted = flat.as_strided(maps, (width, 1, channels * length, groups * length, length, 1))
-    per_group = k * k * size
-    taps = weight.as_strided(maps, (k * size, size, groups * per_group, 0, per_group, 1))
-    return shifted, taps
-
-
-def _tap_pairs(
-    flat: Tensor, weight: Tensor, shape: torch.Size, k: int
-) -> list[tuple[Tensor, Tensor]]:
-    """The views of :func:`_tap_views`, one pair a tap."""
-    rows = zip(*(view.unbind(0) for view in _tap_views(flat, weight, shape, k)), strict=True)
-    return [pair for a, b in rows for pair in zip(a.unbind(0), b.unbind(0), strict=True)]
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a * b in row-major order; left alone, the result would inherit `a`'s overlapping strides."""
-    out = torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=a.dtype, device=a.device)
-    return torch.mul(a, b, out=out)
 
 
 def _like(out: Tensor, x: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from backbones.ops.dispatch import (
 )
 from backbones.ops.fourier import dense, separable
 
-# On the CPU matrix products beat the fast Fourier transform up to this map side, and one matrix
-# for both axes beats one for each up to this many positions (scripts/measure_ops.py).
-_MATRIX_SIDE = 32
+# On the CPU matrix products beat the fast Fourier transform up to this map side (it is fastest at
+# 32, a power of two), and one matrix for both axes beats one for each up to this many positions
+# (scripts/measure_ops.py).
+_MATRIX_SIDE = 31
 _DENSE_POSITIONS = 144
 
 
