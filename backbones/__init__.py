@@ -7,6 +7,7 @@ computes, in plain PyTorch. Importing this package registers every model with ti
 from backbones.engines import ExportReport, export
 from backbones.errors import BackbonesError
 from backbones.factory import create_model, list_families, list_models, model_info
+from backbones.foreign import reparameterize
 from backbones.info import ModelInfo
 from backbones.registry import register_family, register_shipped_families
 from backbones.weights import LoadReport, load_checkpoint, save_checkpoint
@@ -24,6 +25,7 @@ __all__ = [
     "load_checkpoint",
     "model_info",
     "register_family",
+    "reparameterize",
     "save_checkpoint",
 ]
 

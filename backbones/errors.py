@@ -14,6 +14,7 @@ __all__ = [
     "BackbonesError",
     "CheckpointError",
     "ConfigError",
+    "EquivalenceError",
     "ExportError",
     "InputSizeError",
     "MissingDependencyError",
@@ -60,6 +61,10 @@ class InputSizeError(BackbonesError, ValueError):
 
 class UnsupportedError(BackbonesError, NotImplementedError):
     """A combination that this model or format cannot do."""
+
+
+class EquivalenceError(BackbonesError, RuntimeError):
+    """A re-parameterized model does not compute what the model computes; it was discarded."""
 
 
 class ExportError(BackbonesError, RuntimeError):

@@ -127,6 +127,7 @@ def create_model(
     in_chans: int | None = None,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
+    deploy: bool = False,
     cache_dir: str | Path | None = None,
     **overrides: Any,
 ) -> nn.Module:
@@ -144,6 +145,8 @@ def create_model(
         in_chans: channels of the input; the first convolution of pretrained weights is adapted.
         features_only: return the feature pyramid instead of logits.
         out_indices: which stages' maps; negative values count from the end.
+        deploy: return the model in deploy form (`reparameterize`) and evaluation mode. Checkpoints
+            of the training form are merged on the way; files saved in deploy form need it.
         cache_dir: where downloads are kept.
         overrides: further constructor arguments, such as ``drop_path_rate=0.1``.
 
@@ -157,6 +160,8 @@ def create_model(
     arguments = {**overrides, **{key: value for key, value in given.items() if value is not None}}
     if features_only:
         arguments["features_only"] = True
+    if deploy:
+        arguments["deploy"] = True
     if name.startswith(REMOTE):
         return _create_remote(name, pretrained, checkpoint_path, cache_dir, arguments)
     variant, tag = find_variant(name)

@@ -18,7 +18,7 @@ import timm.models
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg
 from torch import nn
 
-from backbones import weights
+from backbones import reparam, weights
 from backbones.config import FamilyConfig, Variant, check_arguments, data_folder, read_family
 from backbones.errors import ConfigError, UnknownModelError
 from backbones.manifest import WeightsEntry, load_manifest
@@ -95,6 +95,7 @@ def build(
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     checkpoint_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
+    deploy: bool = False,
     **overrides: Any,
 ) -> nn.Module:
     """Build a variant: the one road that our factory, timm's entry points and user files take.
@@ -106,6 +107,7 @@ def build(
         pretrained_cfg_overlay: timm's way to override single fields of that description.
         checkpoint_path: load this local file instead of downloading.
         cache_dir: where downloads are kept.
+        deploy: re-parameterize the model, which is then in evaluation mode.
         overrides: further arguments of the constructor, ``features_only`` and ``out_indices``.
 
     Raises:
@@ -140,12 +142,15 @@ def build(
                 "family": variant.family,
                 "arguments": body.arguments,
             }
+    if deploy and source is not None and weights.is_deploy_file(source):
+        # Nothing to verify here: what is merged is overwritten by the file.
+        model, _ = reparam.reparameterize(model.eval(), inplace=True, verify=False)
     if source is not None:
         lacks = entry.lacks if entry is not None and checkpoint_path is None else ()
         weights.load_pretrained(
             model, source, lacks=lacks, new_classifier="num_classes" in overrides
         )
-    return model
+    return reparam.reparameterize(model.eval(), inplace=True)[0] if deploy else model
 
 
 def _resolve_cfg(

@@ -24,7 +24,7 @@ from backbones.stages import Stage, StagePlan, check_input, per_stage, plan_stag
 
 __all__ = ["Layout", "Stage", "StagePlan", "StagedBackbone", "Tensors", "per_stage"]
 
-T = TypeVar("T")
+Self = TypeVar("Self", bound="StagedBackbone")
 Tensors = dict[str, Tensor]
 # How a foreign checkpoint becomes ours: ordered (pattern, replacement) pairs applied to every key
 # (replacement None drops the entry), or a function of (tensors, model).
@@ -343,6 +343,30 @@ class StagedBackbone(nn.Module):
     def classifiers(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the classifiers that a model of these arguments has."""
         return cls.classifier_names
+
+    # The deploy form.
+
+    deploy_trainable = False  # set True to train a re-parameterized model after all
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the model has been re-parameterized."""
+        return bool(getattr(self._modules.get("head"), "deployed", False))
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Set training or evaluation mode.
+
+        Raises:
+            UnsupportedError: training mode for a re-parameterized model.
+        """
+        if mode and self.deployed and not self.deploy_trainable:
+            raise UnsupportedError(
+                f"{type(self).__name__} is re-parameterized: its norms and branches are folded"
+                " away, and training it would be training another, worse conditioned model. Train"
+                " the training form and re-parameterize it afterwards; or set"
+                " model.deploy_trainable = True first"
+            )
+        return super().train(mode)
 
     # Training helpers.
 

@@ -16,7 +16,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"^(stem|stages\.[01])\.[1-9]\d*\.main\.point_conv\.norm\.weight$", 0.2),
     ],
     "lsnet": [
-        (r"\.mixer\.(norm|conv_[13]x[13]\.norm|proj\.norm)\.weight$", 0.2),
+        (r"\.mixer\.(norm|large\.norm|branches\.k1_d1\.norm|proj\.norm)\.weight$", 0.2),
         (r"\.mlp\.fc2\.norm\.weight$", 0.2),
     ],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
@@ -24,7 +24,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
     "overlock": [
         (r"\.conv_dw\d?\.(weight|bias)$", 0.2),
         (r"\.mlp\.(fc2|grn)\.", 0.2),
-        (r"^focus\..*\.proj\.1\.", 0.2),
+        (r"^focus\..*\.blocks\.\d+\.proj\.conv\.", 0.2),
         (r"\.ls\d?\.weight$", 0.8),  # on the identity; filled with 0.5 to 1.5
     ],
 }

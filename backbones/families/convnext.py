@@ -24,9 +24,10 @@ from timm.layers import (
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import CheckpointError, ConfigError
-from backbones.layers import ChannelMlp, Head, SpacedConv, norm_conv_downsample
+from backbones.layers import Chain, ChannelMlp, Head, SpacedConv, norm_conv_downsample
 from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -45,6 +46,10 @@ class PartialConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kept, mixed = x.split(self.split, dim=1)
         return torch.cat((kept, self.conv(mixed)), dim=1)
+
+    def merged(self) -> nn.Conv2d:
+        """Return the depthwise convolution on all channels that computes the same."""
+        return merge.pass_outputs_into_kernel(self.conv, self.split[0])
 
 
 class Block(nn.Module):
@@ -73,7 +78,7 @@ class Block(nn.Module):
             self.conv_dw = create_conv2d(
                 dim, dim, kernel_size, dilation=dilation, depthwise=True, bias=True
             )
-        self.norm = LayerNorm2d(dim, eps=EPS) if conv_mlp else LayerNorm(dim, eps=EPS)
+        self.norm: nn.Module = LayerNorm2d(dim, eps=EPS) if conv_mlp else LayerNorm(dim, eps=EPS)
         self.mlp = ChannelMlp(dim, 4 * dim, use_conv=conv_mlp, use_grn=use_grn)
         self.gamma = (
             nn.Parameter(torch.full((dim,), ls_init_value)) if ls_init_value is not None else None
@@ -90,6 +95,14 @@ class Block(nn.Module):
             y = y * self.gamma.view(1, -1, 1, 1)
         return x + self.drop_path(y)
 
+    def reparameterize(self) -> None:
+        if isinstance(self.conv_dw, PartialConv):
+            self.conv_dw = self.conv_dw.merged()
+        self.mlp.reparameterize()
+        self.norm = merge.norm_into_next(self.norm, self.mlp.fc1)
+        merge.scale_into_previous(self.mlp.fc2, self.gamma)
+        self.gamma = None
+
 
 class SpacedStage(Stage):
     """A stage whose blocks share the positions of their kernels' points, (2, C, n)."""
@@ -98,13 +111,19 @@ class SpacedStage(Stage):
         self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, points: int
     ) -> None:
         super().__init__(downsample, blocks)
-        self.positions = nn.Parameter(torch.empty(2, dim, points))
+        self.positions: nn.Parameter | None = nn.Parameter(torch.empty(2, dim, points))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
             x = block(x, self.positions)
         return x
+
+    def reparameterize(self) -> None:
+        block: Any
+        for block in self.blocks if self.positions is not None else ():
+            block.conv_dw = block.conv_dw.merged(self.positions)
+        self.positions = None
 
 
 class ConvNeXt(StagedBackbone):
@@ -188,7 +207,7 @@ class ConvNeXt(StagedBackbone):
                 nn.Conv2d(self.in_chans, inner, 3, stride=2, padding=1),
                 nn.Conv2d(inner, dim, 3, stride=2, padding=1),
             ]
-        return nn.Sequential(*convs, LayerNorm2d(dim, eps=EPS))
+        return Chain(*convs, LayerNorm2d(dim, eps=EPS))
 
     def build_downsample(self, plan: StagePlan) -> nn.Module | None:
         if plan.index == 0:
@@ -222,7 +241,7 @@ class ConvNeXt(StagedBackbone):
             trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
         elif isinstance(module, SpacedStage):
-            nn.init.normal_(module.positions, std=0.5)
+            nn.init.normal_(module.get_parameter("positions"), std=0.5)
             self.clamp_positions()
 
     def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -235,7 +254,7 @@ class ConvNeXt(StagedBackbone):
     def clamp_positions(self) -> None:
         """Move points that left their kernels back to the border; for use in training."""
         for stage, size in zip(self.stages, self.kernel_sizes):
-            if isinstance(stage, SpacedStage):
+            if isinstance(stage, SpacedStage) and stage.positions is not None:
                 stage.positions.clamp_(-(size // 2), size // 2)
 
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:

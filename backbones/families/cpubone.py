@@ -11,12 +11,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.config import PerStage
-from backbones.layers import Head
+from backbones.layers import Chain, Head
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 # Where the unfused local block has norms: after expansion, after the depthwise convolution.
@@ -35,7 +37,7 @@ def conv_layer(
     bias: bool = False,
     norm: bool = True,
     act: bool = True,
-) -> nn.Sequential:
+) -> Chain:
     """Return ``conv``, ``norm`` and ``act`` under these names, the latter two where asked for.
 
     A 3x3 kernel is padded all around. A 2x2 kernel of stride 1 sees one row of zeros on top and
@@ -50,27 +52,27 @@ def conv_layer(
         parts["norm"] = nn.BatchNorm2d(dim)
     if act:
         parts["act"] = nn.Hardswish()
-    return nn.Sequential(OrderedDict(parts))
+    return Chain(OrderedDict(parts))
 
 
 def fused_conv(
     in_dim: int, dim: int, kernel_size: int, ratio: float, *, stride: int = 1, bias: bool = False
-) -> nn.Sequential:
+) -> Chain:
     """Return a spatial convolution in two groups that expands, and a pointwise projection."""
     hidden = round(in_dim * ratio)
     spatial = conv_layer(in_dim, hidden, kernel_size, stride=stride, groups=2, bias=bias)
     point = conv_layer(hidden, dim, act=False)
-    return nn.Sequential(OrderedDict(spatial_conv=spatial, point_conv=point))
+    return Chain(OrderedDict(spatial_conv=spatial, point_conv=point))
 
 
-def unfused_conv(dim: int, ratio: float, norms: LocalNorms) -> nn.Sequential:
+def unfused_conv(dim: int, ratio: float, norms: LocalNorms) -> Chain:
     """Return expansion in two groups, a depthwise 2x2 convolution and projection.
 
     A convolution that no norm follows has a bias instead.
     """
     hidden = round(dim * ratio)
     after_expand, after_depth = norms == "all", norms != "proj"
-    return nn.Sequential(
+    return Chain(
         OrderedDict(
             inverted_conv=conv_layer(
                 dim, hidden, groups=2, bias=not after_expand, norm=after_expand
@@ -132,6 +134,14 @@ class ConvAttention(nn.Module):
         x = self.upsampling(mixed.reshape(x.shape[0], -1, x.shape[-2], x.shape[-1]))
         return x[..., :height, :width] if self.stride > 1 else x
 
+    def reparameterize(self) -> None:
+        """Fold norm, scale and the biases of keys and values."""
+        merge.fold_chain(self, ("conv_proj", "pwise"))
+        part = torch.arange(self.pwise.out_channels) // self.head_dim % 3  # query, key or value
+        self.scale = merge.factor_into_outputs(self.pwise, self.scale, part == 0)
+        merge.drop_softmax_bias(self.pwise, part == 1)
+        merge.uniform_bias_into_next(self.pwise, part == 2, self.upsampling[0])
+
 
 class Block(nn.Module):
     """Attention, MLP and local convolution, each a residual branch (the CPUBone block).
@@ -152,7 +162,7 @@ class Block(nn.Module):
         super().__init__()
         attention = nn.Sequential(GroupNorm1(dim), ConvAttention(dim, stride))
         hidden = round(dim * ratio)
-        mlp = nn.Sequential(
+        mlp = Chain(
             GroupNorm1(dim),
             nn.Conv2d(dim, hidden, 1),
             nn.GELU(),

@@ -13,9 +13,10 @@ import torch
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
-from backbones.layers import ChannelMlp, Head, norm_conv_downsample, statistics_dtype
+from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample, statistics_dtype
 from backbones.layers.tracing import fx_leaf
 from backbones.ops import resize_filter, spectral_filter
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
@@ -97,39 +98,65 @@ class GatedConv(nn.Module):
         gates = sum(self.dims)
         self.proj_in = nn.Conv2d(dim, self.dims[0] + gates, 1)
         if filter_size is None:
-            self.mixer: nn.Module = nn.Conv2d(gates, gates, 7, padding=3, groups=gates)
+            self.mixer: nn.Conv2d | GlobalLocalFilter = nn.Conv2d(
+                gates, gates, 7, padding=3, groups=gates
+            )
         else:
             self.mixer = GlobalLocalFilter(gates, filter_size)
         self.pws = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(self.dims, self.dims[1:]))
         self.proj_out = nn.Conv2d(dim, dim, 1)
+        self.scale = GATE_SCALE
 
     def forward(self, x: Tensor) -> Tensor:
         first, rest = self.proj_in(x).split((self.dims[0], sum(self.dims)), dim=1)
-        gates = (self.mixer(rest) * GATE_SCALE).split(self.dims, dim=1)
+        gates = self.mixer(rest)
+        if self.scale != 1:
+            gates = gates * self.scale
+        gates = gates.split(self.dims, dim=1)
         y = first * gates[0]
         for i, project in enumerate(self.pws):
             y = project(y) * gates[i + 1]
         return self.proj_out(y)
 
+    def reparameterize(self) -> None:
+        """Fold the gates' scale into what computes them."""
+        if isinstance(self.mixer, nn.Conv2d):
+            self.scale = merge.factor_into_outputs(self.mixer, self.scale)
+        else:
+            self.scale = merge.factor_into_norm(self.mixer.post_norm, self.scale)
+
 
 class Block(nn.Module):
     """``x + gamma1 * gnconv(norm1(x))``, then ``x + gamma2 * mlp(norm2(x))`` (figure 2)."""
 
-    def __init__(self, dim: int, gnconv: nn.Module, ls_init_value: float, drop_path: float) -> None:
+    def __init__(self, dim: int, gnconv: GatedConv, ls_init_value: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = LayerNorm2d(dim, eps=EPS)
+        self.norm1: nn.Module = LayerNorm2d(dim, eps=EPS)
         self.gnconv = gnconv
-        self.gamma1 = nn.Parameter(torch.full((dim,), ls_init_value))
-        self.norm2 = LayerNorm(dim, eps=EPS)
+        self.gamma1: nn.Parameter | None = nn.Parameter(torch.full((dim,), ls_init_value))
+        self.norm2: nn.Module = LayerNorm(dim, eps=EPS)
         self.mlp = ChannelMlp(dim, 4 * dim)
-        self.gamma2 = nn.Parameter(torch.full((dim,), ls_init_value))
+        self.gamma2: nn.Parameter | None = nn.Parameter(torch.full((dim,), ls_init_value))
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.gnconv(self.norm1(x)) * self.gamma1.view(1, -1, 1, 1))
-        y = self.mlp(self.norm2(x.permute(0, 2, 3, 1))) * self.gamma2
+        y = self.gnconv(self.norm1(x))
+        if self.gamma1 is not None:
+            y = y * self.gamma1.view(1, -1, 1, 1)
+        x = x + self.drop_path1(y)
+        y = self.mlp(self.norm2(x.permute(0, 2, 3, 1)))
+        if self.gamma2 is not None:
+            y = y * self.gamma2
         return x + self.drop_path2(y.permute(0, 3, 1, 2))
+
+    def reparameterize(self) -> None:
+        self.gnconv.reparameterize()
+        self.norm1 = merge.norm_into_next(self.norm1, self.gnconv.proj_in)
+        self.norm2 = merge.norm_into_next(self.norm2, self.mlp.fc1)
+        merge.scale_into_previous(self.gnconv.proj_out, self.gamma1)
+        merge.scale_into_previous(self.mlp.fc2, self.gamma2)
+        self.gamma1 = self.gamma2 = None
 
 
 class HorNet(StagedBackbone):
@@ -171,7 +198,7 @@ class HorNet(StagedBackbone):
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim
-        return nn.Sequential(nn.Conv2d(self.in_chans, dim, 4, stride=4), LayerNorm2d(dim, eps=EPS))
+        return Chain(nn.Conv2d(self.in_chans, dim, 4, stride=4), LayerNorm2d(dim, eps=EPS))
 
     def build_downsample(self, plan: StagePlan) -> nn.Module | None:
         if plan.index == 0:

@@ -12,8 +12,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.config import PerStage
-from backbones.layers import ChannelMlp, Head, norm_conv_downsample
+from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample
 from backbones.skeleton import StagedBackbone, StagePlan, per_stage
 
 
@@ -46,15 +47,22 @@ class Block(nn.Module):
         self, dim: int, token_mixer: nn.Module, mlp_ratio: float, ls: float, drop_path: float
     ) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), ls))
+        self.gamma: nn.Parameter | None = nn.Parameter(torch.full((dim,), ls))
         self.token_mixer = token_mixer
-        self.norm = nn.BatchNorm2d(dim)
+        self.norm: nn.Module = nn.BatchNorm2d(dim)
         self.mlp = ChannelMlp(dim, int(mlp_ratio * dim), use_conv=True)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm(self.token_mixer(x)))
-        return x + self.drop_path(y * self.gamma.view(1, -1, 1, 1))
+        if self.gamma is not None:
+            y = y * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(y)
+
+    def reparameterize(self) -> None:
+        self.norm = merge.norm_into_next(self.norm, self.mlp.fc1)
+        merge.scale_into_previous(self.mlp.fc2, self.gamma)
+        self.gamma = None
 
 
 class InceptionNeXt(StagedBackbone):
@@ -93,7 +101,7 @@ class InceptionNeXt(StagedBackbone):
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim
-        return nn.Sequential(nn.Conv2d(self.in_chans, dim, 4, stride=4), nn.BatchNorm2d(dim))
+        return Chain(nn.Conv2d(self.in_chans, dim, 4, stride=4), nn.BatchNorm2d(dim))
 
     def build_downsample(self, plan: StagePlan) -> nn.Module | None:
         if plan.index == 0:

@@ -16,8 +16,9 @@ import torch
 from timm.layers import DropPath, SqueezeExcite
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.errors import CheckpointError, UnsupportedError
-from backbones.layers import Head, conv_norm, fx_leaf
+from backbones.layers import BranchedConv, Chain, Head, conv_norm, fx_leaf
 from backbones.layers.distance_bias import distance_bias, resize_tables
 from backbones.layers.distilled_head import DistilledHead, VectorBatchNorm
 from backbones.ops import small_kernel_aggregation
@@ -26,20 +27,9 @@ from backbones.skeleton import StagedBackbone, StagePlan, Tensors
 HEADS, KEY_DIM = 4, 16
 SHARING = 8  # channels that share a predicted kernel
 TABLE = re.compile(r"\.attention_biases$")
+POINT = ".mixer.branches.k1_d1."
 
 aggregate = fx_leaf(small_kernel_aggregation)
-
-
-class RepDepthwise(nn.Module):
-    """``conv_3x3(x) + conv_1x1(x) + x``, depthwise, each convolution with its norm."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv_3x3 = conv_norm(dim, dim, 3, groups=dim)
-        self.conv_1x1 = conv_norm(dim, dim, 1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_3x3(x) + self.conv_1x1(x) + x
 
 
 class LargeKernelPerception(nn.Module):
@@ -60,6 +50,9 @@ class LargeKernelPerception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.predict(self.mix(self.conv_dw(self.reduce(x)))))
         return x.unflatten(1, (-1, 9))
+
+    def reparameterize(self) -> None:
+        merge.fold_chain(self, ("reduce", "conv_dw", "mix"))
 
 
 class LSConv(nn.Module):
@@ -92,10 +85,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).split(self.split, dim=1)
         q, k, v = (part.flatten(2).unflatten(1, (HEADS, -1)) for part in (self.q_dw(q), k, v))
-        logits = (q * self.scale).transpose(-2, -1) @ k
+        q = q if self.scale == 1 else q * self.scale
+        logits = q.transpose(-2, -1) @ k
         attention = (logits + distance_bias(x, self.attention_biases).to(logits.dtype)).softmax(-1)
         mixed = (v @ attention.transpose(-2, -1)).flatten(1, 2).view_as(x)
         return x + self.drop_path(self.proj(self.act(mixed)))
+
+    def reparameterize(self) -> None:
+        """Fold the norms and the scale, and drop the bias of the keys."""
+        for chain in (self.qkv, self.q_dw, self.proj):
+            merge.fold_chain(chain)
+        self.scale = merge.factor_into_outputs(self.q_dw.conv, self.scale)
+        queries, keys, _ = self.split
+        merge.drop_softmax_bias(self.qkv.conv, slice(queries, queries + keys))
 
 
 class Block(nn.Module):
@@ -104,15 +106,19 @@ class Block(nn.Module):
     def __init__(self, mixer: nn.Module, dim: int, drop_path: float) -> None:
         super().__init__()
         self.mixer = mixer
-        se = isinstance(mixer, RepDepthwise)
+        se = isinstance(mixer, BranchedConv)
         self.se = SqueezeExcite(dim, rd_ratio=0.25) if se else nn.Identity()
         fc1, fc2 = conv_norm(dim, 2 * dim, 1, act=nn.ReLU()), conv_norm(2 * dim, dim, 1)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, fc2=fc2))
+        self.mlp = Chain(OrderedDict(fc1=fc1, fc2=fc2))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.se(self.mixer(x))
         return x + self.drop_path(self.mlp(x))
+
+    def reparameterize(self) -> None:
+        if isinstance(self.mixer, BranchedConv):
+            self.mixer = self.mixer.merged()
 
 
 def from_authors(tensors: Tensors, model: Any = None) -> Tensors:
@@ -123,8 +129,8 @@ def from_authors(tensors: Tensors, model: Any = None) -> Tensors:
         (r"\.mixer\.m\.dw\.", ".mixer.q_dw."),
         (r"\.mixer\.m\.proj\.1\.", ".mixer.proj."),
         (r"\.mixer\.m\.", ".mixer."),
-        (r"\.mixer\.conv\.", ".mixer.conv_3x3."),
-        (r"\.mixer\.conv1\.", ".mixer.conv_1x1."),
+        (r"\.mixer\.conv\.", ".mixer.large."),
+        (r"\.mixer\.conv1\.", ".mixer.branches.k1_d1."),
         (r"\.lkp\.cv1\.", ".lkp.reduce."),
         (r"\.lkp\.cv2\.", ".lkp.conv_dw."),
         (r"\.lkp\.cv3\.", ".lkp.mix."),
@@ -189,7 +195,7 @@ class LSNet(StagedBackbone):
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim
-        return nn.Sequential(
+        return Chain(
             conv_norm(self.in_chans, dim // 4, 3, stride=2, act=nn.ReLU()),
             conv_norm(dim // 4, dim // 2, 3, stride=2, act=nn.ReLU()),
             conv_norm(dim // 2, dim, 3, stride=2),
@@ -198,14 +204,15 @@ class LSNet(StagedBackbone):
     def build_downsample(self, plan: StagePlan) -> nn.Module | None:
         if plan.index == 0:
             return None
-        return nn.Sequential(
+        return Chain(
             conv_norm(plan.in_dim, plan.in_dim, 3, stride=2, groups=plan.in_dim),
             conv_norm(plan.in_dim, plan.dim, 1),
         )
 
     def build_block(self, plan: StagePlan, index: int, drop_path: float) -> nn.Module:
         if index % 2 == 0:
-            mixer: nn.Module = RepDepthwise(plan.dim)
+            # conv_3x3(x) + conv_1x1(x) + x, as in RepVGG
+            mixer: nn.Module = BranchedConv(plan.dim, 3, ((1, 1),), identity=True)
         elif plan.index < 3:
             mixer = LSConv(plan.dim)
         else:
@@ -231,21 +238,24 @@ class LSNet(StagedBackbone):
         Raises:
             UnsupportedError: the model has no second head.
         """
-        if not isinstance(self.head, DistilledHead):
-            raise UnsupportedError("no second head; create a _distill variant (distilled=True)")
+        if not isinstance(self.head, DistilledHead) or self.head.dist is None:
+            raise UnsupportedError(
+                "no second head; create a _distill variant (distilled=True), not re-parameterized"
+            )
         self.head.distilled_training = enable
 
     def get_classifier(self) -> Any:
         """Return the classifier layer; a pair of them where there are two heads."""
-        layers = tuple(self.get_submodule(name) for name in self.classifier_names)
-        return layers if self.distilled else layers[0]
+        first = self.head.get_classifier()
+        second = self.head.dist if isinstance(self.head, DistilledHead) else None
+        return first if second is None else (first, second.get_classifier())
 
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
     ) -> None:
         super().reset_classifier(num_classes, global_pool, reset_other)
-        for name in self.classifier_names[1:]:
-            self.init_layer(self.get_submodule(name), name)
+        if isinstance(self.head, DistilledHead) and self.head.dist is not None:
+            self.init_layer(self.head.dist.get_classifier(), "head.dist.fc")
 
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:
         """Resize smaller bias tables, and add branches of zeros where all 1x1 ones are absent.
@@ -259,10 +269,10 @@ class LSNet(StagedBackbone):
             if side < self.table_size:
                 tensors[key] = resize_tables(tensors[key], self.table_size)
         own = {k: v for k, v in self.state_dict().items() if "num_batches_tracked" not in k}
-        has_others = all(key in tensors for key in own if ".conv_3x3." in key)
-        if has_others and not any(".conv_1x1." in key for key in tensors):
+        has_others = all(key in tensors for key in own if ".mixer.large." in key)
+        if has_others and not any(POINT in key for key in tensors):
             for key in own:
-                if ".conv_1x1." in key:
+                if POINT in key:
                     value = 1.0 if key.endswith("running_var") else 0.0
                     tensors[key] = torch.full_like(own[key], value)
         return tensors

@@ -7,6 +7,7 @@ the focus net, whose two stages give the model's third and fourth feature maps.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -24,19 +25,22 @@ from timm.layers import (
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.errors import UnsupportedError
 from backbones.layers import (
-    DILATED_REPARAM_LAYOUT,
+    BRANCHED_CONV_LAYOUT,
+    BranchedConv,
+    Chain,
     ConvMlp,
-    DilatedReparamConv,
     DynamicConv,
     GlobalResponseNorm,
     Head,
     LayerScale,
     ResidualConv,
     conv_norm,
+    split_merged_kernels,
 )
-from backbones.skeleton import Stage, StagedBackbone, StagePlan, check_input, per_stage
+from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, check_input, per_stage
 
 EPS = 1e-6
 HEAD_DIM = 1024
@@ -60,7 +64,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv_dw = ResidualConv(dim)
         self.norm = LayerNorm2d(dim, eps=EPS)
-        self.mixer = DilatedReparamConv(dim, kernel_size, BRANCHES[kernel_size])
+        self.mixer = BranchedConv(dim, kernel_size, BRANCHES[kernel_size])
         self.mixer_norm = nn.BatchNorm2d(dim)
         self.se = SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=nn.GELU)
         self.mlp = ConvMlp(dim, 4 * dim)
@@ -71,6 +75,13 @@ class Block(nn.Module):
         x = self.conv_dw(x)
         y = self.se(self.mixer_norm(self.mixer(self.norm(x))))
         return self.ls(x) + self.drop_path(self.mlp(y))
+
+    def reparameterize(self) -> None:
+        merge.fold_chain(self, ("conv_dw",))
+        merge.fold_chain(self, ("mixer", "mixer_norm"))
+        self.mlp.reparameterize()
+        if isinstance(self.ls, LayerScale):
+            self.ls.shift_into(self.mlp.fc2)
 
 
 class FocusBlock(nn.Module):
@@ -87,12 +98,11 @@ class FocusBlock(nn.Module):
         dim, both, kernel_size = plan.dim, plan.dim + context, KERNEL_SIZES[plan.index]
         self.split = (dim, context)
         self.first = first
-        if not first:
-            self.x_scale = LayerScale(context)
-            self.h_scale = LayerScale(context)
+        self.x_scale: nn.Module = nn.Identity() if first else LayerScale(context)
+        self.h_scale: nn.Module = nn.Identity() if first else LayerScale(context)
         self.conv_dw1 = ResidualConv(both)
         self.norm1 = LayerNorm2d(both, eps=EPS)
-        self.fusion = nn.Sequential(
+        self.fusion = Chain(
             nn.Conv2d(both, both, 3, padding=1, groups=both),
             nn.BatchNorm2d(both),
             nn.GELU(),
@@ -100,12 +110,12 @@ class FocusBlock(nn.Module):
             GlobalResponseNorm(dim, channels_last=False),
         )
         self.gate = conv_norm(dim, dim, 1, act=nn.SiLU())
-        self.lepe = nn.Sequential(
-            DilatedReparamConv(dim, kernel_size, BRANCHES[kernel_size]), nn.BatchNorm2d(dim)
+        self.lepe = Chain(
+            BranchedConv(dim, kernel_size, BRANCHES[kernel_size]), nn.BatchNorm2d(dim)
         )
         self.mixer = DynamicConv(dim, context, kernel_size, groups)
         self.se = SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=nn.GELU)
-        self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, both, 1))
+        self.proj = Chain(OrderedDict(norm=nn.BatchNorm2d(dim), conv=nn.Conv2d(dim, both, 1)))
         self.ls1 = LayerScale(both)
         self.conv_dw2 = ResidualConv(both)
         self.norm2 = LayerNorm2d(both, eps=EPS)
@@ -126,6 +136,26 @@ class FocusBlock(nn.Module):
         x = self.conv_dw2(self.ls1(x) + self.drop_path(y))
         return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
 
+    def scale_context(self, scale: LayerScale) -> None:
+        """Fold a layer scale on the context channels of the block's output."""
+        context = slice(self.split[0], None)
+        merge.scale_parameter(self.ls2.weight, scale.weight, context)
+        self.ls2.shift_into(self.mlp.fc2)
+        merge.scale_into_previous(self.mlp.fc2, scale.weight, context)
+        merge.shift_into_previous(self.mlp.fc2, scale.bias, context)
+
+    def reparameterize(self) -> None:
+        merge.fold_chain(self, ("conv_dw1",))
+        merge.fold_chain(self, ("conv_dw2",))
+        merge.fold_chain(self.proj)
+        self.mlp.reparameterize()
+        self.norm2 = merge.norm_into_next(self.norm2, self.mlp.fc1)
+        self.ls1.shift_into(self.proj.conv)
+        self.ls2.shift_into(self.mlp.fc2)
+        if isinstance(self.x_scale, LayerScale) and isinstance(self.h_scale, LayerScale):
+            merge.shift_together(self.x_scale.bias, self.h_scale.bias)
+            self.h_scale.bias = None
+
 
 class FocusDownsample(nn.Module):
     """Halve image and context parts of a map, each with its own convolution."""
@@ -140,6 +170,27 @@ class FocusDownsample(nn.Module):
         image, context = x.split(self.split, dim=1)
         return torch.cat((self.image(image), self.context(context)), dim=1)
 
+    def scale_context(self, scale: LayerScale) -> None:
+        """Fold a layer scale on the context channels of the output."""
+        merge.fold_chain(self.context)
+        merge.scale_into_previous(self.context.conv, scale.weight)
+        merge.shift_into_previous(self.context.conv, scale.bias)
+
+
+class FocusStage(Stage):
+    """A stage of the focus net, whose blocks take the reference too."""
+
+    def reparameterize(self) -> None:
+        """Fold the scale of each block's context into what computes that context."""
+        before: Any = self.downsample
+        block: Any
+        for block in self.blocks:
+            block.reparameterize()
+            if isinstance(block.x_scale, LayerScale):
+                before.scale_context(block.x_scale)
+                block.x_scale = nn.Identity()
+            before = block
+
 
 class FocusNet(nn.Module):
     """The close look: two stages, at stride 16 and 32, guided by the overview (section 3.2)."""
@@ -148,6 +199,11 @@ class FocusNet(nn.Module):
         super().__init__()
         self.project = nn.Conv2d(overview_dim, context, 1)
         self.stages = nn.ModuleList(stages)
+        self.aux_head: Head | None = None  # on the overview
+
+    def reparameterize(self) -> None:
+        """Drop the auxiliary head, which only training uses."""
+        self.aux_head = None
 
     def run_stages(self, base: Tensor, overview: Tensor, checkpointing: bool) -> Iterator[Tensor]:
         """Yield the output of each stage, image and context channels together."""
@@ -183,6 +239,7 @@ AUTHORS_LAYOUT = (
     *numbered(r"\.(?:proj\.3|se_layer)\.proj", ".se", {1: "fc1", 3: "fc2"}),
     *numbered(r"^(stages.*)\.proj", r"\1", {0: "norm", 1: "mixer", 2: "mixer_norm"}),
     *numbered(r"^(stages.*)\.proj", r"\1.mlp", {4: "fc1", 6: "conv_dw", 7: "grn", 8: "fc2"}),
+    *numbered(r"^(focus.*)\.proj", r"\1.proj", {0: "norm", 1: "conv"}),
     *numbered(r"\.mlp", ".mlp", {0: "fc1", 2: "conv_dw", 3: "grn", 4: "fc2"}),
     *numbered(r"\.weight_key", ".mixer.key", {1: "conv", 2: "norm"}),
     (r"\.weight_query\.", ".mixer.query."),
@@ -195,8 +252,8 @@ AUTHORS_LAYOUT = (
     (r"\.beta$", ".bias"),
     *numbered(r"(^stem\.\d|\.(?:downsample|image|context|query|gate))", r"\1", CONV_NORM),
     *numbered("^head", "head", {**CONV_NORM, 4: "fc"}),
-    *numbered("^aux_head", "aux_head", {0: "norm", 2: "fc"}),
-    *DILATED_REPARAM_LAYOUT,
+    *numbered("^aux_head", "focus.aux_head", {0: "norm", 2: "fc"}),
+    *BRANCHED_CONV_LAYOUT,
 )
 
 
@@ -212,10 +269,9 @@ class OverLoCK(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
-    auxiliary_keys = (r"^aux_head\.",)
+    auxiliary_keys = (r"^focus\.aux_head\.",)
     layouts = {"authors": AUTHORS_LAYOUT}
     focus: FocusNet | None
-    aux_head: Head | None
 
     def __init__(
         self,
@@ -263,15 +319,14 @@ class OverLoCK(StagedBackbone):
                 for j, rate in enumerate(rates)
             ]
             downsample = None if first else FocusDownsample(plan.in_dim, plan.dim, context)
-            stages.append(Stage(downsample, blocks))
+            stages.append(FocusStage(downsample, blocks))
         return {"focus": FocusNet(self.plans[-1].dim, context, stages)}
 
     def build_head(self, **common: Any) -> Head:
-        self.aux_head = None
-        if self.with_aux_head:
+        if self.with_aux_head and self.focus:
             dim = self.plans[-1].dim
-            self.aux_head = Head(dim, maps={"norm": nn.BatchNorm2d(dim)}, **common)
-            self.classifier_names = (*self.classifier_names, "aux_head.fc")
+            self.focus.aux_head = Head(dim, maps={"norm": nn.BatchNorm2d(dim)}, **common)
+            self.classifier_names = (*self.classifier_names, "focus.aux_head.fc")
         conv = nn.Conv2d(self.num_features, HEAD_DIM, 1, bias=False)
         maps = {"conv": conv, "norm": nn.BatchNorm2d(HEAD_DIM), "act": nn.SiLU()}
         return Head(self.num_features, maps=maps, hidden_features=HEAD_DIM, **common)
@@ -296,12 +351,18 @@ class OverLoCK(StagedBackbone):
         In training mode after ``set_distilled_training(True)``: to (logits, auxiliary logits),
         whose losses the authors weigh 1 and 0.4.
         """
-        if not (self.training and self.distilled_training and self.focus and self.aux_head):
+        aux_head = self.aux_head
+        if not (self.training and self.distilled_training and self.focus and aux_head):
             return super().forward(x)
         check_input(x, self.in_chans, self.plans[-1].reduction)
         *_, base, overview = super().run_stages(x)
         *_, x = self.focus.run_stages(base, overview, self.grad_checkpointing)
-        return self.forward_head(x), self.aux_head(overview)
+        return self.forward_head(x), aux_head(overview)
+
+    @property
+    def aux_head(self) -> Head | None:
+        """The auxiliary head on the overview, where the model has one."""
+        return self.focus.aux_head if self.focus else None
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """Let the training forward return (logits, auxiliary logits), or logits alone again.
@@ -324,11 +385,18 @@ class OverLoCK(StagedBackbone):
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
     ) -> None:
         super().reset_classifier(num_classes, global_pool, reset_other)
+        if self.aux_head is None or self.focus is None:
+            return
         if reset_other:
-            self.aux_head = None
-        elif self.aux_head is not None:
+            self.focus.aux_head = None
+        else:
             self.aux_head.reset(num_classes, global_pool, **get_device_dtype(self))
-            self.init_layer(self.aux_head.get_classifier(), "aux_head.fc")
+            self.init_layer(self.aux_head.get_classifier(), "focus.aux_head.fc")
+
+    def complete_checkpoint(self, tensors: Tensors) -> Tensors:
+        """Bring the authors' re-parameterized form, whose large kernels are merged, into ours."""
+        split_merged_kernels(tensors, self.state_dict())
+        return tensors
 
     def execution_order(self, coarse: bool = False) -> list[str]:
         patterns = super().execution_order(coarse)

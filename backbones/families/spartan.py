@@ -16,9 +16,10 @@ import torch
 from timm.layers import DropPath, GroupNorm1, LayerScale2d, SqueezeExcite
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
-from backbones.layers import Head, conv_norm
+from backbones.layers import Chain, Head, conv_norm
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -32,9 +33,10 @@ class SpatialMixer(nn.Module):
         half = dim // 2
         groups = half if depthwise else 1
         self.proj_in = nn.Conv2d(dim, half, 1)
-        self.gamma = nn.Parameter(torch.full((half,), init_value))
+        self.gamma: nn.Parameter | None = nn.Parameter(torch.full((half,), init_value))
+        self.contrast: nn.Module = nn.Identity()
         self.conv_h = conv_norm(half, half, 3, groups=groups, eps=EPS, act=nn.GELU())
-        self.conv_l = nn.Sequential(
+        self.conv_l = Chain(
             nn.Conv2d(half, half, 3, padding=2, dilation=2, groups=groups, bias=False),
             conv_norm(half, half, 3, dilation=2, groups=groups, eps=EPS, act=nn.GELU()),
         )
@@ -43,10 +45,21 @@ class SpatialMixer(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj_in(x)
-        x = x + self.gamma.view(1, -1, 1, 1) * (x - x.mean((2, 3), keepdim=True))
+        if self.gamma is None:
+            x = self.proj_in(x) + self.contrast(x.mean((2, 3), keepdim=True))
+        else:
+            x = self.proj_in(x)
+            x = x + self.gamma.view(1, -1, 1, 1) * (x - x.mean((2, 3), keepdim=True))
         mixed = self.se_h(self.conv_h(x)), self.se_l(self.conv_l(x))
         return self.proj_out(torch.cat(mixed, dim=1))
+
+    def reparameterize(self) -> None:
+        """Fold the norms, and the contrast: with W' = (1 + g) W, minus g W on the mean."""
+        merge.fold_chain(self.conv_h)
+        merge.fold_chain(self.conv_l)
+        if self.gamma is not None:
+            self.contrast = merge.split_contrast(self.proj_in, self.gamma)
+            self.gamma = None
 
 
 class ChannelMixer(nn.Module):
@@ -58,16 +71,18 @@ class ChannelMixer(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, groups: int) -> None:
         super().__init__()
-        self.theta = nn.Conv2d(dim, hidden_dim, 1)
+        self.theta: nn.Module = nn.Conv2d(dim, hidden_dim, 1)
         self.act = nn.GELU()
         self.proj = nn.Conv2d(dim, hidden_dim, 1)
-        self.rotation = nn.Parameter(torch.empty(hidden_dim // 2, 2))
+        self.rotation: nn.Parameter | None = nn.Parameter(torch.empty(hidden_dim // 2, 2))
         self.conv = conv_norm(hidden_dim, hidden_dim, 3, groups=groups, eps=EPS, act=nn.GELU())
         self.se = SqueezeExcite(hidden_dim, rd_channels=dim // 4)
         self.proj_out = nn.Conv2d(hidden_dim, dim, 1)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Multiply the complex numbers in (B, 2K, H, W), in real arithmetic."""
+        if self.rotation is None:
+            return x
         rotation = self.rotation.to(x.dtype)
         real = rotation[:, :1, None, None]
         imaginary = rotation[:, 1:, None, None]
@@ -77,9 +92,23 @@ class ChannelMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         strongest = x.argmax(dim=1, keepdim=True)
-        token = self.proj(x) * self.act(self.theta(x))
+        if isinstance(self.theta, nn.Identity):
+            value, gate = self.proj(x).chunk(2, dim=1)
+        else:
+            value, gate = self.proj(x), self.theta(x)
+        token = value * self.act(gate)
         token = token + token.gather(1, strongest)
         return self.proj_out(self.se(self.conv(self.rotate(token))))
+
+    def reparameterize(self) -> None:
+        """Fold the norm and the rotation into the convolution, and make the two maps one."""
+        merge.fold_chain(self.conv)
+        if self.rotation is not None:
+            self.conv.conv = merge.rotation_into_next(self.rotation, self.conv.conv)
+            self.rotation = None
+        if isinstance(self.theta, nn.Conv2d):
+            self.proj = merge.stack_maps(self.proj, self.theta)
+            self.theta = nn.Identity()
 
 
 class Block(nn.Module):
@@ -92,17 +121,26 @@ class Block(nn.Module):
         self, dim: int, hidden_dim: int, early: bool, ls_init_value: float, drop_path: float
     ) -> None:
         super().__init__()
-        self.norm1 = GroupNorm1(dim, eps=EPS)
+        self.norm1: nn.Module = GroupNorm1(dim, eps=EPS)
         self.spatial = SpatialMixer(dim, depthwise=not early, init_value=ls_init_value)
-        self.ls1 = LayerScale2d(dim, ls_init_value)
+        self.ls1: nn.Module = LayerScale2d(dim, ls_init_value)
         self.norm2 = GroupNorm1(dim, eps=EPS)
         self.channel = ChannelMixer(dim, hidden_dim, groups=hidden_dim if early else dim)
-        self.ls2 = LayerScale2d(dim, ls_init_value)
+        self.ls2: nn.Module = LayerScale2d(dim, ls_init_value)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.ls1(self.spatial(self.norm1(x))))
         return x + self.drop_path(self.ls2(self.channel(self.norm2(x))))
+
+    def reparameterize(self) -> None:
+        # The second norm keeps its factor and offset: they take part in the choice of a channel.
+        self.norm1 = merge.norm_into_next(self.norm1, self.spatial.proj_in)
+        self.spatial.reparameterize()
+        for name, mixer in (("ls1", self.spatial), ("ls2", self.channel)):
+            if isinstance(scale := getattr(self, name), LayerScale2d):
+                merge.scale_into_previous(mixer.proj_out, scale.gamma)
+                setattr(self, name, nn.Identity())
 
 
 def from_authors(tensors: Tensors, model: Any = None) -> Tensors:
@@ -175,7 +213,7 @@ class SpaRTAN(StagedBackbone):
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim
-        return nn.Sequential(
+        return Chain(
             conv_norm(self.in_chans, dim // 2, 3, stride=2, eps=EPS, act=nn.GELU()),
             conv_norm(dim // 2, dim, 3, stride=2, eps=EPS, act=nn.GELU()),
         )
@@ -207,7 +245,7 @@ class SpaRTAN(StagedBackbone):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, ChannelMixer):
-            nn.init.normal_(module.rotation)
+            nn.init.normal_(module.get_parameter("rotation"))
         else:
             super().init_layer(module, name)
 

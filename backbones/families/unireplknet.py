@@ -12,15 +12,19 @@ import torch
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, SqueezeExcite
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import (
-    DILATED_REPARAM_LAYOUT,
+    BRANCHED_CONV_LAYOUT,
+    BranchedConv,
+    Chain,
     ChannelMlp,
-    DilatedReparamConv,
     Head,
+    bias_as_norm,
+    split_merged_kernels,
 )
-from backbones.skeleton import StagedBackbone, StagePlan, per_stage
+from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
 
@@ -42,16 +46,27 @@ class Block(nn.Module):
     def __init__(self, dim: int, conv_dw: nn.Module, ls_init_value: float, drop_path: float):
         super().__init__()
         self.conv_dw = conv_dw
-        self.norm = nn.BatchNorm2d(dim)
+        self.norm: nn.Module = nn.BatchNorm2d(dim)
         self.se = SqueezeExcite(dim, rd_channels=dim // 4)
         self.mlp = ChannelMlp(dim, 4 * dim, use_conv=True, use_grn=True, out_bias=False)
-        self.norm_out = nn.BatchNorm2d(dim)
-        self.gamma = nn.Parameter(torch.full((dim,), ls_init_value))
+        self.norm_out: nn.Module = nn.BatchNorm2d(dim)
+        self.gamma: nn.Parameter | None = nn.Parameter(torch.full((dim,), ls_init_value))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm_out(self.mlp(self.se(self.norm(self.conv_dw(x)))))
-        return x + self.drop_path(y * self.gamma.view(1, -1, 1, 1))
+        if self.gamma is not None:
+            y = y * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(y)
+
+    def reparameterize(self) -> None:
+        if isinstance(self.conv_dw, BranchedConv):
+            self.conv_dw = self.conv_dw.merged()
+        self.norm = merge.norm_into_previous(self.conv_dw, self.norm)
+        self.norm_out = merge.norm_into_previous(self.mlp.fc2, self.norm_out)
+        self.mlp.reparameterize()
+        merge.scale_into_previous(self.mlp.fc2, self.gamma)
+        self.gamma = None
 
 
 class UniRepLKNet(StagedBackbone):
@@ -74,7 +89,7 @@ class UniRepLKNet(StagedBackbone):
             (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
             (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
             (r"\.dwconv\.", ".conv_dw."),
-            *DILATED_REPARAM_LAYOUT,
+            *BRANCHED_CONV_LAYOUT,
             (r"\.se\.down\.", ".se.fc1."),
             (r"\.se\.up\.", ".se.fc2."),
             (r"\.pwconv1\.1\.", ".mlp.fc1."),
@@ -105,7 +120,7 @@ class UniRepLKNet(StagedBackbone):
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim
-        return nn.Sequential(
+        return Chain(
             nn.Conv2d(self.in_chans, dim // 2, 3, stride=2, padding=1),
             LayerNorm2d(dim // 2, eps=EPS),
             nn.GELU(),
@@ -116,7 +131,7 @@ class UniRepLKNet(StagedBackbone):
     def build_downsample(self, plan: StagePlan) -> nn.Module | None:
         if plan.index == 0:
             return None
-        return nn.Sequential(
+        return Chain(
             nn.Conv2d(plan.in_dim, plan.dim, 3, stride=2, padding=1),
             LayerNorm2d(plan.dim, eps=EPS),
         )
@@ -130,11 +145,24 @@ class UniRepLKNet(StagedBackbone):
         dim = self.plans[-1].dim
         return Head(dim, vectors={"norm": LayerNorm(dim, eps=EPS)}, **common)
 
+    def complete_checkpoint(self, tensors: Tensors) -> Tensors:
+        """Bring the authors' re-parameterized form into the training form."""
+        split_merged_kernels(tensors, self.state_dict())
+        suffix = ".mlp.fc2.bias"  # what the norm after it has become
+        for key in [key for key in tensors if key.endswith(suffix)]:
+            block, bias = key.removesuffix(suffix), tensors.pop(key)
+            tensors.update(bias_as_norm(f"{block}.norm_out", bias))
+            tensors[f"{block}.gamma"] = torch.ones_like(bias)
+            tensors[f"{block}.mlp.grn.bias"] = torch.zeros_like(tensors[f"{block}.mlp.fc1.bias"])
+            small = tensors.pop(f"{block}.conv_dw.bias", torch.zeros_like(bias))
+            tensors.update(bias_as_norm(f"{block}.norm", small))
+        return tensors
+
 
 def depthwise(dim: int, kernel_size: int) -> nn.Module:
     """Return the depthwise convolution of a kernel size: a plain one or one with branches."""
     if kernel_size in BRANCHES:
-        return DilatedReparamConv(dim, kernel_size, BRANCHES[kernel_size])
+        return BranchedConv(dim, kernel_size, BRANCHES[kernel_size])
     if kernel_size in SMALL_KERNELS:
         return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
     raise ConfigError(

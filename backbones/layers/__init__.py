@@ -1,9 +1,14 @@
 """Parts that two or more families use."""
 
+from backbones.layers.branched_conv import (
+    BRANCHED_CONV_LAYOUT,
+    BranchedConv,
+    split_merged_kernels,
+)
+from backbones.layers.chain import Chain
 from backbones.layers.conv_mlp import ConvMlp, ResidualConv
-from backbones.layers.conv_norm import conv_norm
+from backbones.layers.conv_norm import bias_as_norm, conv_norm
 from backbones.layers.dcls import SpacedConv
-from backbones.layers.dilated_reparam import DILATED_REPARAM_LAYOUT, DilatedReparamConv
 from backbones.layers.downsample import norm_conv_downsample
 from backbones.layers.dynamic_conv import DynamicConv
 from backbones.layers.head import Head
@@ -13,18 +18,21 @@ from backbones.layers.norm import GlobalResponseNorm, statistics_dtype
 from backbones.layers.tracing import fx_leaf
 
 __all__ = [
-    "DILATED_REPARAM_LAYOUT",
+    "BRANCHED_CONV_LAYOUT",
+    "BranchedConv",
+    "Chain",
     "ChannelMlp",
     "ConvMlp",
-    "DilatedReparamConv",
     "DynamicConv",
     "GlobalResponseNorm",
     "Head",
     "LayerScale",
     "ResidualConv",
     "SpacedConv",
+    "bias_as_norm",
     "conv_norm",
     "fx_leaf",
     "norm_conv_downsample",
+    "split_merged_kernels",
     "statistics_dtype",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.layers.mlp import ChannelMlp
 
 __all__ = ["ConvMlp", "ResidualConv"]
@@ -18,6 +19,15 @@ class ResidualConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
+    def merged(self) -> nn.Conv2d:
+        """Return the plain convolution that computes the same."""
+        plain = nn.Conv2d(
+            self.in_channels, self.out_channels, 3, padding=1, groups=self.groups, device="meta"
+        )
+        plain.weight, plain.bias = self.weight, self.bias
+        merge.branches_into_kernel(plain, identity=True)
+        return plain.train(self.training)
+
 
 class ConvMlp(ChannelMlp):
     """``fc2(GRN(conv_dw(GELU(fc1(x)))))`` on (B, C, H, W), `conv_dw` a residual convolution.
@@ -31,7 +41,13 @@ class ConvMlp(ChannelMlp):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__(dim, hidden_dim, use_conv=True, use_grn=True)
-        self.conv_dw = ResidualConv(hidden_dim)
+        self.conv_dw: nn.Conv2d = ResidualConv(hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.grn(self.conv_dw(self.act(self.fc1(x)))))
+
+    def reparameterize(self) -> None:
+        """Fold the residual into the depthwise kernel, and what the base class folds."""
+        super().reparameterize()
+        if isinstance(self.conv_dw, ResidualConv):
+            self.conv_dw = self.conv_dw.merged()

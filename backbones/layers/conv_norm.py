@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["conv_norm"]
+from backbones.layers.chain import Chain
+
+__all__ = ["bias_as_norm", "conv_norm"]
 
 
 def conv_norm(
@@ -20,7 +23,7 @@ def conv_norm(
     padding: int | None = None,
     eps: float = 1e-5,
     act: nn.Module | None = None,
-) -> nn.Sequential:
+) -> Chain:
     """Return `conv` (no bias), `norm` and, where given, `act`, under these names.
 
     The default padding keeps the size at stride 1 for odd kernels.
@@ -33,4 +36,18 @@ def conv_norm(
     parts: list[tuple[str, nn.Module]] = [("conv", conv), ("norm", nn.BatchNorm2d(dim, eps=eps))]
     if act is not None:
         parts.append(("act", act))
-    return nn.Sequential(OrderedDict(parts))
+    return Chain(OrderedDict(parts))
+
+
+def bias_as_norm(prefix: str, bias: Tensor, eps: float = 1e-5) -> dict[str, Tensor]:
+    """Return the entries of a batch norm `prefix` that only adds a bias.
+
+    With them, a checkpoint whose norm has been merged into the convolution before it loads into
+    the training form.
+    """
+    return {
+        f"{prefix}.weight": torch.ones_like(bias),
+        f"{prefix}.bias": bias,
+        f"{prefix}.running_mean": torch.zeros_like(bias),
+        f"{prefix}.running_var": torch.full_like(bias, 1 - eps),  # eps is added to it
+    }

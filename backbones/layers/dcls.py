@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.layers.kept import KeptTensor
 from backbones.layers.tracing import fx_leaf
 from backbones.ops.dispatch import at_least_float32, without_autocast
@@ -75,6 +76,24 @@ class SpacedConv(nn.Module):
         """Return the dense kernel (C, 1, k, k) for points at `positions` (2, C, n)."""
         build = partial(kernel_from_points, size=self.kernel_size)
         return self.kept.get(build, self.weight, positions)
+
+    @torch.no_grad()
+    def merged(self, positions: Tensor) -> nn.Conv2d:
+        """Return the plain convolution with the dense kernel of points at `positions`."""
+        plain = nn.Conv2d(
+            self.dim,
+            self.dim,
+            self.kernel_size,
+            padding=self.kernel_size // 2 * self.dilation,
+            dilation=self.dilation,
+            groups=self.dim,
+            device="meta",
+        )
+        kernel = kernel_from_points(self.weight.double(), positions.double(), self.kernel_size)
+        plain.weight = nn.Parameter(kernel.to(self.weight.dtype), self.weight.requires_grad)
+        plain.bias = self.bias
+        merge.record("points into a dense kernel")
+        return plain.train(self.training)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return F.conv2d(

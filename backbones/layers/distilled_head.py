@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.layers.head import Head
 
 __all__ = ["DistilledHead", "VectorBatchNorm"]
@@ -29,15 +30,30 @@ class DistilledHead(Head):
 
     def __init__(self, dim: int, **common: Any) -> None:
         super().__init__(dim, vectors={"norm": VectorBatchNorm(dim)}, **common)
-        self.dist = Head(dim, vectors={"norm": VectorBatchNorm(dim)}, **common)
+        self.dist: Head | None = Head(dim, vectors={"norm": VectorBatchNorm(dim)}, **common)
         self.distilled_training = False
 
     def reset(self, *args: Any, **options: Any) -> None:
         super().reset(*args, **options)
-        self.dist.reset(*args, **options)
+        if self.dist is not None:
+            self.dist.reset(*args, **options)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
-        ours, theirs = super().forward(x, pre_logits), self.dist(x, pre_logits)
+        ours = super().forward(x, pre_logits)
+        if self.dist is None:
+            return ours
+        theirs = self.dist(x, pre_logits)
         if self.training and self.distilled_training and not pre_logits:
             return ours, theirs
         return (ours + theirs) / 2
+
+    def reparameterize(self) -> None:
+        """Fold the norms, and replace two classifiers by their mean."""
+        super().reparameterize()
+        if self.dist is None:
+            return
+        self.dist.reparameterize()
+        ours, theirs = self.get_classifier(), self.dist.get_classifier()
+        if isinstance(ours, nn.Linear) and isinstance(theirs, nn.Linear):
+            merge.average_maps(ours, theirs)
+            self.dist = None

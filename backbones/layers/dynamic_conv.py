@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.layers.conv_norm import conv_norm
 from backbones.layers.norm import statistics_dtype
 from backbones.layers.tracing import fx_leaf
@@ -112,3 +113,10 @@ class DynamicConv(nn.Module):
         key = F.linear(self.key(self.pool(context)).flatten(2), self.kernel.weight)
         mixed = mix(wide, query, key, self.kernel.bias, (self.bias_small, self.bias_large))
         return self.proj(shrink(mixed, values))
+
+    def reparameterize(self) -> None:
+        """Fold the norms, and the scale of the queries into their convolution."""
+        for chain in (self.query, self.key, self.proj):
+            merge.fold_chain(chain)
+        query: nn.Conv2d = self.query.get_submodule("conv")  # type: ignore[assignment]
+        self.scale = merge.factor_into_outputs(query, self.scale)

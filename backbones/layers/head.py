@@ -9,6 +9,7 @@ from typing import Any
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.errors import UnsupportedError
 
 __all__ = ["Head"]
@@ -56,6 +57,7 @@ class Head(nn.Module):
             self.add_module(name, part)
         self.drop = nn.Dropout(drop_rate)
         self.set_classifier(num_classes)
+        self.deployed = False
 
     def set_pool(self, pool_type: str) -> None:
         """Replace the pooling.
@@ -127,3 +129,9 @@ class Head(nn.Module):
         if not pre_logits:
             x = self.get_classifier()(x)
         return x if self.pool_type else x.permute(0, 3, 1, 2)
+
+    def reparameterize(self) -> None:
+        """Fold the norms before and after pooling into the maps beside them."""
+        merge.fold_chain(self, self.map_parts)
+        merge.fold_chain(self, (*self.vector_parts, self.classifier_name.split(".")[0]))
+        self.deployed = True

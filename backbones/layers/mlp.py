@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from backbones import merge
 from backbones.layers.norm import GlobalResponseNorm
 
 __all__ = ["ChannelMlp"]
@@ -32,7 +33,7 @@ class ChannelMlp(nn.Module):
     ) -> None:
         super().__init__()
         if use_conv:
-            self.fc1: nn.Module = nn.Conv2d(dim, hidden_dim, 1)
+            self.fc1: nn.Conv2d | nn.Linear = nn.Conv2d(dim, hidden_dim, 1)
         else:
             self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
@@ -41,9 +42,15 @@ class ChannelMlp(nn.Module):
         else:
             self.grn = nn.Identity()
         if use_conv:
-            self.fc2: nn.Module = nn.Conv2d(hidden_dim, dim, 1, bias=out_bias)
+            self.fc2: nn.Conv2d | nn.Linear = nn.Conv2d(hidden_dim, dim, 1, bias=out_bias)
         else:
             self.fc2 = nn.Linear(hidden_dim, dim, bias=out_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.grn(self.act(self.fc1(x))))
+
+    def reparameterize(self) -> None:
+        """Fold the offset of the response norm into the second layer."""
+        if isinstance(self.grn, GlobalResponseNorm) and self.grn.bias is not None:
+            merge.shift_into_next(self.grn.bias, self.fc2)
+            self.grn.bias = None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from backbones.layers.tracing import fx_leaf
 
-__all__ = ["GlobalResponseNorm", "statistics_dtype"]
+__all__ = ["CenteredNorm2d", "GlobalResponseNorm", "statistics_dtype"]
 
 
 @fx_leaf
@@ -36,7 +36,7 @@ class GlobalResponseNorm(nn.Module):
         self.spatial_axes = (1, 2) if channels_last else (2, 3)
         self.shape = (1, 1, 1, -1) if channels_last else (1, -1, 1, 1)
         self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         energy = torch.linalg.vector_norm(
@@ -44,4 +44,25 @@ class GlobalResponseNorm(nn.Module):
         )
         relative = energy / (energy.mean(dim=self.channel_axis, keepdim=True) + self.eps)
         scale = 1 + self.weight.view(self.shape) * relative
-        return x * scale.to(x.dtype) + self.bias.view(self.shape).to(x.dtype)
+        x = x * scale.to(x.dtype)
+        return x if self.bias is None else x + self.bias.view(self.shape).to(x.dtype)
+
+
+class CenteredNorm2d(nn.Module):
+    """Layer norm over the channels of maps (B, C, H, W) whose mean over channels is zero.
+
+    It takes over the parameters of the layer norm `norm`.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.to(statistics_dtype(x)).square().mean(1, keepdim=True)
+        x = x * (variance + self.eps).rsqrt().to(x.dtype)
+        if self.weight is not None:
+            x = x * self.weight.view(1, -1, 1, 1)
+        return x if self.bias is None else x + self.bias.view(1, -1, 1, 1)

@@ -6,7 +6,7 @@ from backbones.weights.fetch import fetch
 from backbones.weights.inference import inferred_arguments
 from backbones.weights.loading import LoadReport, filter_for_timm, load_checkpoint
 from backbones.weights.mapping import Mapped, map_checkpoint
-from backbones.weights.pretrained import load_pretrained, saved_arguments
+from backbones.weights.pretrained import is_deploy_file, load_pretrained, saved_arguments
 from backbones.weights.reading import Checkpoint, read_checkpoint, read_metadata
 from backbones.weights.saving import save_checkpoint
 from backbones.weights.unwrapping import unwrap
@@ -18,6 +18,7 @@ __all__ = [
     "fetch",
     "filter_for_timm",
     "inferred_arguments",
+    "is_deploy_file",
     "load_checkpoint",
     "load_pretrained",
     "map_checkpoint",

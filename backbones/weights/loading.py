@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 
+from backbones import reparam
 from backbones.errors import CheckpointError
 from backbones.weights.mapping import Mapped, map_checkpoint
 from backbones.weights.reading import Checkpoint, read_checkpoint
-from backbones.weights.target import inner_module
+from backbones.weights.target import Target, inner_module
 from backbones.weights.unwrapping import unwrap_all
 
 __all__ = ["LoadReport", "filter_for_timm", "load_checkpoint"]
@@ -60,7 +61,8 @@ def load_checkpoint(
 
     Keys, shapes and values are checked before the first copy. The model keeps its device and
     number type; values are converted. A `features_only` model takes a whole model's checkpoint:
-    its backbone must be complete, the rest is ignored and listed.
+    its backbone must be complete, the rest is ignored and listed. A model in deploy form takes
+    files saved in that form, and any other by merging them on the way.
 
     Args:
         model: a model of this package, with or without `features_only`, or any module.
@@ -87,7 +89,10 @@ def load_checkpoint(
             "values; call model.to_empty(device=...) first"
         )
     checkpoint = source if isinstance(source, Checkpoint) else _checkpoint(source, label)
-    mapped = _map(checkpoint, model, strict=strict)
+    if Target(model).deployed:
+        mapped = _map_to_deploy_form(checkpoint, model, strict)
+    else:
+        mapped = _map(checkpoint, model, strict=strict)
     inner.load_state_dict(mapped.tensors, strict=False)
     return LoadReport(
         label,
@@ -134,7 +139,30 @@ def _checkpoint(source: Any, label: str) -> Checkpoint:
     return Checkpoint(tensors, {}, wrapper, others, label)
 
 
+def _map_to_deploy_form(checkpoint: Checkpoint, model: nn.Module, strict: bool) -> Mapped:
+    """Map a checkpoint of either form to a re-parameterized model."""
+    try:
+        return _map(checkpoint, model)
+    except CheckpointError:
+        if checkpoint.deploy:
+            raise
+    inner: Any = inner_module(model)
+    dtype = next(inner.parameters()).dtype
+    twin = type(inner)(**inner.arguments).to(dtype).eval()  # in training form
+    mapped = _map(checkpoint, twin, strict=strict)
+    twin.load_state_dict(mapped.tensors, strict=False)
+    reparam.reparameterize(twin, inplace=True, verify=False)
+    own = inner.state_dict().keys()
+    merged = {key: value for key, value in twin.state_dict().items() if key in own}
+    return replace(mapped, tensors=merged)
+
+
 def _map(checkpoint: Checkpoint, model: nn.Module, **options: Any) -> Mapped:
+    if checkpoint.deploy and not Target(model).deployed:
+        raise CheckpointError(
+            f"{checkpoint.source}: holds a re-parameterized model, whose norms and branches are"
+            " folded away for good; load it into a model created with deploy=True"
+        )
     for key, tensor in checkpoint.tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{checkpoint.source}: entry {key[:80]!r} has no values (meta)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -16,7 +16,7 @@ from backbones.weights.mapping import map_checkpoint
 from backbones.weights.reading import read_checkpoint, read_metadata
 from backbones.weights.target import Target
 
-__all__ = ["load_pretrained", "saved_arguments"]
+__all__ = ["is_deploy_file", "load_pretrained", "saved_arguments"]
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(source)
     target = Target(model)
+    if checkpoint.deploy and not target.deployed:
+        raise CheckpointError(
+            f"{source}: holds a re-parameterized model, whose norms and branches are folded away"
+            " for good; create the model with deploy=True"
+        )
     body: Any = target.module
     first_conv = f"{body.first_conv}.weight"
     try:
@@ -94,8 +99,17 @@ def saved_arguments(path: str | PathLike[str], name: str) -> dict[str, Any]:
 
     Empty for files of any other origin.
     """
+    ours = _description(path)
+    return dict(ours.get("arguments") or {}) if ours.get("name") == name else {}
+
+
+def is_deploy_file(path: str | PathLike[str]) -> bool:
+    """Whether `save_checkpoint` wrote a file from a model in deploy form."""
+    return bool(_description(path).get("deploy"))
+
+
+def _description(path: str | PathLike[str]) -> Mapping[str, Any]:
     try:
-        ours = read_metadata(path).get("backbones") or {}
+        return read_metadata(path).get("backbones") or {}
     except CheckpointError:
         return {}  # no safetensors file; whether it is a checkpoint at all is seen when it is read
-    return dict(ours.get("arguments") or {}) if ours.get("name") == name else {}

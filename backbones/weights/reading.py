@@ -43,6 +43,11 @@ class Checkpoint:
     source: str = "the checkpoint"
     """The file, for messages."""
 
+    @property
+    def deploy(self) -> bool:
+        """Whether `save_checkpoint` wrote it from a model in deploy form."""
+        return bool(_description(self.metadata, self.source).get("deploy"))
+
 
 def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     """Read a safetensors file or one written by `torch.save`, told apart by their content.
@@ -103,16 +108,19 @@ def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
             raise CheckpointError(f"{path}: only safetensors files carry metadata")
         metadata: dict[str, Any] = dict(parse_header(path, stream, size).metadata)
     if "backbones" in metadata:
-        try:
-            ours = json.loads(metadata["backbones"])
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: the metadata 'backbones' is no JSON: {error}"
-            ) from error
-        if not isinstance(ours, Mapping):
-            raise CheckpointError(f"{path}: the metadata 'backbones' is no JSON object")
-        metadata["backbones"] = ours
+        metadata["backbones"] = _description(metadata, path)
     return metadata
+
+
+def _description(metadata: Mapping[str, Any], source: object) -> Mapping[str, Any]:
+    """Return what `save_checkpoint` wrote into a file's metadata; empty for files of others."""
+    try:
+        ours = json.loads(metadata.get("backbones", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: the metadata 'backbones' is no JSON: {error}") from error
+    if not isinstance(ours, Mapping):
+        raise CheckpointError(f"{source}: the metadata 'backbones' is no JSON object")
+    return ours
 
 
 def _size(path: Path) -> int:

@@ -244,7 +244,7 @@ def test_checkpoints_without_any_1x1_branch():
     """The training logs of the authors' B models count none, and a second head besides."""
     source = small("lsnet_t_distill")
     state = source.state_dict()
-    reduced = {key: value for key, value in state.items() if ".conv_1x1." not in key}
+    reduced = {key: value for key, value in state.items() if ".branches.k1_d1." not in key}
     assert len(reduced) < len(state)
     model = small()
     report = backbones.load_checkpoint(model, reduced)
@@ -253,8 +253,8 @@ def test_checkpoints_without_any_1x1_branch():
     assert len(report.dropped) == 7
     for module in source.modules():
         if hasattr(module, "conv_1x1"):
-            module.conv_1x1.norm.weight.zero_()
-            module.conv_1x1.norm.bias.zero_()
+            module.branches.k1_d1.norm.weight.zero_()
+            module.branches.k1_d1.norm.bias.zero_()
     x = image()
     torch.testing.assert_close(model.forward_features(x), source.forward_features(x))
     getter = backbones.create_model("lsnet_t", **SMALL, features_only=True, out_indices=(1,))
@@ -264,17 +264,17 @@ def test_checkpoints_without_any_1x1_branch():
 def test_other_absent_parts_are_refused():
     state = small().state_dict()
     some = dict(state)
-    del some["stages.1.blocks.0.mixer.conv_1x1.conv.weight"]
+    del some["stages.1.blocks.0.mixer.branches.k1_d1.conv.weight"]
     neither = {key: value for key, value in state.items() if ".mixer.conv_" not in key}
     for broken, count in ((some, 1), (neither, 8 * 5)):
         with pytest.raises(CheckpointError, match=rf"missing \({count}\): .*\.mixer\.conv_"):
             backbones.load_checkpoint(small(), broken)
     # tolerating what is absent is no license to zero it
     model = small()
-    before = model.stages[1].blocks[0].mixer.conv_1x1.norm.bias.clone()
+    before = model.stages[1].blocks[0].mixer.branches.k1_d1.norm.bias.clone()
     head = {key: value for key, value in state.items() if key.startswith("head.")}
     backbones.load_checkpoint(model, head, strict=False)
-    assert torch.equal(model.stages[1].blocks[0].mixer.conv_1x1.norm.bias, before)
+    assert torch.equal(model.stages[1].blocks[0].mixer.branches.k1_d1.norm.bias, before)
 
 
 def test_training_begins_with_silent_branches():

@@ -83,7 +83,7 @@ def test_training_forward_of_the_authors():
 def test_auxiliary_entries_are_dropped_and_listed():
     with_head, without = small(aux_head=True), OverLoCK(**SMALL, num_classes=5).eval()
     report = backbones.load_checkpoint(without, with_head.state_dict())
-    own = {key for key in with_head.state_dict() if key.startswith("aux_head.")}
+    own = {key for key in with_head.state_dict() if key.startswith("focus.aux_head.")}
     assert set(report.dropped) == own
     assert len(own) == 7
     x = torch.randn(1, 3, 64, 64)
@@ -114,7 +114,7 @@ def test_both_classifiers_are_reset_and_pruned_with_the_head():
     model.reset_classifier(3)
     model.train().set_distilled_training()
     assert [o.shape for o in model(torch.randn(2, 3, 64, 64))] == [(2, 3)] * 2
-    assert model.classifier_names == ("head.fc", "aux_head.fc")
+    assert model.classifier_names == ("head.fc", "focus.aux_head.fc")
     assert {k: v.shape for k, v in model.state_dict().items()} == model.expected_shapes()
     model.prune_intermediate_layers([3])
     assert model.aux_head is None
@@ -127,7 +127,9 @@ def test_both_classifiers_stay_fresh_for_another_number_of_classes(tmp_path):
     torch.save(source, path)
     model = OverLoCK(**SMALL, num_classes=3, aux_head=True)
     report = load_pretrained(model, path, new_classifier=True)
-    fresh = {f"{head}.fc.{kind}" for head in ("head", "aux_head") for kind in ("weight", "bias")}
+    fresh = {
+        f"{head}.fc.{kind}" for head in ("head", "focus.aux_head") for kind in ("weight", "bias")
+    }
     assert set(report.dropped) == fresh
     loaded = {k for k, v in model.state_dict().items() if k not in fresh}
     assert all(torch.equal(model.state_dict()[key], source[key]) for key in loaded)

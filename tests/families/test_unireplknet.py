@@ -14,7 +14,7 @@ from torch import nn
 import backbones
 from backbones.errors import ConfigError
 from backbones.families.unireplknet import BRANCHES
-from backbones.layers import DilatedReparamConv
+from backbones.layers import BranchedConv
 
 PARAMETERS = {
     "unireplknet_a": 4649060,
@@ -80,7 +80,7 @@ def test_kernels_that_do_not_exist_are_refused(kernel_sizes):
 @torch.no_grad()
 def test_branches_add_up_to_one_kernel(kernel_size):
     """Spread each dilated kernel over the taps it touches: one dense convolution gives the sum."""
-    conv = DilatedReparamConv(4, kernel_size, BRANCHES[kernel_size]).double().eval()
+    conv = BranchedConv(4, kernel_size, BRANCHES[kernel_size]).double().eval()
     for key, value in conv.state_dict().items():
         if value.is_floating_point():
             value.copy_(fill(key, tuple(value.shape)))
@@ -101,7 +101,7 @@ def test_branches_add_up_to_one_kernel(kernel_size):
 
 def test_a_branch_beyond_the_large_kernel_is_refused():
     with pytest.raises(ValueError, match="reaches beyond 7"):
-        DilatedReparamConv(4, 7, ((3, 4),))
+        BranchedConv(4, 7, ((3, 4),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,499 @@
+"""The algebra of exact merges: what follows from a layer being linear, written once.
+
+A map is an ``nn.Conv2d`` or ``nn.Linear``: ``y = W x + b``, with zeros around the input of a padded
+convolution. A norm in evaluation mode is ``s * n(x) + t`` per channel, where `n` has no parameters
+(for a batch norm it is the identity). Each rule moves one such factor or offset into a map, which
+is changed in place; it holds for every parameter value and at every input size, borders included,
+and does nothing where nothing is left to move or where it would not hold.
+
+Values are computed in float64 and stored in the map's own type, device and memory layout. Rules
+work on the meta device too. Modules must be in evaluation mode (:mod:`backbones.reparam` checks).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "average_maps",
+    "branches_into_kernel",
+    "center_outputs",
+    "drop_softmax_bias",
+    "factor_into_norm",
+    "factor_into_outputs",
+    "fold_chain",
+    "is_map",
+    "norm_into_next",
+    "norm_into_previous",
+    "pass_outputs_into_kernel",
+    "record",
+    "recorded",
+    "rotation_into_next",
+    "scale_into_previous",
+    "scale_parameter",
+    "shift_into_next",
+    "shift_into_previous",
+    "shift_together",
+    "split_contrast",
+    "stack_maps",
+    "uniform_bias_into_next",
+]
+
+Rows = Union[slice, Tensor]
+EVERY = slice(None)
+
+_recorder: ContextVar[Counter[str] | None] = ContextVar("merges", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[Counter[str]]:
+    """Count the merges that are made inside the ``with`` block, by rule."""
+    counter: Counter[str] = Counter()
+    token = _recorder.set(counter)
+    try:
+        yield counter
+    finally:
+        _recorder.reset(token)
+
+
+def record(rule: str) -> None:
+    """Count one merge by `rule`; for rules that live with the layer they are about."""
+    counter = _recorder.get()
+    if counter is not None:
+        counter[rule] += 1
+
+
+def is_map(module: object) -> bool:
+    """Whether a module is a plain map. Subclasses may pad or add something of their own."""
+    return type(module) in (nn.Conv2d, nn.Linear)
+
+
+def is_unpadded(module: object) -> bool:
+    """Whether a module is a map whose outputs see inputs only, no zeros from beyond the border."""
+    if type(module) is nn.Conv2d:
+        return module.padding == "valid" or (
+            not isinstance(module.padding, str) and not any(module.padding)
+        )
+    return type(module) is nn.Linear
+
+
+# Norms.
+
+
+def norm_into_previous(linear: nn.Module, norm: nn.Module) -> nn.Module:
+    """Fold a batch norm into the map before it: ``W' = s W``, ``b' = s b + t``.
+
+    Holds with any padding, since the norm acts on the map's outputs.
+
+    Returns:
+        What takes the norm's place: an identity, or the norm where it was not folded.
+    """
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_map(linear):
+        return norm
+    scale, shift = _affine(norm)
+    weight, bias = _weight(linear), _bias(linear)
+    _store(linear, weight * _column(scale, weight.ndim), bias * scale + shift)
+    record("norm into the map before")
+    return nn.Identity()
+
+
+def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
+    """Fold a norm's factor and offset into the map after it: ``W' = W s``, ``b' = b + W t``.
+
+    Holds for a linear layer and for a convolution without padding: zeros around the normalized
+    map are not what the map before the norm would have there.
+
+    Returns:
+        What takes the norm's place: an identity for a batch norm, the norm without parameters for
+        a layer or group norm, or the norm where it was not folded.
+    """
+    batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if not batch and not (isinstance(norm, (nn.LayerNorm, nn.GroupNorm)) and _has_affine(norm)):
+        return norm
+    if not is_unpadded(linear):
+        return norm
+    scale, shift = _affine(norm)
+    by_input = _weight(linear)
+    moved = (by_input * _input_values(linear, shift)).flatten(1).sum(1)
+    _store(linear, by_input * _input_values(linear, scale), _bias(linear) + moved)
+    record("norm into the map after")
+    if batch:
+        return nn.Identity()
+    norm.weight = norm.bias = None  # type: ignore[assignment]
+    return norm
+
+
+def fold_chain(owner: nn.Module, names: Sequence[str] | None = None) -> None:
+    """Fold the norms in a chain of modules that run one after the other.
+
+    A batch norm goes into an unpadded map after it (which spares the map before it a bias), else
+    into the map before it; a layer or group norm's factor and offset into an unpadded map after
+    it. Parts that merge into one map (they have a method ``merged``) are replaced by it first.
+    Nested ``nn.Sequential`` belong to the chain; any other module interrupts it.
+
+    Args:
+        owner: the module that holds the chain.
+        names: its children that form the chain, in order; all of them for None.
+    """
+    chain = [place for place in _places(owner, names) if not isinstance(_at(place), nn.Identity)]
+    for i, (parent, name) in enumerate(chain):
+        module = _at(chain[i])
+        before = _at(chain[i - 1]) if i else None
+        after = _at(chain[i + 1]) if i + 1 < len(chain) else None
+        fresh = norm_into_next(module, after) if after is not None else module
+        if fresh is module and before is not None:
+            fresh = norm_into_previous(before, module)
+        if fresh is not module:
+            setattr(parent, name, fresh)
+
+
+def center_outputs(conv: nn.Conv2d) -> None:
+    """Make the outputs' mean over channels zero: ``W' = W - mean(W)``, ``b' = b - mean(b)``.
+
+    A layer norm over channels after it gives the same and need not subtract the mean any more.
+    """
+    weight, bias = _weight(conv), _bias(conv)
+    _store(conv, weight - weight.mean(0, keepdim=True), bias - bias.mean())
+    record("mean of a layer norm into the map before")
+
+
+# Factors and offsets.
+
+
+def scale_into_previous(linear: nn.Module, scale: Tensor | None, rows: slice = EVERY) -> None:
+    """Fold a factor per channel on some outputs into the map before it: ``W' = s W``, ``b' = s b``.
+
+    The caller removes the factor; None is nothing to fold.
+    """
+    if scale is None:
+        return
+    weight = _weight(linear)
+    weight[rows] *= _column(_wide(scale).flatten(), weight.ndim)
+    bias = None
+    if linear.bias is not None:
+        bias = _bias(linear)
+        bias[rows] *= _wide(scale).flatten()
+    _store(linear, weight, bias)
+    record("layer scale into the map before")
+
+
+@torch.no_grad()
+def scale_parameter(parameter: Tensor, scale: Tensor, rows: slice = EVERY) -> None:
+    """Fold a factor per channel into some entries of a factor or offset before it."""
+    parameter[rows] = (_wide(parameter[rows]) * _wide(scale)).to(parameter.dtype)
+
+
+@torch.no_grad()
+def shift_together(offset: Tensor | None, other: Tensor | None) -> None:
+    """Add one of two offsets of a sum to the other. The caller removes the one added."""
+    if offset is None or other is None:
+        return
+    offset.copy_(_wide(offset) + _wide(other))
+    record("offset into an offset")
+
+
+def factor_into_outputs(linear: nn.Module, factor: float, rows: Rows = EVERY) -> float:
+    """Fold a constant factor on some outputs into their rows. Returns 1.0, its replacement."""
+    if factor != 1.0:
+        weight = _weight(linear)
+        weight[rows] *= factor
+        bias = None
+        if linear.bias is not None:
+            bias = _bias(linear)
+            bias[rows] *= factor
+        _store(linear, weight, bias)
+        record("constant factor into the map before")
+    return 1.0
+
+
+def factor_into_norm(norm: nn.LayerNorm, factor: float) -> float:
+    """Fold a constant factor into the parameters of the norm before it. Returns 1.0."""
+    if factor != 1.0:
+        with torch.no_grad():
+            for parameter in (norm.weight, norm.bias):
+                parameter.copy_(_wide(parameter) * factor)
+        record("constant factor into the norm before")
+    return 1.0
+
+
+def shift_into_previous(linear: nn.Module, shift: Tensor | None, rows: slice = EVERY) -> None:
+    """Add an offset per channel of some outputs to the bias: ``b' = b + t``.
+
+    The offset may also stand on a sibling branch that is added to the outputs. The caller removes
+    it; None is nothing to add.
+    """
+    if shift is None:
+        return
+    bias = _bias(linear)
+    bias[rows] += _wide(shift).flatten()
+    _store(linear, None, bias)
+    record("offset into a bias")
+
+
+def shift_into_next(shift: Tensor | None, linear: nn.Module) -> None:
+    """Fold an offset per channel into the map after it: ``b' = b + W t``.
+
+    The caller removes it; None is nothing to fold.
+
+    Raises:
+        ValueError: the map is padded; zeros around its input would have to be shifted too.
+    """
+    if shift is None:
+        return
+    if not is_unpadded(linear):
+        raise ValueError(f"an offset cannot move through {linear}: it is no unpadded map")
+    moved = _weight(linear) * _input_values(linear, _wide(shift).flatten())
+    _store(linear, None, _bias(linear) + moved.flatten(1).sum(1))
+    record("offset into a bias")
+
+
+def drop_softmax_bias(linear: nn.Module, rows: Rows) -> None:
+    """Set the bias of attention keys to zero.
+
+    It adds ``q . b`` to all logits of a query alike, which the softmax over keys takes out.
+    """
+    if linear.bias is None:
+        return
+    bias = _bias(linear)
+    if not bias.is_meta and not bias[rows].any():
+        return
+    bias[rows] = 0
+    _store(linear, None, bias)
+    record("bias that softmax ignores")
+
+
+def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> None:
+    """Move the bias of attention values into the map after the attention: ``b' = b + W t``.
+
+    The weights of an attention sum to one, so that a constant passes through unchanged. The map
+    after it must not be padded.
+    """
+    if linear.bias is None or not is_unpadded(after):
+        return
+    bias = _bias(linear)
+    if not bias.is_meta and not bias[rows].any():
+        return
+    moved = _weight(after) * _input_values(after, bias[rows].flatten())
+    _store(after, None, _bias(after) + moved.flatten(1).sum(1))
+    bias[rows] = 0
+    _store(linear, None, bias)
+    record("bias of attention values into the map after")
+
+
+# Maps side by side.
+
+
+def branches_into_kernel(
+    conv: nn.Conv2d, branches: Sequence[nn.Conv2d] = (), identity: bool = False
+) -> None:
+    """Add depthwise convolutions of the same input, and the input itself, to a depthwise kernel.
+
+    A kernel at a dilation is a larger one with zeros between its taps; a kernel that reaches less
+    far is one with zeros around it; the identity is a one in the center. All are centered, of odd
+    size and stride 1, keep the map's size, and reach no further than `conv`.
+    """
+    weight, bias = _weight(conv), _bias(conv)
+    side = weight.shape[-1]
+    for branch in branches:
+        dilation, taps = int(branch.dilation[0]), branch.weight.shape[-1]
+        edge = (side - dilation * (taps - 1) - 1) // 2
+        inner = slice(edge, side - edge, dilation)
+        weight[:, :, inner, inner] += _weight(branch)
+        bias = bias + _bias(branch)
+        record("parallel branch into a kernel")
+    if identity:
+        weight[:, :, side // 2, side // 2] += 1
+        record("identity into a kernel")
+    has_bias = conv.bias is not None or any(branch.bias is not None for branch in branches)
+    _store(conv, weight, bias if has_bias else None)
+
+
+def pass_outputs_into_kernel(conv: nn.Conv2d, kept: int) -> nn.Conv2d:
+    """Return a depthwise convolution that also passes `kept` channels in front unchanged."""
+    dim, weight, bias = conv.out_channels + kept, _weight(conv), _bias(conv)
+    kernel = weight.new_zeros(dim, *weight.shape[1:])
+    kernel[:kept, :, weight.shape[-2] // 2, weight.shape[-1] // 2] = 1
+    kernel[kept:] = weight
+    full = _like(conv, dim, dim, groups=dim, bias=conv.bias is not None)
+    offset = None if conv.bias is None else torch.cat((bias.new_zeros(kept), bias))
+    _store(full, kernel, offset)
+    record("identity into a kernel")
+    return full
+
+
+def split_contrast(conv: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
+    """Turn ``y + g (y - mean(y))`` of the outputs ``y = W x + b`` of a 1x1 convolution into maps.
+
+    That is ``(1 + g) W x + b - g W mean(x)``, the mean over positions: `conv` takes the first
+    factor, its bias stays.
+
+    Returns:
+        The convolution for mean(x), ``-g W``, without bias.
+    """
+    wide = _wide(gain).flatten().view(-1, 1, 1, 1)
+    weight = _weight(conv)
+    mean = _like(conv, conv.in_channels, conv.out_channels, conv.groups, bias=False)
+    _store(mean, -wide * weight, None)
+    _store(conv, (1 + wide) * weight, None)
+    record("contrast with the mean into maps")
+    return mean
+
+
+def stack_maps(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
+    """Return one convolution with the outputs of two of the same input, the first's in front."""
+    both = _like(first, first.in_channels, first.out_channels + second.out_channels, first.groups)
+    weight = torch.cat((_weight(first), _weight(second)))
+    _store(both, weight, torch.cat((_bias(first), _bias(second))))
+    record("maps of one input into one map")
+    return both
+
+
+def average_maps(first: nn.Linear, second: nn.Linear) -> None:
+    """Turn `first` into the mean of two maps of the same input."""
+    _store(first, (_weight(first) + _weight(second)) / 2, (_bias(first) + _bias(second)) / 2)
+    record("averaged maps")
+
+
+def rotation_into_next(rotation: Tensor, conv: nn.Conv2d) -> nn.Conv2d:
+    """Return a convolution that takes what comes before a rotation of channel pairs.
+
+    Row k of `rotation` (K, 2) is a complex number r + i*s that multiplies channels 2k and 2k + 1 as
+    real and imaginary part. The rotation has no offset and maps the zeros of a padded border to
+    zeros. A depthwise convolution becomes one with a group per pair; in a grouped one, pairs must
+    not cross groups.
+    """
+    real, imaginary = _wide(rotation).unbind(1)
+    weight = _weight(conv)
+    size, inputs = weight.shape[2:], weight.shape[1]
+    if inputs == 1:
+        inputs = 2
+        wide = weight.new_zeros(len(weight), 2, *size)
+        wide[0::2, 0], wide[1::2, 1] = weight[0::2, 0], weight[1::2, 0]
+        weight = wide
+    groups = conv.in_channels // inputs
+    # (groups, outputs of a group, pairs of a group, 2, k, k)
+    pairs = weight.view(groups, -1, inputs // 2, 2, *size)
+    r, s = (part.view(groups, 1, -1, 1, 1) for part in (real, imaginary))
+    a, b = pairs.unbind(3)
+    turned = torch.stack((a * r + b * s, b * r - a * s), 3).view(weight.shape)
+    full = _like(conv, conv.in_channels, conv.out_channels, groups, bias=conv.bias is not None)
+    _store(full, turned, None if conv.bias is None else _bias(conv))
+    record("rotation into the map after")
+    return full
+
+
+# Numbers.
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a copy in float64; devices without that type compute on the CPU."""
+    device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+    return tensor.detach().to(device, torch.float64, copy=True)
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return _wide(linear.get_parameter("weight"))
+
+
+def _bias(linear: nn.Module) -> Tensor:
+    weight = linear.get_parameter("weight")
+    bias = linear.bias
+    return _wide(bias) if isinstance(bias, Tensor) else _wide(weight.new_zeros(len(weight)))
+
+
+def _column(values: Tensor, ndim: int) -> Tensor:
+    """`values` as a factor on the first of `ndim` dimensions."""
+    return values.view(-1, *[1] * (ndim - 1))
+
+
+def _input_values(linear: nn.Module, values: Tensor) -> Tensor:
+    """Values of the input channels where the weight (out, in per group, ...) reads them."""
+    weight = linear.get_parameter("weight")
+    groups = linear.groups if isinstance(linear, nn.Conv2d) else 1
+    per_group = values.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+    return per_group.reshape(len(weight), -1, *[1] * (weight.ndim - 2))
+
+
+def _has_affine(norm: nn.LayerNorm | nn.GroupNorm) -> bool:
+    return norm.weight is not None or norm.bias is not None
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor s and offset t of a norm in evaluation mode."""
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        mean, variance = norm.running_mean, norm.running_var
+        if mean is None or variance is None:
+            raise ValueError("a batch norm without running statistics has no fixed factors")
+        scale = (_wide(variance) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * _wide(norm.weight)
+        shift = -_wide(mean) * scale
+        return scale, shift if norm.bias is None else shift + _wide(norm.bias)
+    given: Tensor = norm.weight if norm.weight is not None else norm.bias  # type: ignore[assignment]
+    scale = torch.ones_like(_wide(given)) if norm.weight is None else _wide(given)
+    bias = norm.bias
+    return scale, _wide(bias) if isinstance(bias, Tensor) else torch.zeros_like(scale)
+
+
+@torch.no_grad()
+def _store(linear: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Write float64 values into a map; None leaves the old value."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        old = getattr(linear, name)
+        if old is not None:
+            old.copy_(value)  # keeps type, device and memory layout
+            continue
+        like = linear.get_parameter("weight")
+        fresh = value.to(like.device, like.dtype)
+        linear.register_parameter(name, nn.Parameter(fresh, like.requires_grad))
+
+
+def _like(
+    conv: nn.Conv2d, in_channels: int, out_channels: int, groups: int, bias: bool = True
+) -> nn.Conv2d:
+    """A convolution with `conv`'s geometry, type and device and other channels, uninitialized."""
+    with torch.device("meta"):
+        fresh = nn.Conv2d(
+            in_channels,
+            out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            groups,
+            bias=bias,
+        )
+    fresh = fresh.to_empty(device=conv.weight.device).to(conv.weight.dtype).train(conv.training)
+    return fresh.requires_grad_(conv.weight.requires_grad)
+
+
+# Chains.
+
+Place = tuple[nn.Module, str]
+
+
+def _places(owner: nn.Module, names: Sequence[str] | None) -> Iterator[Place]:
+    """The single modules of a chain, by their parent and name."""
+    for name in [n for n, _ in owner.named_children()] if names is None else names:
+        child = getattr(owner, name)
+        merged = getattr(child, "merged", None)
+        if callable(merged):
+            setattr(owner, name, merged())
+            yield owner, name
+        elif isinstance(child, nn.Sequential):
+            yield from _places(child, None)
+        else:
+            yield owner, name
+
+
+def _at(place: Place) -> nn.Module:
+    return getattr(place[0], place[1])

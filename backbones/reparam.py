@@ -1,0 +1,240 @@
+"""Re-parameterization: the walk over a model's blocks, the proof of equivalence, the report.
+
+The blocks' own ``reparameterize()`` are written in the algebra of :mod:`backbones.merge`; timm's
+``reparameterize_model`` calls the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm.models
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from backbones import merge
+from backbones.errors import EquivalenceError, UnsupportedError
+from backbones.skeleton import StagedBackbone
+
+__all__ = [
+    "TOLERANCE",
+    "ReparamReport",
+    "backbones_in",
+    "relative_difference",
+    "reparameterize",
+    "smallest_input",
+]
+
+TOLERANCE = 1e-10  # of the largest value, in float64
+
+
+@dataclass(frozen=True)
+class ReparamReport:
+    """What a re-parameterization did. Pairs are (before, after)."""
+
+    merges: Mapping[str, int]
+    """How often each rule of :mod:`backbones.merge` was applied."""
+    parameters: tuple[int, int]
+    entries: tuple[int, int]
+    """Tensors in the state dict."""
+    operations: tuple[int, int] | None
+    """Calls of PyTorch's operators in one forward pass; None where they were not counted."""
+    largest_difference: float | None
+    """Largest difference of logits or a feature map, relative to its largest value, in float64;
+    None where it was not verified."""
+
+    def __str__(self) -> str:
+        lines = [f"{count:5}  {rule}" for rule, count in sorted(self.merges.items())]
+        for what in ("parameters", "entries", "operations"):
+            if pair := getattr(self, what):
+                lines.append(f"{what}: {pair[0]:,} -> {pair[1]:,}")
+        if self.largest_difference is not None:
+            lines.append(f"largest difference in float64: {self.largest_difference:.1e}")
+        return "\n".join(lines)
+
+
+def reparameterize(
+    model: nn.Module, *, inplace: bool = False, verify: bool = True
+) -> tuple[nn.Module, ReparamReport]:
+    """Merge everything that can be merged exactly in all backbones of this package in `model`.
+
+    The backbone may be the model itself or any part of it (of a U-Net, a detector, an
+    ``nn.Sequential``), with `features_only`, pruned, of any type and memory layout. Merges are
+    computed in float64 and stored in the model's type. Doing it twice changes nothing.
+
+    Args:
+        model: in evaluation mode.
+        inplace: change `model` itself instead of a copy.
+        verify: compare logits and feature maps before and after, in float64 at the smallest valid
+            input size, on a copy; on the meta device there is nothing to compare.
+
+    Returns:
+        The model in deploy form and what was done.
+
+    Raises:
+        UnsupportedError: the model holds no backbone of this package, or is in training mode.
+        EquivalenceError: the two forms differ; `model` is unchanged. The message names the first
+            module that differs.
+    """
+    parts = list(backbones_in(model))
+    if not parts:
+        raise UnsupportedError(
+            f"{type(model).__name__} holds no model of this package to re-parameterize; for others"
+            " use timm.models.reparameterize_model"
+        )
+    for name, part in parts:
+        training = next((n for n, m in part.named_modules() if m.training), None)
+        if training is not None:
+            where = ".".join(filter(None, (name, training))) or type(part).__name__
+            raise UnsupportedError(
+                f"{where} is in training mode, where merged norms would not compute the same;"
+                " call model.eval() first"
+            )
+    differences = [_verify(name, part) for name, part in parts if verify and not _on_meta(part)]
+    if not inplace:
+        model = copy.deepcopy(model)
+        parts = list(backbones_in(model))
+    before = [_sizes(part) for _, part in parts]
+    with merge.recorded() as merges:
+        for _, part in parts:
+            timm.models.reparameterize_model(part, inplace=True)
+    after = [_sizes(part) for _, part in parts]
+    parameters, entries, operations = (
+        (sum(sizes[i] for sizes in before), sum(sizes[i] for sizes in after)) for i in range(3)
+    )
+    largest = max(differences, default=None)
+    return model, ReparamReport(dict(merges), parameters, entries, operations, largest)
+
+
+def backbones_in(model: nn.Module) -> Iterator[tuple[str, StagedBackbone]]:
+    """Yield the backbones of this package in a model, with their names in it."""
+    for name, module in model.named_modules():
+        if isinstance(module, StagedBackbone):
+            yield name, module
+
+
+def smallest_input(part: StagedBackbone, device: Any, dtype: torch.dtype) -> Tensor:
+    """Return two images of the smallest size that a backbone takes, of fixed random values."""
+    side = part.feature_info[-1]["reduction"]
+    values = torch.randn(
+        2, part.in_chans, side, side, generator=torch.Generator().manual_seed(0), dtype=dtype
+    )
+    return values.to(device)
+
+
+def _verify(name: str, part: StagedBackbone) -> float:
+    """Return the largest difference that re-parameterizing makes; raise where it makes one."""
+    twin = copy.deepcopy(part)
+    twin = twin.to("cpu" if _device(part).type == "mps" else _device(part), torch.float64)
+    x = smallest_input(part, _device(twin), torch.float64)
+    before = _outputs(twin, x)
+    merged = timm.models.reparameterize_model(twin)
+    after = _outputs(merged, x)
+    worst = 0.0
+    for what, old in before.items():
+        difference = relative_difference(old, after[what])
+        if not difference <= TOLERANCE:
+            module = _first_that_differs(twin, merged, x)
+            if not torch.isfinite(old).all():
+                raise EquivalenceError(
+                    f"{name or type(part).__name__}: {what} of the model itself are not finite;"
+                    " nothing can be compared (verify=False skips the comparison)"
+                )
+            raise EquivalenceError(
+                f"{name or type(part).__name__}: {what} differ by {difference:.1e} of the largest"
+                f" value after re-parameterization; the first module that differs is {module!r}."
+                " The model is unchanged. This is a bug; please report it"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _outputs(part: StagedBackbone, x: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        last, maps = part.forward_intermediates(x)
+        named = {f"feature maps of stage {i}": value for i, value in enumerate(maps)}
+        return {**named, "logits": part.forward_head(last)}
+
+
+def relative_difference(old: Tensor, new: Tensor) -> float:
+    """Return the largest difference over the largest value of `old`; infinite for other shapes."""
+    if old.shape != new.shape:
+        return float("inf")
+    if old.numel() == 0:
+        return 0.0
+    scale = old.abs().max()
+    return ((new - old).abs().max() / torch.where(scale > 0, scale, 1)).item()
+
+
+def _first_that_differs(one: nn.Module, other: nn.Module, x: Tensor) -> str:
+    """Name the first module, in the order of execution, whose output differs.
+
+    Only outermost modules that re-parameterize themselves are compared: inside of them outputs may
+    differ rightly.
+    """
+    names: list[str] = []
+    for name, module in one.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if name and hasattr(module, "reparameterize") and not inside:
+            names.append(name)
+    kept: list[dict[str, Tensor]] = []
+    for model in (one, other):
+        outputs: dict[str, Tensor] = {}
+        hooks = []
+        for name in names:
+            module = dict(model.named_modules()).get(name)
+            if module is not None:
+                hook = _keep(outputs, name)
+                hooks.append(module.register_forward_hook(hook))
+        _outputs(model, x)  # type: ignore[arg-type]
+        for handle in hooks:
+            handle.remove()
+        kept.append(outputs)
+    for name, value in kept[0].items():
+        if name not in kept[1] or not relative_difference(value, kept[1][name]) <= TOLERANCE:
+            return name
+    return "the order of modules"
+
+
+def _keep(outputs: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.setdefault(name, output)
+
+    return hook
+
+
+class _Counter(TorchFunctionMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Attributes such as x.shape come by here too; they make no new tensors.
+        if isinstance(result, (Tensor, tuple)) and not isinstance(result, torch.Size):
+            self.count += 1
+        return result
+
+
+def _sizes(part: StagedBackbone) -> tuple[int, int, int]:
+    """Parameters, entries of the state dict, and operators of a forward pass."""
+    twin = copy.deepcopy(part).to("meta")
+    dtype = next(twin.parameters()).dtype
+    with torch.no_grad(), _Counter() as counter:
+        twin(smallest_input(part, "meta", dtype))
+    return sum(p.numel() for p in part.parameters()), len(part.state_dict()), counter.count
+
+
+def _device(part: nn.Module) -> torch.device:
+    return next(part.parameters()).device
+
+
+def _on_meta(part: nn.Module) -> bool:
+    return any(p.is_meta for p in part.parameters())
