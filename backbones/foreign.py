@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from backbones import merge, reparam
 from backbones.errors import EquivalenceError, UnsupportedError
 from backbones.registry import build, registry
-from backbones.reparam import TOLERANCE, ReparamReport, relative_difference, smallest_input
+from backbones.reparam import (
+    TOLERANCE,
+    ReparamReport,
+    relative_difference,
+    require_eval,
+    smallest_input,
+)
 from backbones.skeleton import StagedBackbone
 
 __all__ = ["as_ours", "reparameterize", "reparameterize_with_report"]
@@ -117,12 +123,7 @@ def as_ours(model: nn.Module) -> StagedBackbone | None:
 def _reparameterize_foreign(
     model: nn.Module, inplace: bool, verify: bool
 ) -> tuple[nn.Module, ReparamReport]:
-    training = next((n for n, m in model.named_modules() if m.training), None)
-    if training is not None:
-        raise UnsupportedError(
-            f"{training or type(model).__name__} is in training mode, where merged norms would not"
-            " compute the same; call model.eval() first"
-        )
+    require_eval(model)
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     size = cfg.get("input_size")
     if size is None:

@@ -25,6 +25,7 @@ __all__ = [
     "ReparamReport",
     "backbones_in",
     "relative_difference",
+    "require_eval",
     "reparameterize",
     "smallest_input",
 ]
@@ -87,13 +88,7 @@ def reparameterize(
             " use timm.models.reparameterize_model"
         )
     for name, part in parts:
-        training = next((n for n, m in part.named_modules() if m.training), None)
-        if training is not None:
-            where = ".".join(filter(None, (name, training))) or type(part).__name__
-            raise UnsupportedError(
-                f"{where} is in training mode, where merged norms would not compute the same;"
-                " call model.eval() first"
-            )
+        require_eval(part, name)
     differences = [_verify(name, part) for name, part in parts if verify and not _on_meta(part)]
     if not inplace:
         model = copy.deepcopy(model)
@@ -101,13 +96,24 @@ def reparameterize(
     before = [_sizes(part) for _, part in parts]
     with merge.recorded() as merges:
         for _, part in parts:
-            timm.models.reparameterize_model(part, inplace=True)
+            timm.models.reparameterize_model(part, inplace=True).eval()
     after = [_sizes(part) for _, part in parts]
     parameters, entries, operations = (
         (sum(sizes[i] for sizes in before), sum(sizes[i] for sizes in after)) for i in range(3)
     )
     largest = max(differences, default=None)
     return model, ReparamReport(dict(merges), parameters, entries, operations, largest)
+
+
+def require_eval(model: nn.Module, name: str = "") -> None:
+    """Refuse a model of which any part is in training mode."""
+    for inner, module in model.named_modules():
+        if module.training and not isinstance(module, nn.Identity):
+            where = ".".join(filter(None, (name, inner))) or type(model).__name__
+            raise UnsupportedError(
+                f"{where} is in training mode, where merged norms would not compute the same;"
+                " call model.eval() first"
+            )
 
 
 def backbones_in(model: nn.Module) -> Iterator[tuple[str, StagedBackbone]]:

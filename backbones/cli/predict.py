@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from tqdm import tqdm
 
 import backbones
 from backbones.cli.parsing import command, json_flag, positive
-from backbones.errors import CheckpointError, ConfigError
+from backbones.cli.saved import describe, model_name
 from backbones.train import DataError, open_image
-from backbones.weights import read_metadata
 
 __all__ = ["add_parser", "run"]
 
@@ -102,13 +100,13 @@ def load(name: str | None, checkpoint: str | None) -> tuple[nn.Module, list[str]
         BackbonesError: the model or its weights cannot be had.
     """
     saved = describe(checkpoint) if checkpoint else {}
-    name = name or saved.get("name") or (None if checkpoint else DEFAULT_MODEL)
-    if name is None:
-        raise ConfigError(f"{checkpoint} does not say which model it is of; add --model NAME")
+    name = model_name(name, saved, checkpoint) if checkpoint else name or DEFAULT_MODEL
     matches = saved.get("name") == name
     overrides: dict[str, Any] = {}
     if matches and not saved.get("arguments") and saved.get("classes"):
         overrides["num_classes"] = len(saved["classes"])  # a model of timm's own
+    if saved.get("deploy"):
+        overrides["deploy"] = True
     model = backbones.create_model(
         name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **overrides
     ).eval()
@@ -119,17 +117,3 @@ def load(name: str | None, checkpoint: str | None) -> tuple[nn.Module, list[str]
             return model, saved["classes"]
     subset = infer_imagenet_subset(model)
     return model, ImageNetInfo(subset).label_descriptions() if subset else None
-
-
-def describe(checkpoint: str) -> dict[str, Any]:
-    """Return what a checkpoint saved by this package says of itself; empty for others'.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
-    if not Path(checkpoint).is_file():
-        raise ConfigError(f"{checkpoint}: no such file; check the path given as --checkpoint")
-    try:
-        return dict(read_metadata(checkpoint).get("backbones") or {})
-    except CheckpointError:
-        return {}  # of another format; whether it is intact is seen when it is read

@@ -1,0 +1,165 @@
+"""The deploy form of every variant computes what the training form computes."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import timm.models
+import torch
+from randomized import randomize
+from tiers import by_size, parameters_of, representatives, smallest_size
+from torch import nn
+
+import backbones
+from backbones import merge
+from backbones.registry import registry
+
+TOLERANCE = 1e-10
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+# Batch norms between two operators that cannot take them.
+KEPT_NORMS = {"lsnet": r"\.mixer\.norm$"}
+
+
+def make(name: str, **arguments: object) -> nn.Module:
+    return randomize(backbones.create_model(name, dtype=torch.float64, **arguments)).eval()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, height: int, width: int) -> list[torch.Tensor]:
+    x = torch.randn(
+        1, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    last, maps = model.forward_intermediates(x)
+    return [*maps, model.forward_head(last)]
+
+
+def assert_close(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
+
+
+@pytest.fixture(scope="module", params=by_size())
+def pair(request):
+    """A variant's training form and what `reparameterize` makes of it."""
+    model = make(request.param, num_classes=7)
+    return request.param, model, backbones.reparameterize(model, verify=False)
+
+
+def test_the_smallest_and_an_odd_size_give_the_same(pair):
+    _, model, merged = pair
+    side = smallest_size(model)
+    for size in ((side, side), (side + 5, side + 11)):
+        assert_close(outputs(model, *size), outputs(merged, *size))
+
+
+def test_entries_disappear_and_the_form_is_known(pair):
+    _, model, merged = pair
+    assert not model.deployed and merged.deployed
+    assert len(merged.state_dict()) < len(model.state_dict())
+
+
+def test_merging_twice_changes_nothing(pair):
+    _, _, merged = pair
+    before = {key: value.clone() for key, value in merged.state_dict().items()}
+    with merge.recorded() as merges:
+        again = backbones.reparameterize(merged, verify=False)
+    assert not merges
+    assert again.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in again.state_dict().items())
+
+
+@torch.no_grad()
+def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
+    name, _, merged = pair
+    made_by: dict[int, nn.Module] = {}
+    alive = []
+    faults = []
+
+    def after(module, inputs, output):
+        for value in inputs:
+            source = made_by.get(id(value))
+            if isinstance(module, BATCH_NORM) and merge.is_map(source):
+                faults.append((source, module))
+            if merge.is_unpadded(module) and isinstance(source, BATCH_NORM):
+                faults.append((source, module))
+        if isinstance(output, torch.Tensor) and not isinstance(module, nn.Identity):
+            made_by[id(output)] = module
+            alive.append(output)  # so that no later tensor gets its id
+
+    leaves = [module for module in merged.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(after) for module in leaves]
+    outputs(merged, smallest_size(merged), smallest_size(merged))
+    for hook in hooks:
+        hook.remove()
+    assert not faults
+    left = [n for n, module in merged.named_modules() if isinstance(module, BATCH_NORM)]
+    kept = KEPT_NORMS.get(registry.variants[name].family)
+    assert all(kept and re.search(kept, n) for n in left), left
+
+
+def test_the_meta_device_gives_the_same_names_and_shapes(pair):
+    name, _, merged = pair
+    meta = backbones.create_model(name, num_classes=7, device="meta", deploy=True)
+    shapes = {key: value.shape for key, value in meta.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in merged.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", representatives())
+def test_timm_walks_to_the_same(name):
+    model = make(name, num_classes=3)
+    theirs = timm.models.reparameterize_model(model)
+    ours = backbones.reparameterize(model, verify=False)
+    assert theirs.deployed
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    for key, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in backbones.list_models() if parameters_of(n) <= 100e6])
+def test_the_native_size_gives_the_same(name):
+    model = make(name, num_classes=7)
+    merged = backbones.reparameterize(model, verify=False)
+    assert_close(outputs(model, 224, 224), outputs(merged, 224, 224))
+
+
+@pytest.mark.parametrize("name", representatives())
+def test_parts_of_models_and_other_types_and_layouts(name):
+    """features_only, pruned, inside another module, in float32 and channels_last, all at once."""
+    model = make(name, features_only=True, out_indices=(1, 2))
+    merged = backbones.reparameterize(nn.Sequential(nn.Identity(), model), inplace=True)
+    assert merged[1] is model  # in place
+    twin = make(name, features_only=True, out_indices=(1, 2))
+    twin = twin.to(memory_format=torch.channels_last).float()
+    side = 2 * smallest_size(backbones.create_model(name, device="meta"))
+    x = torch.randn(1, 3, side, side, dtype=torch.float64)
+    with torch.no_grad():
+        expected = merged(x)
+        laid_out = backbones.reparameterize(twin)
+        found = laid_out(x.float().contiguous(memory_format=torch.channels_last))
+    for a, b in zip(expected, found, strict=True):
+        assert b.dtype == torch.float32
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
+@pytest.mark.parametrize("name", representatives())
+def test_half_types_keep_their_type(name):
+    model = backbones.create_model(name, num_classes=3, dtype=torch.bfloat16).eval()
+    merged = backbones.reparameterize(model)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    side = smallest_size(model)
+    with torch.no_grad():
+        assert merged(torch.randn(1, 3, side, side, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_the_original_stays_as_it_was():
+    model = make("convnext_atto", num_classes=3)
+    before = copy.deepcopy(model.state_dict())
+    backbones.reparameterize(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
