@@ -59,7 +59,7 @@ class ReparamReport:
 
 
 def reparameterize(
-    model: nn.Module, *, inplace: bool = False, verify: bool = True
+    model: nn.Module, *, inplace: bool = False, verify: bool = True, count_operations: bool = False
 ) -> tuple[nn.Module, ReparamReport]:
     """Merge everything that can be merged exactly in all backbones of this package in `model`.
 
@@ -72,6 +72,7 @@ def reparameterize(
         inplace: change `model` itself instead of a copy.
         verify: compare logits and feature maps before and after, in float64 at the smallest valid
             input size, on a copy; on the meta device there is nothing to compare.
+        count_operations: also count the operators of a forward pass before and after.
 
     Returns:
         The model in deploy form and what was done.
@@ -93,16 +94,18 @@ def reparameterize(
     if not inplace:
         model = copy.deepcopy(model)
         parts = list(backbones_in(model))
-    before = [_sizes(part) for _, part in parts]
+    before = [_sizes(part, count_operations) for _, part in parts]
     with merge.recorded() as merges:
         for _, part in parts:
             timm.models.reparameterize_model(part, inplace=True).eval()
-    after = [_sizes(part) for _, part in parts]
+    after = [_sizes(part, count_operations) for _, part in parts]
     parameters, entries, operations = (
         (sum(sizes[i] for sizes in before), sum(sizes[i] for sizes in after)) for i in range(3)
     )
     largest = max(differences, default=None)
-    return model, ReparamReport(dict(merges), parameters, entries, operations, largest)
+    return model, ReparamReport(
+        dict(merges), parameters, entries, operations if count_operations else None, largest
+    )
 
 
 def require_eval(model: nn.Module, name: str = "") -> None:
@@ -229,13 +232,16 @@ class _Counter(TorchFunctionMode):
         return result
 
 
-def _sizes(part: StagedBackbone) -> tuple[int, int, int]:
-    """Parameters, entries of the state dict, and operators of a forward pass."""
+def _sizes(part: StagedBackbone, count_operations: bool) -> tuple[int, int, int]:
+    """Parameters, entries of the state dict, and operators of a forward pass (0: not counted)."""
+    parameters = sum(p.numel() for p in part.parameters())
+    if not count_operations:
+        return parameters, len(part.state_dict()), 0
     twin = copy.deepcopy(part).to("meta")
     dtype = next(twin.parameters()).dtype
     with torch.no_grad(), _Counter() as counter:
         twin(smallest_input(part, "meta", dtype))
-    return sum(p.numel() for p in part.parameters()), len(part.state_dict()), counter.count
+    return parameters, len(part.state_dict()), counter.count
 
 
 def _device(part: nn.Module) -> torch.device:

@@ -108,7 +108,9 @@ class DynamicConv(nn.Module):
         """Mix `values` (B, dim, H, W) as `guide` says, a map of dim + context_dim channels."""
         wide = enlarge(values, self.kernel_size)
         x, context = enlarge(guide, self.kernel_size).split(self.split, dim=1)
-        query = self.query(x) * self.scale
+        query = self.query(x)
+        if self.scale != 1:
+            query = query * self.scale
         # The map from affinities to logits is linear: it acts on the 49 keys, once for all queries.
         key = F.linear(self.key(self.pool(context)).flatten(2), self.kernel.weight)
         mixed = mix(wide, query, key, self.kernel.bias, (self.bias_small, self.bias_large))

@@ -1,0 +1,289 @@
+"""One row for every merge of the fact sheets: how often it is made, and that it is made at all.
+
+A row names a rule, the places it applies to and how many they are. Skipping the rule at these
+places must change the model: its modules, entries, numbers or operators, or (for merges of values
+alone) its outputs. A merge that got lost, or that was never made, fails its row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from randomized import randomize
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import backbones
+from backbones import merge
+from backbones.registry import registry
+
+
+@dataclass(frozen=True)
+class Row:
+    """A merge: `target` (module:attribute) is made `count` times where `where` matches.
+
+    The place is the name, in the model, of any of the arguments. `skipped` tells what a skipped
+    call returns: the index of the argument that stays in place.
+    """
+
+    model: str
+    what: str
+    target: str
+    where: str
+    count: int
+    skipped: int | None = None
+
+
+NEXT, PREVIOUS = "backbones.merge:norm_into_next", "backbones.merge:norm_into_previous"
+SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_into_outputs"
+SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
+CENTER = "backbones.merge:center_outputs"
+BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
+IDENTITY = "backbones.layers.conv_mlp:ResidualConv.merged"
+
+ROWS = [
+    # convnext.md, section 7
+    Row("convnext_atto", "block norm into fc1", NEXT, r"blocks\.\d+\.norm$", 12, 0),
+    Row("convnext_atto", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
+    Row("convnext_atto", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
+    Row("convnext_atto", "final norm into the head", NEXT, r"head\.norm$", 1, 0),
+    Row("convnext_atto", "stem centered", CENTER, r"stem\.0$", 1),
+    Row("convnext_atto_ols", "stem centered", CENTER, r"stem\.1$", 1),
+    Row("convnextv2_atto", "offset of GRN into fc2", SHIFT_NEXT, r"", 12),
+    Row(
+        "convnext_tiny_k3_par1_4",
+        "partial into a full kernel",
+        "backbones.families.convnext:PartialConv.merged",
+        r"conv_dw$",
+        18,
+        0,
+    ),
+    Row(
+        "convnext_dcls_tiny",
+        "points into a dense kernel",
+        "backbones.layers.dcls:kernel_from_points",
+        r"",
+        18,
+    ),
+    # inception_next.md
+    Row("inception_next_atto", "stem norm", PREVIOUS, r"stem\.0$", 1, 1),
+    Row("inception_next_atto", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
+    Row("inception_next_atto", "block norm into fc1", NEXT, r"blocks\.\d+\.norm$", 12, 0),
+    Row("inception_next_atto", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
+    Row("inception_next_atto", "head norm into fc2", NEXT, r"head\.norm$", 1, 0),
+    # unireplknet.md
+    Row("unireplknet_a", "dilated branches", BRANCHES, r"conv_dw$", 10, 0),
+    Row("unireplknet_a", "block norm into the kernel", PREVIOUS, r"blocks\.\d+\.norm$", 12, 1),
+    Row("unireplknet_a", "offset of GRN into fc2", SHIFT_NEXT, r"", 12),
+    Row("unireplknet_a", "norm after fc2", PREVIOUS, r"mlp\.fc2$", 12, 1),
+    Row("unireplknet_a", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
+    Row("unireplknet_a", "final norm into the head", NEXT, r"head\.norm$", 1, 0),
+    Row("unireplknet_a", "stem and downsampling centered", CENTER, r"(stem|downsample)\.\d$", 5),
+    # hornet.md
+    Row("hornet_tiny_7x7", "norm1 into proj_in", NEXT, r"norm1$", 25, 0),
+    Row("hornet_tiny_7x7", "norm2 into fc1", NEXT, r"norm2$", 25, 0),
+    Row("hornet_tiny_7x7", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
+    Row("hornet_tiny_7x7", "final norm into the head", NEXT, r"head\.norm$", 1, 0),
+    Row("hornet_tiny_7x7", "1/3 into the 7x7", FACTOR, r"mixer$", 25, 1),
+    Row(
+        "hornet_tiny_gf",
+        "1/3 into the norm after the filter",
+        "backbones.merge:factor_into_norm",
+        r"post_norm$",
+        20,
+        1,
+    ),
+    Row("hornet_tiny_7x7", "layer scale into proj_out", SCALE, r"proj_out$", 25),
+    Row("hornet_tiny_7x7", "layer scale into fc2", SCALE, r"mlp\.fc2$", 25),
+    # cpubone.md, section 8
+    Row("cpubone_b0", "norms after convolutions", PREVIOUS, r"conv(\.1)?$", 20, 1),
+    Row("cpubone_b0", "group norm into the MLP", NEXT, r"main\.0$", 7, 0),
+    Row("cpubone_b0", "norm of the reduction into qkv", NEXT, r"conv_proj\.norm$", 7, 0),
+    Row("cpubone_b0", "scale into the queries", FACTOR, r"pwise$", 7, 1),
+    Row("cpubone_b0", "bias of keys", "backbones.merge:drop_softmax_bias", r"pwise$", 7),
+    Row("cpubone_b0", "bias of values", "backbones.merge:uniform_bias_into_next", r"pwise$", 7),
+    # lsnet.md
+    Row("lsnet_t", "norms after convolutions", PREVIOUS, r"conv$", 91, 1),
+    Row("lsnet_t", "3x3, 1x1 and identity", BRANCHES, r"mixer$", 10, 0),
+    Row("lsnet_t", "norm of the 7x7 into the next 1x1", NEXT, r"lkp\.conv_dw\.norm$", 5, 0),
+    Row("lsnet_t", "norm of the depthwise downsampling", NEXT, r"downsample\.0\.norm$", 3, 0),
+    Row("lsnet_t", "norm into the head", NEXT, r"head\.norm$", 1, 0),
+    Row("lsnet_t", "scale into the queries", FACTOR, r"q_dw\.conv$", 5, 1),
+    Row("lsnet_t", "bias of keys", "backbones.merge:drop_softmax_bias", r"qkv\.conv$", 5),
+    Row("lsnet_t_distill", "two heads into one", "backbones.merge:average_maps", r"head\.fc$", 1),
+    # overlock.md
+    Row("overlock_xt", "norms after convolutions", PREVIOUS, r"", 178, 1),
+    Row("overlock_xt", "dilated branches", BRANCHES, r"", 17, 0),
+    Row("overlock_xt", "norm before proj", NEXT, r"proj\.norm$", 8, 0),
+    Row("overlock_xt", "norm2 into fc1", NEXT, r"norm2$", 8, 0),
+    Row("overlock_xt", "residual 3x3", IDENTITY, r"", 42, 0),
+    Row("overlock_xt", "offset of GRN into fc2", SHIFT_NEXT, r"", 17),
+    Row("overlock_xt", "offsets of layer scales", SHIFT, r"", 28),
+    Row("overlock_xt", "context scales", SCALE, r"(fc2|context\.conv)$", 7),
+    Row("overlock_xt", "offsets of context scales", "backbones.merge:shift_together", r"", 7),
+    Row("overlock_xt", "scale into the queries", FACTOR, r"query\.conv$", 8, 1),
+    # spartan.md
+    Row("spartan_t", "norms after convolutions", PREVIOUS, r"", 65, 1),
+    Row(
+        "spartan_t",
+        "rotation into the 3x3",
+        "backbones.merge:rotation_into_next",
+        r"channel\.conv\.conv$",
+        20,
+        1,
+    ),
+    Row("spartan_t", "theta and proj", "backbones.merge:stack_maps", r"channel\.proj$", 20, 0),
+    Row("spartan_t", "norm1 into proj_in", NEXT, r"norm1$", 20, 0),
+    Row("spartan_t", "contrast", "backbones.merge:split_contrast", r"proj_in$", 20, 0),
+    Row("spartan_t", "layer scales into proj_out", SCALE, r"proj_out$", 40),
+]
+
+
+class Calls(TorchFunctionMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def make(name: str) -> nn.Module:
+    return randomize(backbones.create_model(name, num_classes=5, dtype=torch.float64)).eval()
+
+
+@torch.no_grad()
+def measure(model: nn.Module) -> tuple[Any, ...]:
+    """Modules, entries, numbers that are not zero, operators; and the outputs."""
+    kinds = Counter(type(m).__name__ for m in model.modules() if not isinstance(m, nn.Identity))
+    entries = sorted((k, tuple(v.shape)) for k, v in model.state_dict().items())
+    numbers = sum(int(value.count_nonzero()) for value in model.state_dict().values())
+    side = model.feature_info[-1]["reduction"]
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).double()
+    with Calls() as calls:
+        try:
+            outputs = model(x)
+        except (RuntimeError, TypeError, AttributeError) as error:  # a part is missing
+            outputs = torch.full((1,), float("nan"))
+            kinds[f"fails: {error}"] += 1
+    scales = [getattr(module, "scale", None) for module in model.modules()]
+    return kinds, entries, numbers, scales, calls.count, outputs
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    a, b = one[-1], other[-1]
+    return one[:-1] == other[:-1] and bool(
+        a.shape == b.shape and (a - b).abs().max() < 1e-8 * a.abs().max()
+    )
+
+
+def matches(row: Row, names: dict[int, str], args: tuple[Any, ...]) -> bool:
+    return any(re.search(row.where, names.get(id(arg), "")) for arg in args)
+
+
+def reparameterized(row: Row, monkeypatch: pytest.MonkeyPatch, skip: bool) -> tuple[Any, int]:
+    """Re-parameterize the row's model, with or without the rule at the row's places."""
+    model = make(row.model)
+    names = {id(module): name for name, module in model.named_modules() if name}
+    module_name, _, path = row.target.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original, made = getattr(owner, attribute), 0
+
+    def rule(*args: Any, **options: Any) -> Any:
+        nonlocal made
+        before = Counter() if merge_counter is None else Counter(merge_counter)
+        if not matches(row, names, args):
+            return original(*args, **options)
+        if skip:
+            return None if row.skipped is None else args[row.skipped]
+        result = original(*args, **options)
+        changed = merge_counter is not None and Counter(merge_counter) != before
+        made += changed or row.target.endswith("kernel_from_points")
+        return result
+
+    with monkeypatch.context() as patch, merge.recorded() as merge_counter:
+        patch.setattr(owner, attribute, rule)
+        try:
+            for _, child in model.named_children():
+                walk(child)
+        except (AttributeError, RuntimeError, TypeError):
+            if not skip:
+                raise
+    return model, made
+
+
+def walk(module: nn.Module) -> None:
+    if hasattr(module, "reparameterize"):
+        module.reparameterize()
+    for child in list(module.children()):
+        walk(child)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model}: {row.what}")
+def test_every_merge_is_made(row, monkeypatch):
+    merged, made = reparameterized(row, monkeypatch, skip=False)
+    assert made == row.count
+    skipped, _ = reparameterized(row, monkeypatch, skip=True)
+    assert not same(measure(merged), measure(skipped))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a fact sheet lists and no merge is: `kept` are entries that must still be there."""
+
+    model: str
+    what: str
+    reason: str
+    kept: str
+    count: int
+
+
+ZEROS = "zeros around the padded map would have to be shifted too; scaling divides by a factor"
+COSTS = "the merged form costs more operations than the parts"
+
+LEFT_OUT = [
+    LeftOut("convnext_atto", "norm of the stem", "its output is the residual", r"stem\.1\.w", 1),
+    LeftOut("convnext_tiny_k3", "3x3 kernels into 7x7", COSTS, r"conv_dw\.weight$", 18),
+    LeftOut("inception_next_atto", "branches into 11x11", COSTS, r"dwconv_(hw|w|h)\.weight$", 36),
+    LeftOut(
+        "unireplknet_a", "norm of stem and downsampling", ZEROS, r"(stem|sample)\.\d\.bias", 10
+    ),
+    LeftOut("unireplknet_a", "SE and GRN factors", "they differ by image", r"(se\.|grn\.w)", 60),
+    LeftOut("hornet_tiny_gf", "norm before the filter", ZEROS, r"pre_norm\.(weight|bias)$", 40),
+    LeftOut("cpubone_b0", "group norm before the reduction", ZEROS, r"total\.0\.0\.main\.0\.", 14),
+    LeftOut("cpubone_b0", "2x2 kernels into 3x3, or with qkv", COSTS, r"conv_proj.*weight$", 7),
+    LeftOut("cpubone_b0", "norm of the head", "an activation follows", r"classifier\.norm", 2),
+    LeftOut("lsnet_t", "norm after aggregation", "weights are shared", r"mixer\.norm\.", 25),
+    LeftOut("lsnet_t", "depthwise and 1x1 downsampling", COSTS, r"downsample.*weight$", 6),
+    LeftOut("lsnet_t", "gathered biases", "they depend on the size", r"attention_biases$", 5),
+    LeftOut("overlock_xt", "norm before the large kernel", ZEROS, r"blocks\.\d+\.norm\.", 18),
+    LeftOut("overlock_xt", "norm1 and GRN of the fusion", ZEROS, r"(norm1|fusion\.4)\.", 32),
+    LeftOut("overlock_xt", "layer scale on the identity", "the branch has none", r"ls2?\.w", 13),
+    LeftOut("spartan_t", "norm2", "it takes part in the argmax", r"norm2\.", 40),
+    LeftOut("spartan_t", "two dilated convolutions", ZEROS, r"conv_l.*weight$", 40),
+]
+
+
+@pytest.mark.parametrize("row", LEFT_OUT, ids=lambda row: f"{row.model}: {row.what}")
+def test_what_is_no_merge_is_left_alone(row):
+    merged = backbones.reparameterize(make(row.model), verify=False)
+    kept = [key for key in merged.state_dict() if re.search(row.kept, key)]
+    assert len(kept) == row.count, kept
+
+
+def test_the_table_names_every_family():
+    families = {registry.find(row.model).family for row in ROWS}
+    assert families == set(backbones.list_families())
+    assert {registry.find(row.model).family for row in LEFT_OUT} == families
