@@ -30,7 +30,7 @@ Pair = tuple[str, str, str]  # a module, and its children: a map and the batch n
 
 
 def reparameterize(model: nn.Module, *, inplace: bool = False, verify: bool = True) -> nn.Module:
-    """Merge everything in a model that can be merged exactly; see section 8 of the design.
+    """Merge everything in a model that can be merged exactly.
 
     The model may be one of this package, alone or anywhere inside another module, of any type and
     memory layout, pruned or with `features_only`; or timm's own instance of a model that this
@@ -52,15 +52,22 @@ def reparameterize(model: nn.Module, *, inplace: bool = False, verify: bool = Tr
         EquivalenceError: the two forms differ; `model` is unchanged. The message names the first
             module that differs.
     """
-    return reparameterize_with_report(model, inplace=inplace, verify=verify)[0]
+    return _reparameterize(model, inplace, verify, count=False)[0]
 
 
 def reparameterize_with_report(
     model: nn.Module, *, inplace: bool = False, verify: bool = True
 ) -> tuple[nn.Module, ReparamReport]:
     """As :func:`reparameterize`, and also return what was done."""
+    return _reparameterize(model, inplace, verify, count=True)
+
+
+def _reparameterize(
+    model: nn.Module, inplace: bool, verify: bool, count: bool
+) -> tuple[nn.Module, ReparamReport]:
+    options = {"verify": verify, "count_operations": count}
     if any(reparam.backbones_in(model)):
-        return reparam.reparameterize(model, inplace=inplace, verify=verify)
+        return reparam.reparameterize(model, inplace=inplace, **options)
     ours = as_ours(model)
     if ours is None:
         return _reparameterize_foreign(model, inplace, verify)
@@ -69,7 +76,7 @@ def reparameterize_with_report(
             f"{type(model).__name__} is timm's own and is rebuilt as ours, which cannot happen in"
             " place; use the model that reparameterize(model) returns"
         )
-    return reparam.reparameterize(ours, inplace=True, verify=verify)
+    return reparam.reparameterize(ours, inplace=True, **options)
 
 
 def as_ours(model: nn.Module) -> StagedBackbone | None:
@@ -201,9 +208,12 @@ def _fold(model: nn.Module, pairs: list[Pair]) -> None:
     for name, first, second in pairs:
         parent = model.get_submodule(name)
         norm: Any = parent.get_submodule(second)
-        fresh = merge.norm_into_previous(parent.get_submodule(first), norm)
+        act: nn.Module = nn.Identity()
         if isinstance(norm, BatchNormAct2d):
-            fresh = nn.Sequential(norm.drop, norm.act)
+            act, norm.act = nn.Sequential(norm.drop, norm.act), nn.Identity()
+        fresh = merge.norm_into_previous(parent.get_submodule(first), norm)
+        if isinstance(fresh, nn.Identity):
+            fresh = act
         setattr(parent, second, fresh.eval())
 
 

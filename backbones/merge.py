@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Union
+from typing import Any, Union
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
 
 Rows = Union[slice, Tensor]
 EVERY = slice(None)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 _recorder: ContextVar[Counter[str] | None] = ContextVar("merges", default=None)
 
@@ -90,12 +92,13 @@ def is_unpadded(module: object) -> bool:
 def norm_into_previous(linear: nn.Module, norm: nn.Module) -> nn.Module:
     """Fold a batch norm into the map before it: ``W' = s W``, ``b' = s b + t``.
 
-    Holds with any padding, since the norm acts on the map's outputs.
+    Holds with any padding, since the norm acts on the map's outputs. A one-dimensional norm must
+    act on the linear layer's features, not on another axis of (B, C, L).
 
     Returns:
         What takes the norm's place: an identity, or the norm where it was not folded.
     """
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_map(linear):
+    if not _acts_on_outputs(norm, linear) or not isinstance(norm, BATCH_NORMS):
         return norm
     scale, shift = _affine(norm)
     weight, bias = _weight(linear), _bias(linear)
@@ -114,10 +117,10 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
         What takes the norm's place: an identity for a batch norm, the norm without parameters for
         a layer or group norm, or the norm where it was not folded.
     """
-    batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    if not batch and not (isinstance(norm, (nn.LayerNorm, nn.GroupNorm)) and _has_affine(norm)):
+    if not _acts_on_outputs(norm, linear) or not is_unpadded(linear):
         return norm
-    if not is_unpadded(linear):
+    batch = isinstance(norm, BATCH_NORMS)
+    if not batch and norm.weight is None and norm.bias is None:
         return norm
     scale, shift = _affine(norm)
     by_input = _weight(linear)
@@ -158,7 +161,11 @@ def center_outputs(conv: nn.Conv2d) -> None:
     """Make the outputs' mean over channels zero: ``W' = W - mean(W)``, ``b' = b - mean(b)``.
 
     A layer norm over channels after it gives the same and need not subtract the mean any more.
+
+    Raises:
+        ValueError: a grouped convolution, whose outputs see different inputs.
     """
+    _require(conv.groups == 1, "only outputs that see the same inputs can be centered", conv)
     weight, bias = _weight(conv), _bias(conv)
     _store(conv, weight - weight.mean(0, keepdim=True), bias - bias.mean())
     record("mean of a layer norm into the map before")
@@ -217,7 +224,7 @@ def factor_into_norm(norm: nn.LayerNorm, factor: float) -> float:
     """Fold a constant factor into the parameters of the norm before it. Returns 1.0."""
     if factor != 1.0:
         with torch.no_grad():
-            for parameter in (norm.weight, norm.bias):
+            for parameter in norm.parameters():
                 parameter.copy_(_wide(parameter) * factor)
         record("constant factor into the norm before")
     return 1.0
@@ -298,7 +305,12 @@ def branches_into_kernel(
     A kernel at a dilation is a larger one with zeros between its taps; a kernel that reaches less
     far is one with zeros around it; the identity is a one in the center. All are centered, of odd
     size and stride 1, keep the map's size, and reach no further than `conv`.
+
+    Raises:
+        ValueError: `conv` itself is dilated, strided or not square.
     """
+    plain = conv.stride == conv.dilation == (1, 1) and len(set(conv.kernel_size)) == 1
+    _require(plain, "branches join a square kernel of stride and dilation 1", conv)
     weight, bias = _weight(conv), _bias(conv)
     side = weight.shape[-1]
     for branch in branches:
@@ -347,7 +359,12 @@ def split_contrast(conv: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
 
 
 def stack_maps(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
-    """Return one convolution with the outputs of two of the same input, the first's in front."""
+    """Return one convolution with the outputs of two of the same input, the first's in front.
+
+    Raises:
+        ValueError: grouped convolutions, whose outputs see different inputs.
+    """
+    _require(first.groups == second.groups == 1, "grouped maps cannot be stacked", first)
     both = _like(first, first.in_channels, first.out_channels + second.out_channels, first.groups)
     weight = torch.cat((_weight(first), _weight(second)))
     _store(both, weight, torch.cat((_bias(first), _bias(second))))
@@ -366,12 +383,16 @@ def rotation_into_next(rotation: Tensor, conv: nn.Conv2d) -> nn.Conv2d:
 
     Row k of `rotation` (K, 2) is a complex number r + i*s that multiplies channels 2k and 2k + 1 as
     real and imaginary part. The rotation has no offset and maps the zeros of a padded border to
-    zeros. A depthwise convolution becomes one with a group per pair; in a grouped one, pairs must
-    not cross groups.
+    zeros. A depthwise convolution becomes one with a group per pair.
+
+    Raises:
+        ValueError: pairs cross the groups of the convolution.
     """
     real, imaginary = _wide(rotation).unbind(1)
     weight = _weight(conv)
     size, inputs = weight.shape[2:], weight.shape[1]
+    depthwise = inputs == 1 and len(weight) == conv.in_channels
+    _require(depthwise or inputs % 2 == 0, "pairs of channels would cross groups", conv)
     if inputs == 1:
         inputs = 2
         wide = weight.new_zeros(len(weight), 2, *size)
@@ -421,13 +442,23 @@ def _input_values(linear: nn.Module, values: Tensor) -> Tensor:
     return per_group.reshape(len(weight), -1, *[1] * (weight.ndim - 2))
 
 
-def _has_affine(norm: nn.LayerNorm | nn.GroupNorm) -> bool:
-    return norm.weight is not None or norm.bias is not None
+def _acts_on_outputs(norm: Any, linear: nn.Module) -> bool:
+    """Whether a norm is one, without an activation inside, over the channels of a plain map."""
+    if not is_map(linear) or not isinstance(getattr(norm, "act", None), (nn.Identity, type(None))):
+        return False
+    of_maps = (nn.BatchNorm2d, LayerNorm2d, nn.GroupNorm)
+    of_vectors = isinstance(norm, (nn.BatchNorm1d, nn.LayerNorm)) and not isinstance(norm, of_maps)
+    return of_vectors if isinstance(linear, nn.Linear) else isinstance(norm, of_maps)
+
+
+def _require(condition: bool, rule: str, linear: nn.Module) -> None:
+    if not condition:
+        raise ValueError(f"{rule}: {linear}")
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Factor s and offset t of a norm in evaluation mode."""
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if isinstance(norm, BATCH_NORMS):
         mean, variance = norm.running_mean, norm.running_var
         if mean is None or variance is None:
             raise ValueError("a batch norm without running statistics has no fixed factors")
@@ -471,8 +502,11 @@ def _like(
             conv.dilation,  # type: ignore[arg-type]
             groups,
             bias=bias,
+            padding_mode=conv.padding_mode,
         )
     fresh = fresh.to_empty(device=conv.weight.device).to(conv.weight.dtype).train(conv.training)
+    if not conv.weight.is_contiguous():
+        fresh = fresh.to(memory_format=torch.channels_last)
     return fresh.requires_grad_(conv.weight.requires_grad)
 
 
@@ -483,13 +517,16 @@ Place = tuple[nn.Module, str]
 
 def _places(owner: nn.Module, names: Sequence[str] | None) -> Iterator[Place]:
     """The single modules of a chain, by their parent and name."""
-    for name in [n for n, _ in owner.named_children()] if names is None else names:
+    if names is None:  # every child, also one that is there twice
+        every = owner.named_modules(remove_duplicate=False)
+        names = [name for name, _ in every if name and "." not in name]
+    for name in names:
         child = getattr(owner, name)
         merged = getattr(child, "merged", None)
         if callable(merged):
             setattr(owner, name, merged())
             yield owner, name
-        elif isinstance(child, nn.Sequential):
+        elif isinstance(child, nn.Sequential) and type(child).forward is nn.Sequential.forward:
             yield from _places(child, None)
         else:
             yield owner, name
