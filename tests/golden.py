@@ -46,7 +46,7 @@ class Golden:
 
     def __getattr__(self, key: str) -> Any:
         try:
-            return self.content[key]
+            return self.__dict__["content"][key]
         except KeyError:
             raise AttributeError(key) from None
 

@@ -18,7 +18,7 @@ from backbones.errors import ConfigError
 from backbones.layers import (
     BRANCHED_CONV_LAYOUT,
     BranchedConv,
-    Chain,
+    CenteringChain,
     ChannelMlp,
     Head,
     bias_as_norm,
@@ -120,7 +120,7 @@ class UniRepLKNet(StagedBackbone):
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim
-        return Chain(
+        return CenteringChain(
             nn.Conv2d(self.in_chans, dim // 2, 3, stride=2, padding=1),
             LayerNorm2d(dim // 2, eps=EPS),
             nn.GELU(),
@@ -131,7 +131,7 @@ class UniRepLKNet(StagedBackbone):
     def build_downsample(self, plan: StagePlan) -> nn.Module | None:
         if plan.index == 0:
             return None
-        return Chain(
+        return CenteringChain(
             nn.Conv2d(plan.in_dim, plan.dim, 3, stride=2, padding=1),
             LayerNorm2d(plan.dim, eps=EPS),
         )

@@ -5,7 +5,7 @@ from backbones.layers.branched_conv import (
     BranchedConv,
     split_merged_kernels,
 )
-from backbones.layers.chain import Chain
+from backbones.layers.chain import CenteringChain, Chain
 from backbones.layers.conv_mlp import ConvMlp, ResidualConv
 from backbones.layers.conv_norm import bias_as_norm, conv_norm
 from backbones.layers.dcls import SpacedConv
@@ -20,6 +20,7 @@ from backbones.layers.tracing import fx_leaf
 __all__ = [
     "BRANCHED_CONV_LAYOUT",
     "BranchedConv",
+    "CenteringChain",
     "Chain",
     "ChannelMlp",
     "ConvMlp",

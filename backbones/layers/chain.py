@@ -10,7 +10,7 @@ from torch import nn
 from backbones import merge
 from backbones.layers.norm import CenteredNorm2d
 
-__all__ = ["Chain"]
+__all__ = ["CenteringChain", "Chain"]
 
 
 class Chain(nn.Sequential):
@@ -19,11 +19,19 @@ class Chain(nn.Sequential):
     conv: nn.Conv2d  # where the chain has a part of this name
 
     def reparameterize(self) -> None:
-        """Fold norms into the maps beside them, and the mean of a layer norm into the map before.
-
-        See :func:`backbones.merge.fold_chain`.
-        """
+        """Fold norms into the maps beside them; see :func:`backbones.merge.fold_chain`."""
         merge.fold_chain(self)
+
+
+class CenteringChain(Chain):
+    """A chain that also takes over the mean of layer norms after convolutions.
+
+    It pays where what follows wants channels first: the layer norm leaves channels last.
+    """
+
+    def reparameterize(self) -> None:
+        """Fold norms, and center the outputs of convolutions in front of a layer norm."""
+        super().reparameterize()
         for (_, before), (name, norm) in pairwise(list(self.named_children())):
             if type(before) is nn.Conv2d and isinstance(norm, LayerNorm2d):
                 merge.center_outputs(before)

@@ -53,8 +53,6 @@ ROWS = [
     Row("convnext_atto", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
     Row("convnext_atto", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
     Row("convnext_atto", "final norm into the head", NEXT, r"head\.norm$", 1, 0),
-    Row("convnext_atto", "stem centered", CENTER, r"stem\.0$", 1),
-    Row("convnext_atto_ols", "stem centered", CENTER, r"stem\.1$", 1),
     Row("convnextv2_atto", "offset of GRN into fc2", SHIFT_NEXT, r"", 12),
     Row(
         "convnext_tiny_k3_par1_4",
@@ -254,6 +252,7 @@ ZEROS = "zeros around the padded map would have to be shifted too; scaling divid
 COSTS = "the merged form costs more operations than the parts"
 
 LEFT_OUT = [
+    LeftOut("convnext_atto", "centered stem", "measured: not faster", r"stem\.1\.bias", 1),
     LeftOut("convnext_atto", "norm of the stem", "its output is the residual", r"stem\.1\.w", 1),
     LeftOut("convnext_tiny_k3", "3x3 kernels into 7x7", COSTS, r"conv_dw\.weight$", 18),
     LeftOut("inception_next_atto", "branches into 11x11", COSTS, r"dwconv_(hw|w|h)\.weight$", 36),
