@@ -13,7 +13,7 @@ import timm
 from timm.models import load_model_config_from_hf, split_model_name_tag
 from torch import nn
 
-from backbones import info, weights
+from backbones import foreign, info, weights
 from backbones.config import Variant, read_family
 from backbones.errors import ConfigError, UnknownModelError, nearest
 from backbones.info import ModelInfo
@@ -207,10 +207,11 @@ def _create_with_timm(
     if not timm.is_model(name) and not name.startswith(REMOTE):
         choices = [*registry.names(), *timm.list_models()]
         raise UnknownModelError(unknown("model", name, choices))
+    deploy = arguments.pop("deploy", False)
     model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **arguments)
     if checkpoint_path is not None:
         weights.load_checkpoint(model, checkpoint_path)
-    return model
+    return foreign.reparameterize(model.eval(), inplace=True) if deploy else model
 
 
 def _create_remote(

@@ -156,6 +156,41 @@ def test_half_types_keep_their_type(name):
         assert merged(torch.randn(1, 3, side, side, dtype=torch.bfloat16)).isfinite().all()
 
 
+@pytest.mark.parametrize("name", representatives())
+@torch.no_grad()
+def test_the_deploy_form_compiles_and_exports(name):
+    model = backbones.create_model(name, num_classes=3, deploy=True)
+    side = smallest_size(model)
+    x = torch.randn(3, 3, side, side)
+    expected = model(x)
+    dimensions = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (x[:2],), dynamic_shapes=dimensions).module()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for function in (exported, compiled):
+        assert (function(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "inception_next_atto"])
+def test_dilated_models_keep_the_norms_in_front_of_padding(name):
+    model = make(name, num_classes=7, output_stride=8)
+    merged = backbones.reparameterize(model)
+    assert_close(outputs(model, 40, 56), outputs(merged, 40, 56))
+    left = [n for n, _ in merged.named_parameters() if re.search(r"downsample\.0\.bias$", n)]
+    assert left == [f"stages.{i}.downsample.0.bias" for i in (2, 3)]
+
+
+def test_a_backbone_inside_a_segmentation_model():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    whole = randomize(smp.Unet("tu-unireplknet_a", encoder_weights=None).double()).eval()
+    merged = backbones.reparameterize(whole)
+    assert len(merged.encoder.state_dict()) < len(whole.encoder.state_dict())
+    decoder = [key for key in whole.state_dict() if not key.startswith("encoder.")]
+    assert all(torch.equal(whole.state_dict()[k], merged.state_dict()[k]) for k in decoder)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close([whole(x)], [merged(x)])
+
+
 def test_the_original_stays_as_it_was():
     model = make("convnext_atto", num_classes=3)
     before = copy.deepcopy(model.state_dict())

@@ -185,6 +185,12 @@ def test_other_models_of_timm_go_through_timms_hooks(name):
         assert (merged(image(224)) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
+def test_models_of_timm_are_created_in_deploy_form():
+    model = backbones.create_model("resnet18", num_classes=4, deploy=True)
+    assert not model.training
+    assert not [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 def test_pairs_that_only_look_like_neighbors_are_not_folded():
     class Crossed(nn.Module):
         """The norm is defined after the convolution and runs before it."""
