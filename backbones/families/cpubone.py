@@ -11,14 +11,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from backbones import merge
 from backbones.config import PerStage
 from backbones.layers import Chain, Head
+from backbones.layers.conv_attention import ConvAttention
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 # Where the unfused local block has norms: after expansion, after the depthwise convolution.
@@ -99,50 +97,6 @@ class Residual(nn.Module):
         return x + self.drop_path(y) if self.shortcut else y
 
 
-class ConvAttention(nn.Module):
-    """Attention over a map that a depthwise 2x2 convolution has mixed and, at stride 2, reduced.
-
-    The output is projected at the reduced size and then repeated. Odd sizes, which the authors'
-    code cannot take, are padded by zeros at the bottom and on the right, as in timm.
-
-    Args:
-        dim: channels in and out.
-        stride: 2 to attend at half the size, 1 at the full one.
-    """
-
-    def __init__(self, dim: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.num_heads = max(1, dim // 2 // 30)
-        self.head_dim = dim // self.num_heads // 2
-        self.scale = self.head_dim**-0.5
-        width = self.num_heads * self.head_dim
-        self.conv_proj = conv_layer(dim, dim, 2, stride=stride, groups=dim, act=False)
-        self.pwise = nn.Conv2d(dim, 3 * width, 1, bias=False)
-        upsample = nn.Upsample(scale_factor=stride) if stride > 1 else nn.Identity()
-        self.upsampling = nn.Sequential(nn.Conv2d(width, dim, 1), upsample)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2], x.shape[-1]
-        if self.stride > 1:
-            x = F.pad(x, (0, width % self.stride, 0, height % self.stride))
-        x = self.pwise(self.conv_proj(x))
-        # The channels of one head are its queries, keys and values, in this order.
-        heads = x.reshape(x.shape[0], self.num_heads, 3 * self.head_dim, -1).transpose(-2, -1)
-        q, k, v = heads.chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(-2, -1)
-        x = self.upsampling(mixed.reshape(x.shape[0], -1, x.shape[-2], x.shape[-1]))
-        return x[..., :height, :width] if self.stride > 1 else x
-
-    def reparameterize(self) -> None:
-        """Fold norm, scale and the biases of keys and values."""
-        merge.fold_chain(self, ("conv_proj", "pwise"))
-        part = torch.arange(self.pwise.out_channels) // self.head_dim % 3  # query, key or value
-        self.scale = merge.factor_into_outputs(self.pwise, self.scale, part == 0)
-        merge.drop_softmax_bias(self.pwise, part == 1)
-        merge.uniform_bias_into_next(self.pwise, part == 2, self.upsampling[0])
-
-
 class Block(nn.Module):
     """Attention, MLP and local convolution, each a residual branch (the CPUBone block).
 
@@ -160,7 +114,8 @@ class Block(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        attention = nn.Sequential(GroupNorm1(dim), ConvAttention(dim, stride))
+        conv_proj = conv_layer(dim, dim, 2, stride=stride, groups=dim, act=False)
+        attention = nn.Sequential(GroupNorm1(dim), ConvAttention(dim, conv_proj, stride))
         hidden = round(dim * ratio)
         mlp = Chain(
             GroupNorm1(dim),

@@ -16,88 +16,15 @@ import torch
 from timm.layers import DropPath, SqueezeExcite
 from torch import Tensor, nn
 
-from backbones import merge
 from backbones.errors import CheckpointError, UnsupportedError
-from backbones.layers import BranchedConv, Chain, Head, conv_norm, fx_leaf
-from backbones.layers.distance_bias import distance_bias, resize_tables
+from backbones.layers import BranchedConv, Chain, Head, conv_norm
+from backbones.layers.distance_attention import DistanceAttention, resize_tables
 from backbones.layers.distilled_head import DistilledHead, VectorBatchNorm
-from backbones.ops import small_kernel_aggregation
+from backbones.layers.large_small_conv import LargeSmallConv
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors
 
-HEADS, KEY_DIM = 4, 16
-SHARING = 8  # channels that share a predicted kernel
 TABLE = re.compile(r"\.attention_biases$")
 POINT = ".mixer.branches.k1_d1."
-
-aggregate = fx_leaf(small_kernel_aggregation)
-
-
-class LargeKernelPerception(nn.Module):
-    """Predict 3x3 kernels for every position: (B, C, H, W) to (B, C/8, 9, H, W).
-
-    The norm takes its statistics over the taps and all positions of an image.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        half, groups = dim // 2, dim // SHARING
-        self.reduce = conv_norm(dim, half, 1, act=nn.ReLU())
-        self.conv_dw = conv_norm(half, half, 7, groups=half)
-        self.mix = conv_norm(half, half, 1, act=nn.ReLU())
-        self.predict = nn.Conv2d(half, 9 * groups, 1)
-        self.norm = nn.GroupNorm(groups, 9 * groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.predict(self.mix(self.conv_dw(self.reduce(x)))))
-        return x.unflatten(1, (-1, 9))
-
-    def reparameterize(self) -> None:
-        merge.fold_chain(self, ("reduce", "conv_dw", "mix"))
-
-
-class LSConv(nn.Module):
-    """``x + norm(aggregate(x, kernels))``: large-small convolution (equations 4 to 6)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.lkp = LargeKernelPerception(dim)
-        self.norm = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(aggregate(x, self.lkp(x))) + x
-
-
-class Attention(nn.Module):
-    """``x + proj(relu(attention(x)))`` with a bias for every distance and convolved queries."""
-
-    def __init__(self, dim: int, table_size: int, drop_path: float) -> None:
-        super().__init__()
-        keys = HEADS * KEY_DIM
-        self.split = (keys, keys, dim)
-        self.scale = KEY_DIM**-0.5
-        self.qkv = conv_norm(dim, 2 * keys + dim, 1)
-        self.q_dw = conv_norm(keys, keys, 3, groups=keys)
-        self.attention_biases = nn.Parameter(torch.zeros(HEADS, table_size**2))
-        self.act = nn.ReLU()
-        self.proj = conv_norm(dim, dim, 1)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).split(self.split, dim=1)
-        q, k, v = (part.flatten(2).unflatten(1, (HEADS, -1)) for part in (self.q_dw(q), k, v))
-        q = q if self.scale == 1 else q * self.scale
-        logits = q.transpose(-2, -1) @ k
-        attention = (logits + distance_bias(x, self.attention_biases).to(logits.dtype)).softmax(-1)
-        mixed = (v @ attention.transpose(-2, -1)).flatten(1, 2).view_as(x)
-        return x + self.drop_path(self.proj(self.act(mixed)))
-
-    def reparameterize(self) -> None:
-        """Fold the norms and the scale, and drop the bias of the keys."""
-        for chain in (self.qkv, self.q_dw, self.proj):
-            merge.fold_chain(chain)
-        self.scale = merge.factor_into_outputs(self.q_dw.conv, self.scale)
-        queries, keys, _ = self.split
-        merge.drop_softmax_bias(self.qkv.conv, slice(queries, queries + keys))
 
 
 class Block(nn.Module):
@@ -214,9 +141,9 @@ class LSNet(StagedBackbone):
             # conv_3x3(x) + conv_1x1(x) + x, as in RepVGG
             mixer: nn.Module = BranchedConv(plan.dim, 3, ((1, 1),), identity=True)
         elif plan.index < 3:
-            mixer = LSConv(plan.dim)
+            mixer = LargeSmallConv(plan.dim)
         else:
-            mixer = Attention(plan.dim, self.table_size, drop_path)
+            mixer = DistanceAttention(plan.dim, self.table_size, drop_path)
         return Block(mixer, plan.dim, drop_path)
 
     def build_head(self, **common: Any) -> Head:
@@ -286,7 +213,7 @@ def adopt_table_size(model: LSNet, state_dict: Mapping[str, Tensor], prefix: str
         return
     model.table_size = model.arguments["table_size"] = sizes.pop()
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, DistanceAttention):
             old = module.attention_biases
-            fresh = old.new_zeros(HEADS, model.table_size**2)
+            fresh = old.new_zeros(len(old), model.table_size**2)
             module.attention_biases = nn.Parameter(fresh, old.requires_grad)

@@ -1,4 +1,4 @@
-"""Parts that two or more families use."""
+"""Parts that two or more families use, and parts of one that read well on their own."""
 
 from backbones.layers.branched_conv import (
     BRANCHED_CONV_LAYOUT,
