@@ -57,6 +57,16 @@ def smallest_of_each_family() -> list[str]:
     ]
 
 
+def families_by_default() -> list[Any]:
+    """The smallest variant of every family by default, all of `representatives` if slow."""
+    small = set(smallest_of_each_family())
+    chosen = [p for p in representatives() if not p.marks or p.values[0] in small]
+    return [
+        pytest.param(p.values[0], marks=[] if p.values[0] in small else [pytest.mark.slow])
+        for p in chosen
+    ]
+
+
 def _structure(name: str) -> Any:
     variant = registry.variants[name]
     hints, _ = constructor_hints(registry.classes[variant.family])

@@ -9,7 +9,7 @@ import pytest
 import timm.models
 import torch
 from randomized import randomize
-from tiers import by_size, parameters_of, representatives, smallest_size
+from tiers import by_size, families_by_default, parameters_of, smallest_size
 from torch import nn
 
 import backbones
@@ -108,7 +108,7 @@ def test_the_meta_device_gives_the_same_names_and_shapes(pair):
     assert shapes == {key: value.shape for key, value in merged.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize("name", families_by_default())
 def test_timm_walks_to_the_same(name):
     model = make(name, num_classes=3)
     theirs = timm.models.reparameterize_model(model)
@@ -127,7 +127,7 @@ def test_the_native_size_gives_the_same(name):
     assert_close(outputs(model, 224, 224), outputs(merged, 224, 224))
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize("name", families_by_default())
 def test_parts_of_models_and_other_types_and_layouts(name):
     """features_only, pruned, inside another module, in float32 and channels_last, all at once."""
     model = make(name, features_only=True, out_indices=(1, 2))
@@ -146,7 +146,7 @@ def test_parts_of_models_and_other_types_and_layouts(name):
         assert (a - b).abs().max() <= 1e-4 * a.abs().max()
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize("name", families_by_default())
 def test_half_types_keep_their_type(name):
     model = backbones.create_model(name, num_classes=3, dtype=torch.bfloat16).eval()
     merged = backbones.reparameterize(model)
@@ -156,7 +156,7 @@ def test_half_types_keep_their_type(name):
         assert merged(torch.randn(1, 3, side, side, dtype=torch.bfloat16)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize("name", families_by_default())
 @torch.no_grad()
 def test_the_deploy_form_compiles_and_exports(name):
     model = backbones.create_model(name, num_classes=3, deploy=True)
