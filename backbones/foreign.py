@@ -155,12 +155,11 @@ def _reparameterize_foreign(
     model = _through_hooks(model)
     with merge.recorded() as merges:
         _fold(model, pairs)
-        _fold(twin, pairs)
+    _fold(twin, pairs)
     sizes.append(_sizes(model))
-    counts = {rule: count // 2 for rule, count in merges.items()}
     parameters, entries = ((sizes[0][i], sizes[1][i]) for i in range(2))
     largest = _difference(before, _outputs(twin, x)) if verify else None
-    return model, ReparamReport(counts, parameters, entries, None, largest)
+    return model, ReparamReport(dict(merges), parameters, entries, None, largest)
 
 
 def _through_hooks(model: nn.Module) -> nn.Module:

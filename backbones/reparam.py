@@ -147,12 +147,12 @@ def _verify(name: str, part: StagedBackbone) -> float:
     for what, old in before.items():
         difference = relative_difference(old, after[what])
         if not difference <= TOLERANCE:
-            module = _first_that_differs(twin, merged, x)
             if not torch.isfinite(old).all():
                 raise EquivalenceError(
                     f"{name or type(part).__name__}: {what} of the model itself are not finite;"
                     " nothing can be compared (verify=False skips the comparison)"
                 )
+            module = _first_that_differs(twin, merged, x)
             raise EquivalenceError(
                 f"{name or type(part).__name__}: {what} differ by {difference:.1e} of the largest"
                 f" value after re-parameterization; the first module that differs is {module!r}."

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import backbones
 from backbones.cli.parsing import command, json_flag, positive
-from backbones.cli.saved import describe, model_name
+from backbones.cli.saved import describe, model_name, overrides_of
 from backbones.train import DataError, open_image
 
 __all__ = ["add_parser", "run"]
@@ -102,9 +102,7 @@ def load(name: str | None, checkpoint: str | None) -> tuple[nn.Module, list[str]
     saved = describe(checkpoint) if checkpoint else {}
     name = model_name(name, saved, checkpoint) if checkpoint else name or DEFAULT_MODEL
     matches = saved.get("name") == name
-    overrides: dict[str, Any] = {}
-    if matches and not saved.get("arguments") and saved.get("classes"):
-        overrides["num_classes"] = len(saved["classes"])  # a model of timm's own
+    overrides = overrides_of(saved, name)
     if saved.get("deploy"):
         overrides["deploy"] = True
     model = backbones.create_model(

@@ -10,7 +10,7 @@ from typing import Any
 
 import backbones
 from backbones.cli.parsing import command, json_flag
-from backbones.cli.saved import describe, model_name
+from backbones.cli.saved import describe, model_name, overrides_of
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.foreign import reparameterize_with_report
 from backbones.skeleton import StagedBackbone
@@ -44,10 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.input} is in deploy form already; there is nothing to merge")
     if Path(args.output).exists() and Path(args.output).samefile(args.input):
         raise ConfigError(f"{args.output}: would replace the training form; name another file")
-    overrides: dict[str, Any] = {}
-    if saved.get("name") == name and not saved.get("arguments") and saved.get("classes"):
-        overrides["num_classes"] = len(saved["classes"])  # a model of timm's own
-    model = backbones.create_model(name, checkpoint_path=args.input, **overrides)
+    model = backbones.create_model(name, checkpoint_path=args.input, **overrides_of(saved, name))
     merged, report = reparameterize_with_report(model.eval())
     if not isinstance(merged, StagedBackbone):
         raise UnsupportedError(

@@ -8,7 +8,7 @@ from typing import Any
 from backbones.errors import CheckpointError, ConfigError
 from backbones.weights import read_metadata
 
-__all__ = ["describe", "model_name"]
+__all__ = ["describe", "model_name", "overrides_of"]
 
 
 def describe(checkpoint: str, option: str = "--checkpoint") -> dict[str, Any]:
@@ -35,3 +35,10 @@ def model_name(given: str | None, saved: dict[str, Any], checkpoint: str) -> str
     if name is None:
         raise ConfigError(f"{checkpoint} does not say which model it is of; add --model NAME")
     return str(name)
+
+
+def overrides_of(saved: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what model `name` must be created with besides a checkpoint's own arguments."""
+    if saved.get("name") == name and not saved.get("arguments") and saved.get("classes"):
+        return {"num_classes": len(saved["classes"])}  # a model of timm's own
+    return {}

@@ -158,11 +158,7 @@ def _map_to_deploy_form(checkpoint: Checkpoint, model: nn.Module, strict: bool) 
 
 
 def _map(checkpoint: Checkpoint, model: nn.Module, **options: Any) -> Mapped:
-    if checkpoint.deploy and not Target(model).deployed:
-        raise CheckpointError(
-            f"{checkpoint.source}: holds a re-parameterized model, whose norms and branches are"
-            " folded away for good; load it into a model created with deploy=True"
-        )
+    Target(model).require_form(checkpoint)
     for key, tensor in checkpoint.tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{checkpoint.source}: entry {key[:80]!r} has no values (meta)")

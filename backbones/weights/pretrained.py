@@ -45,11 +45,7 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(source)
     target = Target(model)
-    if checkpoint.deploy and not target.deployed:
-        raise CheckpointError(
-            f"{source}: holds a re-parameterized model, whose norms and branches are folded away"
-            " for good; create the model with deploy=True"
-        )
+    target.require_form(checkpoint)
     body: Any = target.module
     first_conv = f"{body.first_conv}.weight"
     try:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.errors import CheckpointError
 from backbones.skeleton import Layout
+from backbones.weights.reading import Checkpoint
 
 __all__ = ["Layout", "Target"]
 
@@ -51,6 +53,18 @@ class Target:
         if shapes is None or self.deployed:
             return frozenset()
         return frozenset(shapes()) - self.present.keys()
+
+    def require_form(self, checkpoint: Checkpoint) -> None:
+        """Refuse a file in deploy form for a model in training form.
+
+        Raises:
+            CheckpointError: it is one.
+        """
+        if checkpoint.deploy and not self.deployed:
+            raise CheckpointError(
+                f"{checkpoint.source}: holds a re-parameterized model, whose norms and branches are"
+                " folded away for good; load it into a model created with deploy=True"
+            )
 
     def is_derived(self, key: str) -> bool:
         """Whether the model computes this entry itself."""
