@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backbones.weights.fetch import fetch
+from backbones.weights.fetch import fetch, local_copy
 from backbones.weights.inference import inferred_arguments
 from backbones.weights.loading import LoadReport, filter_for_timm, load_checkpoint
 from backbones.weights.mapping import Mapped, map_checkpoint
@@ -21,6 +21,7 @@ __all__ = [
     "is_deploy_file",
     "load_checkpoint",
     "load_pretrained",
+    "local_copy",
     "map_checkpoint",
     "read_checkpoint",
     "read_metadata",

@@ -1,50 +1,158 @@
-"""Bringing a released checkpoint to this machine: the Hub, a direct URL or a local folder."""
+"""Bringing a released checkpoint to this machine, and saying whether it is the right file."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from backbones.errors import CheckpointError, WeightsUnavailableError
 from backbones.manifest import WeightsEntry
+from backbones.weights.disk import sha256_of
+from backbones.weights.download import download
+from backbones.weights.hub import EntryMissingError, cached_file, hub_file
 
-__all__ = ["fetch"]
+__all__ = ["MIRROR", "REQUIRE_DIGEST", "fetch", "local_copy", "mirror_path", "verify"]
 
 _logger = logging.getLogger(__name__)
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+MIRROR = "BACKBONES_WEIGHTS_DIR"
+REQUIRE_DIGEST = "BACKBONES_REQUIRE_DIGEST"
 
 
-def fetch(source: WeightsEntry | Any, *, cache_dir: str | Path | None = None) -> Path:
+def fetch(
+    source: WeightsEntry | Any, *, cache_dir: str | Path | None = None, again: bool = False
+) -> Path:
     """Return the path of a verified local file that holds the weights.
+
+    Looked for in this order: the folder named by `BACKBONES_WEIGHTS_DIR` (see `mirror_path`), the
+    cache, the network. A recorded digest is always compared, and with one a file in the cache is
+    used without any call to the network. Without one, a warning names the command that records it,
+    or, with `BACKBONES_REQUIRE_DIGEST=1`, the file is refused.
 
     Args:
         source: a manifest entry, or timm's `PretrainedCfg` of weights that are not in it.
         cache_dir: where downloads are kept; None for the Hub's cache and `torch.hub`'s folder.
+        again: download even if the file is in the cache.
 
     Raises:
         WeightsUnavailableError: nothing was released, the release is a web page, or the file
             cannot be reached. The message names the place and the way out.
-        CheckpointError: the file's digest or size is not the recorded one.
+        CheckpointError: the file's digest or size is not the recorded one, or none is recorded
+            and one is required. Nothing of the user's is removed.
     """
     if not isinstance(source, WeightsEntry):
         return _fetch_described(source, cache_dir)
-    if not source.available:
+    copy = local_copy(source, cache_dir)
+    if copy is None and not source.available:
         raise WeightsUnavailableError(_why_unavailable(source))
+    _require_digest(source)
+    if copy is not None and not (again and source.available):
+        verify(copy, source)
+        if source.sha256 or source.url or not source.available or _is_mirrored(copy, source):
+            return copy
     if source.repo:
-        path = _from_hub(source.repo, source.file or HUB_FILES[0], source.revision, cache_dir)
+        path = hub_file(
+            source.repo,
+            source.file or HUB_FILES[0],
+            source.revision,
+            cache_dir=cache_dir,
+            sha256=source.sha256,
+            size=source.size,
+            again=again,
+        )
     else:
-        path = _from_url(source, cache_dir)
-    _verify(path, source)
+        path = download(
+            source.url or "",
+            _url_path(source, cache_dir),
+            sha256=source.sha256,
+            size=source.size,
+            again=again,
+        )
+    verify(path, source)
     return path
+
+
+def local_copy(entry: WeightsEntry, cache_dir: str | Path | None = None) -> Path | None:
+    """Return where the entry's file lies on this machine, without network; None if nowhere.
+
+    Raises:
+        WeightsUnavailableError: `BACKBONES_WEIGHTS_DIR` names no folder.
+    """
+    mirror = os.environ.get(MIRROR)
+    if mirror:
+        if not Path(mirror).is_dir():
+            raise WeightsUnavailableError(
+                f"{MIRROR}={mirror} is no folder; unset it, or name one that holds weights"
+            )
+        for path in _mirror_paths(entry, Path(mirror)):
+            if path.is_file():
+                return path
+    if entry.repo:
+        return cached_file(entry.repo, entry.file or HUB_FILES[0], entry.revision, cache_dir)
+    if entry.url and (path := _url_path(entry, cache_dir)).is_file():
+        return path
+    return None
+
+
+def mirror_path(entry: WeightsEntry, folder: Path) -> Path:
+    """Return where a mirror folder keeps an entry's file: ``<variant.tag>/<file>``.
+
+    `BACKBONES_WEIGHTS_DIR` also finds ``<owner>/<repo>/<file>``, as a copy of Hub repositories has
+    it, and ``<variant.tag>`` with the suffix ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``.
+    """
+    return folder / entry.name / _file_name(entry)
+
+
+def verify(path: Path, entry: WeightsEntry) -> None:
+    """Compare a file with the recorded size and digest; warn once where none is recorded.
+
+    Raises:
+        CheckpointError: they differ; the message names both. The file is left alone.
+    """
+    size = path.stat().st_size
+    way_out = f"fetch it again with 'backbones weights fetch {entry.name} --again'"
+    if entry.size is not None and size != entry.size:
+        raise CheckpointError(
+            f"{path}: {size} bytes, but {entry.name} has {entry.size}; not loaded: {way_out}"
+        )
+    if entry.sha256 is None:
+        _warn_unpinned(entry.name, entry.source)
+        return
+    digest = sha256_of(path)
+    if digest != entry.sha256:
+        raise CheckpointError(
+            f"{path}: sha256 {digest}, but {entry.name} has {entry.sha256}; not loaded: {way_out}"
+        )
+
+
+def _require_digest(entry: WeightsEntry) -> None:
+    if entry.sha256 is None and _digest_required():
+        raise CheckpointError(
+            f"{entry.name}: {REQUIRE_DIGEST} is set and no digest is recorded; record it with"
+            f" 'backbones weights lock {entry.name}', or pass checkpoint_path=... with a file you"
+            " trust"
+        )
+
+
+def _digest_required() -> bool:
+    return os.environ.get(REQUIRE_DIGEST, "").lower() not in ("", "0", "false", "no")
+
+
+@cache
+def _warn_unpinned(name: str, source: str) -> None:
+    _logger.warning(
+        "%s: no digest is recorded, so %s was not verified; 'backbones weights lock %s' records it",
+        name,
+        source,
+        name,
+    )
 
 
 def _why_unavailable(entry: WeightsEntry) -> str:
@@ -70,71 +178,40 @@ def _fetch_described(cfg: Any, cache_dir: str | Path | None) -> Path:
             f"no released weights are known for {name}; pass checkpoint_path=... or"
             " pretrained=False"
         )
+    if _digest_required():
+        raise CheckpointError(
+            f"hf-hub:{cfg.hf_hub_id}: {REQUIRE_DIGEST} is set and only files of the weights"
+            " manifest have digests; pass checkpoint_path=... with a file you trust"
+        )
     repo, _, revision = cfg.hf_hub_id.partition("@")
-    if cfg.hf_hub_filename:
-        return _from_hub(repo, cfg.hf_hub_filename, revision or None, cache_dir)
-    try:
-        return _from_hub(repo, HUB_FILES[0], revision or None, cache_dir)
-    except WeightsUnavailableError as error:
-        if not isinstance(error.__cause__, EntryNotFoundError) or isinstance(
-            error.__cause__, LocalEntryNotFoundError
-        ):
-            raise
-        return _from_hub(repo, HUB_FILES[1], revision or None, cache_dir)
+    files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else HUB_FILES
+    for file in files[:-1]:
+        try:
+            return hub_file(repo, file, revision or None, cache_dir=cache_dir)
+        except EntryMissingError:
+            continue
+    return hub_file(repo, files[-1], revision or None, cache_dir=cache_dir)
 
 
-def _from_hub(repo: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    try:
-        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsUnavailableError(
-            f"{file} of {repo} cannot be had from the Hugging Face Hub: {reason}; check the"
-            " connection (HF_ENDPOINT names a mirror, HF_TOKEN gives access), or pass"
-            " checkpoint_path=... with a local copy"
-        ) from error
+def _mirror_paths(entry: WeightsEntry, folder: Path) -> list[Path]:
+    paths = [mirror_path(entry, folder)]
+    if entry.repo:
+        paths.append(folder / entry.repo / (entry.file or HUB_FILES[0]))
+    suffixes = (".safetensors", ".pth", ".pt", ".bin")
+    return [*paths, *(folder / f"{entry.name}{suffix}" for suffix in suffixes)]
 
 
-def _from_url(entry: WeightsEntry, cache_dir: str | Path | None) -> Path:
-    url = entry.url or ""
+def _is_mirrored(path: Path, entry: WeightsEntry) -> bool:
+    mirror = os.environ.get(MIRROR)
+    return bool(mirror) and path in _mirror_paths(entry, Path(mirror or ""))
+
+
+def _url_path(entry: WeightsEntry, cache_dir: str | Path | None) -> Path:
     folder = Path(cache_dir or torch.hub.get_dir()) / "backbones" / entry.name
-    name = entry.file or Path(urlparse(url).path).name or "checkpoint"
-    path = folder / name
-    if path.is_file():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=entry.sha256, progress=False)
-    except RuntimeError as error:  # what torch raises for a digest that differs
-        raise CheckpointError(f"{url}: {error}") from error
-    except (URLError, OSError) as error:
-        raise WeightsUnavailableError(
-            f"{entry.name} cannot be downloaded from {url}: {error}; check the connection, or pass"
-            " checkpoint_path=... with a local copy"
-        ) from error
-    return path
+    return folder / _file_name(entry)
 
 
-def _verify(path: Path, entry: WeightsEntry) -> None:
-    if entry.size is not None and path.stat().st_size != entry.size:
-        raise CheckpointError(
-            f"{path}: {path.stat().st_size} bytes, but {entry.name} has {entry.size}; remove the"
-            " file to fetch it again"
-        )
-    if entry.sha256 is None:
-        _warn_unpinned(entry.name, entry.source)
-        return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != entry.sha256:
-        raise CheckpointError(
-            f"{path}: sha256 {digest.hexdigest()}, but {entry.name} has {entry.sha256}; the file"
-            " was not loaded; remove it to fetch it again"
-        )
-
-
-@cache
-def _warn_unpinned(name: str, source: str) -> None:
-    _logger.warning("%s: no digest is recorded, so %s was not verified", name, source)
+def _file_name(entry: WeightsEntry) -> str:
+    """Return the last part of the file's name, as a name that any file system takes."""
+    name = entry.file or unquote(urlparse(entry.url or "").path)
+    return re.sub(r"[^0-9A-Za-z._-]", "_", name.rpartition("/")[2]).lstrip(".") or "checkpoint"

@@ -81,19 +81,6 @@ def test_pretrained_weights_arrive_by_every_road_and_offline_from_the_cache(hub,
     assert len(hub.requests) == seen
 
 
-def test_a_file_the_hub_does_not_have(hub, tmp_path):
-    program = """
-        import backbones
-        try:
-            backbones.create_model("inception_next_tiny", pretrained=True)
-        except FileNotFoundError as error:
-            print(type(error).__name__, error)
-    """
-    result = run(hub, tmp_path, program)
-    assert result.stdout.startswith("WeightsUnavailableError model.safetensors of timm/inception")
-    assert "checkpoint_path" in result.stdout
-
-
 def test_hub_models_of_ours_and_of_timm(hub, tmp_path):
     import timm
 
@@ -113,46 +100,79 @@ def test_hub_models_of_ours_and_of_timm(hub, tmp_path):
     assert float(result.stdout) == pytest.approx(model.stem[0].weight.sum().item(), rel=1e-5)
 
 
-@pytest.fixture
-def plain(hub, tmp_path):
-    """A direct URL of the same file, and its digest."""
-    path = hub.folder / "timm" / f"{VARIANT}.sail_in1k" / "model.safetensors"
-    content = path.read_bytes()
-    entry = {"variant": VARIANT, "tag": "t", "where": "", "license": "mit"}
-    entry["url"] = f"{hub.address}/timm/{VARIANT}.sail_in1k/model.safetensors"
-    return entry, hashlib.sha256(content).hexdigest(), len(content)
+CONTENT = b"weights" * 1000
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
-def test_direct_url_is_verified_and_kept(plain, hub, tmp_path):
-    entry, digest, size = plain
-    pinned = WeightsEntry(**entry, sha256=digest, size=size)
-    path = weights.fetch(pinned, cache_dir=tmp_path)
-    assert path.stat().st_size == size
-    seen = len(hub.requests)
-    assert weights.fetch(pinned, cache_dir=tmp_path) == path
-    assert len(hub.requests) == seen
+def entry(**facts):
+    return WeightsEntry("m", "t", "", **{"repo": "me/mine", "file": "w.pth", **facts})
 
 
-def test_wrong_digest_or_size_is_refused_and_leaves_nothing(plain, tmp_path):
-    entry, digest, size = plain
-    wrong = "0" * 64
-    with pytest.raises(CheckpointError, match=f'invalid hash value .*"{wrong}", got "{digest}"'):
-        weights.fetch(WeightsEntry(**entry, sha256=wrong), cache_dir=tmp_path)
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
-    path = weights.fetch(WeightsEntry(**entry), cache_dir=tmp_path)
-    with pytest.raises(CheckpointError, match=f"{size} bytes, but .* has 7"):
-        weights.fetch(WeightsEntry(**entry, size=7), cache_dir=tmp_path)
-    path.write_bytes(b"tampered" * 9)
-    with pytest.raises(CheckpointError, match=f"but .* has {digest}"):
-        weights.fetch(WeightsEntry(**entry, sha256=digest), cache_dir=tmp_path)
+@pytest.mark.parametrize("place", ["m.t/w.pth", "me/mine/w.pth", "m.t.safetensors", "m.t.pth"])
+def test_a_local_mirror_comes_before_the_network(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("BACKBONES_WEIGHTS_DIR", str(tmp_path))
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(CONTENT)
+    assert weights.fetch(entry(sha256=DIGEST)) == path
+    assert weights.fetch(entry()) == path
+    with pytest.raises(CheckpointError, match=f"sha256 {DIGEST}, but m.t has {'0' * 64}"):
+        weights.fetch(entry(sha256="0" * 64))
+    with pytest.raises(CheckpointError, match=r"7000 bytes, but m.t has 7"):
+        weights.fetch(entry(size=7))
+    assert path.read_bytes() == CONTENT
 
 
-def test_unreachable_url(plain, tmp_path):
-    entry, _, _ = plain
-    entry["url"] = "http://127.0.0.1:9/weights.pth"
-    with pytest.raises(WeightsUnavailableError, match=r"cannot be downloaded from http://127"):
-        weights.fetch(WeightsEntry(**entry), cache_dir=tmp_path)
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+def test_a_mirror_holds_files_that_no_program_can_fetch(tmp_path, monkeypatch):
+    page = entry(repo=None, file=None, status="page_only", page="https://example.org")
+    monkeypatch.setenv("BACKBONES_WEIGHTS_DIR", str(tmp_path))
+    with pytest.raises(WeightsUnavailableError, match=r"visit https://example\.org"):
+        weights.fetch(page)
+    (tmp_path / "m.t.pth").write_bytes(CONTENT)
+    assert weights.fetch(page).read_bytes() == CONTENT
+
+
+def test_a_mirror_that_is_no_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKBONES_WEIGHTS_DIR", str(tmp_path / "gone"))
+    with pytest.raises(WeightsUnavailableError, match="BACKBONES_WEIGHTS_DIR=.*gone is no folder"):
+        weights.fetch(entry())
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_a_digest_can_be_required(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("BACKBONES_REQUIRE_DIGEST", value)
+    monkeypatch.setenv("BACKBONES_WEIGHTS_DIR", str(tmp_path))
+    (tmp_path / "m.t.pth").write_bytes(CONTENT)
+    with pytest.raises(CheckpointError, match=r"'backbones weights lock m\.t'"):
+        weights.fetch(entry())
+    assert weights.fetch(entry(sha256=DIGEST)).is_file()
+    monkeypatch.setenv("BACKBONES_REQUIRE_DIGEST", "0")
+    assert weights.fetch(entry()).is_file()
+    monkeypatch.setenv("BACKBONES_REQUIRE_DIGEST", value)
+    with pytest.raises(CheckpointError, match="only files of the weights manifest have digests"):
+        backbones.registry.build(
+            backbones.registry.registry.variants[VARIANT],
+            True,
+            pretrained_cfg={"hf_hub_id": "me/mine"},
+        )
+
+
+def test_one_warning_names_the_command_that_pins(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("BACKBONES_WEIGHTS_DIR", str(tmp_path))
+    (tmp_path / "m.t2.pth").write_bytes(CONTENT)
+    unpinned = WeightsEntry("m", "t2", "", repo="me/mine", file="w.pth")
+    for _ in range(3):
+        weights.fetch(unpinned)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "'backbones weights lock m.t2' records it" in caplog.text
+
+
+def test_names_from_addresses_are_file_names(tmp_path):
+    odd = WeightsEntry("m", "t", "", url="https://example.org/a/%2e%2e%2fb?x=../c")
+    assert weights.local_copy(odd, tmp_path) is None
+    from backbones.weights.fetch import mirror_path
+
+    assert mirror_path(odd, tmp_path) == tmp_path / "m.t" / "b"
 
 
 @pytest.mark.parametrize(
