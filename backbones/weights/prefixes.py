@@ -13,10 +13,11 @@ _WHOLE = ("module.", "_orig_mod.", "model.")
 _PART = ("backbone.", "encoder.")
 PREFIXES = (*_WHOLE, *_PART)
 _MAX_PREFIXES = 3
+_MAX_CHAINS = 8  # each costs a look at every key in every layout
 
 
 def prefixes(tensors: Iterable[str]) -> list[str]:
-    """Return every chain of known prefixes that occurs in the keys, shortest first."""
+    """Return the chains of known prefixes that occur in the keys, the shortest ones, in order."""
     found = {""}
     for key in tensors:
         chain = ""
@@ -26,7 +27,7 @@ def prefixes(tensors: Iterable[str]) -> list[str]:
                 break
             chain += step
             found.add(chain)
-    return sorted(found, key=lambda chain: (len(chain), chain))
+    return sorted(found, key=lambda chain: (len(chain), chain))[:_MAX_CHAINS]
 
 
 def strip(

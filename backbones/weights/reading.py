@@ -14,8 +14,8 @@ import safetensors.torch
 from torch import Tensor
 
 from backbones.errors import CheckpointError, WeightsUnavailableError
-from backbones.weights.header import parse_header
-from backbones.weights.pickled import load_archive, load_pickle
+from backbones.weights.header import MAX_TENSORS, parse_header
+from backbones.weights.pickled import CONVERTER, load_archive, load_pickle
 from backbones.weights.unwrapping import unwrap_all
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_metadata"]
@@ -27,6 +27,9 @@ _NOT_A_CHECKPOINT = (
     (b"\x89hdf", "an HDF5 file (Keras); give PyTorch weights"),
     (b"\x93numpy", "a NumPy array; give PyTorch weights"),
 )
+
+_DESCRIPTION = {"name": str, "arguments": dict, "deploy": bool, "license": str, "input": dict}
+_MAX_SHARING = 8  # how often the entries of a state dict may repeat the bytes of the file
 
 
 @dataclass(frozen=True)
@@ -77,18 +80,12 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     elif kind == "zip":
         tensors = load_archive(path, size)
     else:
-        tensors = load_pickle(path, head)
+        tensors = load_pickle(path, head, size)
     try:
         found, wrapper, others = unwrap_all(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    for key, tensor in found.items():
-        # A tensor of stride 0 can declare any size over a single stored number.
-        if tensor.numel() * tensor.element_size() > size:
-            raise CheckpointError(
-                f"{path}: tensor {key[:80]!r} declares more values than the file holds; "
-                "do not use this file"
-            )
+    _refuse_excess(path, found, size)
     return Checkpoint(found, header.metadata if header else {}, wrapper, others, str(path))
 
 
@@ -112,6 +109,25 @@ def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     return metadata
 
 
+def _refuse_excess(path: Path, tensors: Mapping[str, Tensor], size: int) -> None:
+    """Refuse tensors that declare more than the file holds.
+
+    A tensor of stride 0 declares any size over one stored number, many tensors can share all of
+    the file, and one without values can have any other size.
+    """
+    total = 0
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: holds {len(tensors)} tensors; do not use this file")
+    for key, tensor in tensors.items():
+        declared = tensor.numel() * tensor.element_size()
+        total += declared
+        if max(declared, *tensor.shape, 0) > size or total > _MAX_SHARING * size:
+            raise CheckpointError(
+                f"{path}: tensor {key[:80]!r} declares more values than the file holds; "
+                "do not use this file"
+            )
+
+
 def _description(metadata: Mapping[str, Any], source: object) -> Mapping[str, Any]:
     """Return what `save_checkpoint` wrote into a file's metadata; empty for files of others."""
     try:
@@ -120,6 +136,12 @@ def _description(metadata: Mapping[str, Any], source: object) -> Mapping[str, An
         raise CheckpointError(f"{source}: the metadata 'backbones' is no JSON: {error}") from error
     if not isinstance(ours, Mapping):
         raise CheckpointError(f"{source}: the metadata 'backbones' is no JSON object")
+    for key, kind in _DESCRIPTION.items():
+        if not isinstance(ours.get(key), kind | None):
+            raise CheckpointError(
+                f"{source}: the metadata 'backbones' has a wrong {key!r}; the file is damaged or "
+                "forged, fetch it again"
+            )
     return ours
 
 
@@ -152,6 +174,11 @@ def _kind(path: Path, head: bytes, size: int) -> str:
         return "zip"
     if head.startswith(b"\x80"):
         return "pickle"
+    if head[257:262] == b"ustar":
+        raise CheckpointError(
+            f"{path}: a tar archive; unpack it and give the checkpoint inside, or, where it is one "
+            f"of PyTorch from before 2017 that you trust, convert it with {CONVERTER}"
+        )
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, what in _NOT_A_CHECKPOINT:
         if start.startswith(magic):

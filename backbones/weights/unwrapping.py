@@ -54,9 +54,9 @@ def unwrap_all(obj: Any) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]
     others: list[str] = []
     for key, value in obj.items():
         if not isinstance(value, Tensor):
-            others.append(str(key))
+            others.append(_shown(key))
         elif not isinstance(key, str) or len(key) > _MAX_KEY_LENGTH:
-            raise CheckpointError(f"the tensor key {str(key)[:80]!r} is no name of a parameter")
+            raise CheckpointError(f"the tensor key {_shown(key)!r} is no name of a parameter")
         else:
             tensors[key] = _plain(key, value)
     if not tensors:
@@ -98,12 +98,27 @@ def _is_by_decay(content: Mapping[Any, Any]) -> bool:
     return all(isinstance(key, float) and _holds_tensors(value) for key, value in content.items())
 
 
-def _holds_tensors(obj: Any, depth: int = 0) -> bool:
-    if isinstance(obj, Tensor):
-        return True
-    if not isinstance(obj, Mapping) or depth > _MAX_DEPTH:
-        return False
-    return any(_holds_tensors(value, depth + 1) for value in obj.values())
+def _holds_tensors(obj: Any) -> bool:
+    """Whether there are tensors in `obj`, at most `_MAX_DEPTH` mappings further in.
+
+    Each mapping is looked into once: a few of them that hold each other a thousand times over make
+    more paths than can be walked.
+    """
+    seen: set[int] = set()
+    level = [obj]
+    for _ in range(_MAX_DEPTH + 2):
+        if any(isinstance(value, Tensor) for value in level):
+            return True
+        mappings = {id(m): m for m in level if isinstance(m, Mapping) and id(m) not in seen}
+        seen.update(mappings)
+        level = [value for mapping in mappings.values() for value in mapping.values()]
+    return False
+
+
+def _shown(key: Any) -> str:
+    """Return a key of the file for messages: short, and nothing a terminal would obey."""
+    text = str(key)[:80]
+    return text if text.isprintable() else repr(text)
 
 
 def _plain(key: str, tensor: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 
     Raises:
         CheckpointError: integers where the model has floating point (or the reverse), a value that
-            is not finite or overflows the model's type, or parameters that the model shares and
-            the checkpoint gives different values.
+            is not finite or overflows the model's type (a narrower floating-point type rounds, and
+            rounds small values to zero, which is no error), or parameters that the model shares
+            and the checkpoint gives different values.
     """
     shared: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     for key, tensor in tensors.items():
@@ -28,7 +29,14 @@ def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
                 f"entry {key!r} holds {tensor.dtype}, the model needs {mine.dtype}; "
                 "the file is damaged or of another model"
             )
-        if tensor.is_meta or _kind(tensor) == "integer":
+        if tensor.is_meta:
+            continue
+        if _kind(tensor) == "integer":
+            if mine.dtype != tensor.dtype and not _survives(tensor, mine.dtype):
+                raise CheckpointError(
+                    f"entry {key!r} holds numbers too large for {mine.dtype}; "
+                    "the file is damaged or of another model"
+                )
             continue
         if not _is_finite(tensor):
             raise CheckpointError(
@@ -54,6 +62,13 @@ def _kind(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "complex"
     return "floating" if tensor.is_floating_point() else "integer"
+
+
+def _survives(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether whole numbers are the same in another type."""
+    converted = tensor.to(dtype)
+    wrapped = not tensor.dtype.is_signed and converted.dtype.is_signed and (converted < 0).any()
+    return torch.equal(converted.to(tensor.dtype), tensor) and not wrapped
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -6,14 +6,14 @@ import random
 import time
 
 import pytest
+import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from weights_toy import Getter, Toy, authors, filled, flat
+from weights_toy import Getter, Toy, authors, filled, flat, snapshot
 
 from backbones.errors import CheckpointError
-from backbones.weights import map_checkpoint, unwrap
+from backbones.weights import load_checkpoint, map_checkpoint
+from backbones.weights.prefixes import prefixes
 
 MODEL = Toy()
 STATE = filled()
@@ -43,38 +43,6 @@ def test_each_prefix(layout, prefix):
     mapped = map_checkpoint(state, Toy())
     assert_mapped(mapped)
     assert (mapped.layout, mapped.prefix) == (layout, prefix)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    prefix=st.lists(st.sampled_from(PREFIXES), max_size=3).map("".join),
-    wrappers=st.lists(
-        st.sampled_from(
-            ["state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", 0.999]
-        ),
-        max_size=3,
-    ),
-    order=st.randoms(use_true_random=False),
-    counters=st.booleans(),
-)
-def test_any_wrapping_prefix_and_order(layout, prefix, wrappers, order, counters):
-    state = {k: v for k, v in STATE.items() if counters or "num_batches_tracked" not in k}
-    entries = [(prefix + key, value) for key, value in LAYOUTS[layout](state).items()]
-    order.shuffle(entries)
-    checkpoint = dict(entries)
-    for name in wrappers:
-        if name == 0.999:
-            checkpoint = {"ema": {0.999: checkpoint}}
-        else:
-            items = [(name, checkpoint), ("epoch", 3), ("optimizer", {"a": torch.zeros(3)})]
-            order.shuffle(items)
-            checkpoint = dict(items)
-    mapped = map_checkpoint(unwrap(checkpoint)[0], MODEL)
-    assert_mapped(mapped, state)
-    assert (mapped.layout, mapped.prefix) == (layout, prefix)
-    for rest in (mapped.missing, mapped.unexpected, mapped.dropped, mapped.ignored):
-        assert rest == ()
 
 
 def test_a_prefix_that_is_part_of_a_name_stays():
@@ -280,3 +248,65 @@ def test_large_models_are_quick():
     mapped = map_checkpoint({key: torch.ones(1) for key in keys}, model)
     assert mapped.layout == "layout1"
     assert time.perf_counter() - start < 5
+
+
+# Number types: the model keeps its own, values are converted.
+
+
+@pytest.mark.parametrize("model_type", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "file_type", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+)
+def test_floating_point_types(tmp_path, file_type, model_type):
+    """Each value becomes the nearest one of the model's type; widening is exact and reversible."""
+    state = {k: v.to(file_type) if v.is_floating_point() else v for k, v in STATE.items()}
+    safetensors.torch.save_file(state, tmp_path / "m.safetensors")
+    torch.save(state, tmp_path / "m.pth")
+    for name in ("m.safetensors", "m.pth"):
+        model = Toy().to(model_type)
+        load_checkpoint(model, tmp_path / name)
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                assert value.dtype == model_type
+                assert torch.equal(value, state[key].to(model_type))
+                if torch.finfo(file_type).bits <= 16 and model_type == torch.float32:
+                    assert torch.equal(value.to(file_type).float(), state[key].float())
+
+
+@pytest.mark.parametrize(
+    ("value", "model_type"),
+    [(1e5, torch.float16), (1e39, torch.float32), (3.4028e38, torch.bfloat16), (-7e4, torch.half)],
+)
+def test_overflow_is_refused_and_rounding_to_zero_is_not(value, model_type):
+    state = {k: v.double() if v.is_floating_point() else v for k, v in STATE.items()}
+    state["stages.0.0.bn.weight"][2] = value
+    model = Toy().to(model_type)
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=r"bn\.weight' holds values too large for"):
+        load_checkpoint(model, state)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key])
+    state["stages.0.0.bn.weight"][2] = 1e-60
+    load_checkpoint(model, state)
+    assert model.stages[0][0].bn.weight[2] == 0
+
+
+def test_whole_numbers_must_survive():
+    model = nn.Module()
+    model.register_buffer("n", torch.zeros(2, dtype=torch.uint8))
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        load_checkpoint(model, {"n": torch.tensor([3, 255], dtype=dtype)})
+        assert model.n.tolist() == [3, 255]
+        with pytest.raises(CheckpointError, match="numbers too large for torch.uint8"):
+            load_checkpoint(model, {"n": torch.tensor([3, 256], dtype=dtype)})
+    model.register_buffer("n", torch.zeros(2, dtype=torch.int8))
+    with pytest.raises(CheckpointError, match="numbers too large for torch.int8"):
+        load_checkpoint(model, {"n": torch.tensor([3, 200], dtype=torch.uint8)})
+    assert model.n.tolist() == [0, 0]
+
+
+def test_prefixes_are_bounded():
+    """A file can hold every chain of prefixes; each costs a look at all of it."""
+    chains = [x + y + z for x in PREFIXES for y in PREFIXES for z in PREFIXES]
+    assert len(prefixes([chain + "a" for chain in chains])) == 8
+    assert prefixes(["module._orig_mod.backbone.a"])[-1] == "module._orig_mod.backbone."

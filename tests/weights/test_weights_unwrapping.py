@@ -9,6 +9,7 @@ import torch
 
 from backbones.errors import CheckpointError
 from backbones.weights import unwrap
+from backbones.weights.unwrapping import unwrap_all
 
 WRAPPERS = ["state_dict_ema", "model_ema", "ema", "state_dict", "model", "module"]
 
@@ -77,6 +78,24 @@ def test_depth_is_bounded():
         nested = {"model": nested}
     with pytest.raises(CheckpointError, match="no tensors"):
         unwrap(nested)
+
+
+@pytest.mark.timeout(20)
+def test_a_maze_of_mappings_is_walked_once():
+    """Each holds the next one many times over; the paths are more than can be walked."""
+    maze = {}
+    for _ in range(8):
+        maze = {str(i): maze for i in range(300)}
+    with pytest.raises(CheckpointError, match="no tensors"):
+        unwrap({"model": maze, "ema": maze, "state_dict": maze})
+    assert value(unwrap({"model_ema": maze, "model": state(1)})[0]) == 1
+
+
+def test_names_are_shown_harmless():
+    """Short, and without what a terminal would obey."""
+    checkpoint = {"\x1b[31m": 1, "x" * 5000: 2, **state(1)}
+    _, _, others = unwrap_all(checkpoint)
+    assert others == (repr("\x1b[31m"), "x" * 80)
 
 
 @pytest.mark.parametrize(
