@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,20 +22,24 @@ __all__ = ["ModelInfo", "count_macs", "count_parameters", "describe"]
 class ModelInfo:
     """Facts of a variant, or of one tag of it.
 
-    `params` counts trainable parameters; `macs` counts multiply-adds of convolutions and matrix
-    products for one image of `input_size`.
+    `params` counts trainable parameters.
     """
 
     name: str
     family: str
     arguments: Mapping[str, Any]
     params: int
-    macs: int
     input_size: tuple[int, int, int]
     source: Source | None
     aliases: Sequence[str]
     timm_name: str
     weights: Sequence[WeightsEntry]
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-adds of convolutions and matrix products for one image of `input_size`."""
+        model = registry.model_class(self.family)(**self.arguments, device="meta")
+        return count_macs(model, self.input_size)
 
     @property
     def tags(self) -> list[str]:
@@ -78,7 +83,6 @@ def describe(variant: Variant, tag: str | None = None) -> ModelInfo:
         family=variant.family,
         arguments=dict(variant.arguments),
         params=count_parameters(model),
-        macs=count_macs(model, size),
         input_size=size,  # type: ignore[arg-type]
         source=variant.source,
         aliases=[alias for alias, name in registry.aliases.items() if name == variant.name],

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import backbones
+from backbones.info import ModelInfo
 from backbones.manifest import WeightsEntry
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -39,7 +41,13 @@ def accuracy_cell(entries: list[WeightsEntry]) -> str:
     return f"{entries[0].top1:.1f}" + (f" @{size}" if size != 224 else "")
 
 
-def table() -> str:
+def count_cells(info: ModelInfo) -> str:
+    """Return parameters and multiply-adds."""
+    size = "" if info.input_size[-1] == 224 else f" @{info.input_size[-1]}"
+    return f"{info.params / 1e6:.2f} | {info.macs / 1e9:.2f}{size}"
+
+
+def table(counts: Callable[[ModelInfo], str] = count_cells) -> str:
     """Return the whole table as Markdown."""
     lines = []
     for family in backbones.list_families():
@@ -53,9 +61,8 @@ def table() -> str:
         lines += ["|---|---|---|---|---|"]
         for info in infos:
             aliases = "".join(f" (`{alias}`)" for alias in info.aliases)
-            size = "" if info.input_size[-1] == 224 else f" @{info.input_size[-1]}"
             lines.append(
-                f"| `{info.name}`{aliases} | {info.params / 1e6:.2f} | {info.macs / 1e9:.2f}{size}"
+                f"| `{info.name}`{aliases} | {counts(info)}"
                 f" | {accuracy_cell(list(info.weights))} | {weights_cell(list(info.weights))} |"
             )
         lines.append("")

@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """Print size, cost, origin and weights of a model."""
     info = backbones.model_info(args.name)
     if args.json:
-        print(json.dumps({**dataclasses.asdict(info), "tags": info.tags}, default=list))
+        facts = {**dataclasses.asdict(info), "macs": info.macs, "tags": info.tags}
+        print(json.dumps(facts, default=list))
         return 0
     rows = {
         "name": info.name,
