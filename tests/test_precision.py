@@ -8,7 +8,7 @@ import pytest
 import torch
 from damping import DAMPING
 from golden import fill
-from tiers import by_size, representatives, smallest_of_each_family
+from tiers import by_size, families_by_default, representatives, smallest_of_each_family
 
 import backbones
 from backbones.registry import registry
@@ -43,26 +43,32 @@ def test_float32_is_close_to_float64(name):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("name", representatives())
-@pytest.mark.parametrize("size", [(96, 96), (384, 128)], ids=["96x96", "384x128"])
-@torch.no_grad()
-def test_half_types_stay_finite(name, size):
+def assert_half_types_stay_finite(name, size):
     model = filled(name)
-    x = fill("input", (1, 3, *size))
+    x = fill("input", (1, *size))
     for dtype in (torch.bfloat16, torch.float16):
         output = model.to(dtype)(x.to(dtype))
         assert output.dtype == dtype
         assert torch.isfinite(output).all(), dtype
 
 
+@pytest.mark.parametrize("name", representatives())
+@torch.no_grad()
+def test_half_types_stay_finite(name):
+    assert_half_types_stay_finite(name, (3, 96, 96))
+
+
+@pytest.mark.parametrize("name", families_by_default())
+@torch.no_grad()
+def test_half_types_stay_finite_at_an_oblong_size(name):
+    assert_half_types_stay_finite(name, (3, 384, 128))
+
+
 @EACH
 @pytest.mark.slow
 @torch.no_grad()
 def test_half_types_stay_finite_at_the_native_size(name):
-    model = filled(name)
-    x = fill("input", (1, *backbones.model_info(name).input_size))
-    for dtype in (torch.bfloat16, torch.float16):
-        assert torch.isfinite(model.to(dtype)(x.to(dtype))).all(), dtype
+    assert_half_types_stay_finite(name, backbones.model_info(name).input_size)
 
 
 @pytest.mark.parametrize("name", smallest_of_each_family())
