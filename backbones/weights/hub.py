@@ -31,7 +31,13 @@ from backbones.errors import CheckpointError, WeightsUnavailableError
 from backbones.weights.disk import first_line, require_space, unwritable
 from backbones.weights.retrying import TransientError, is_transient_status, with_retries
 
-__all__ = ["EntryMissingError", "cached_file", "file_revision", "hub_file"]
+__all__ = [
+    "EntryMissingError",
+    "cached_file",
+    "file_revision",
+    "hub_file",
+    "is_connection_error",
+]
 
 T = TypeVar("T")
 
@@ -40,7 +46,6 @@ _OR_LOCAL = "; or pass checkpoint_path=... with a local copy"
 _ETAG = re.compile(r"[0-9A-Za-z_-]{1,128}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# The client changed its transport more than once; their errors have no class in common.
 _TRANSPORTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
@@ -199,6 +204,14 @@ def _is_transient(error: Exception) -> bool:
         return False
     if isinstance(error, OSError) and error.errno is None:
         return True  # "Consistency check failed": fewer bytes than announced
+    return is_connection_error(error)
+
+
+def is_connection_error(error: Exception) -> bool:
+    """Whether an error is of the Hub client's transport: no connection, or one that broke.
+
+    The client changed its transport more than once, and their errors have no class in common.
+    """
     return type(error).__module__.partition(".")[0] in _TRANSPORTS
 
 
