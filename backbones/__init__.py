@@ -10,7 +10,13 @@ from backbones.factory import create_model, list_families, list_models, model_in
 from backbones.foreign import reparameterize
 from backbones.info import ModelInfo
 from backbones.registry import register_family, register_shipped_families
-from backbones.weights import LoadReport, load_checkpoint, save_checkpoint
+from backbones.weights import (
+    LoadReport,
+    load_checkpoint,
+    push_to_hub,
+    save_checkpoint,
+    save_for_hf,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,9 +30,11 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "model_info",
+    "push_to_hub",
     "register_family",
     "reparameterize",
     "save_checkpoint",
+    "save_for_hf",
 ]
 
 register_shipped_families()

@@ -7,6 +7,7 @@ from backbones.weights.inference import inferred_arguments
 from backbones.weights.loading import LoadReport, filter_for_timm, load_checkpoint
 from backbones.weights.mapping import Mapped, map_checkpoint
 from backbones.weights.pretrained import is_deploy_file, load_pretrained, saved_arguments
+from backbones.weights.publishing import PublishError, push_to_hub, save_for_hf
 from backbones.weights.reading import Checkpoint, read_checkpoint, read_metadata
 from backbones.weights.saving import save_checkpoint
 from backbones.weights.unwrapping import unwrap
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "Mapped",
+    "PublishError",
     "fetch",
     "filter_for_timm",
     "inferred_arguments",
@@ -23,9 +25,11 @@ __all__ = [
     "load_pretrained",
     "local_copy",
     "map_checkpoint",
+    "push_to_hub",
     "read_checkpoint",
     "read_metadata",
     "save_checkpoint",
+    "save_for_hf",
     "saved_arguments",
     "unwrap",
 ]

@@ -17,7 +17,7 @@ from torch import nn
 from backbones.errors import CheckpointError
 from backbones.weights.target import inner_module
 
-__all__ = ["save_checkpoint"]
+__all__ = ["input_config", "save_checkpoint"]
 
 _INPUT_KEYS = (
     "num_classes",
@@ -99,6 +99,26 @@ def save_checkpoint(
     return path
 
 
+def input_config(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's preprocessing and outputs are, in timm's spelling.
+
+    A model's own channels and classes count, not those of the weights it was created from; where
+    these have another number of channels, mean and deviation are their average, as timm has it.
+    """
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    facts = {key: cfg[key] for key in _INPUT_KEYS if key in cfg}
+    if "num_classes" in facts:
+        facts["num_classes"] = getattr(model, "num_classes", facts["num_classes"])
+    channels = getattr(model, "in_chans", None)
+    for key in ("input_size", "test_input_size"):
+        if facts.get(key) and channels:
+            facts[key] = (channels, *facts[key][1:])
+    for key in ("mean", "std"):
+        if channels and len(facts.get(key) or (0,)) not in (1, channels):
+            facts[key] = (sum(facts[key]) / len(facts[key]),)
+    return facts
+
+
 def _describe(
     model: nn.Module,
     path: Path,
@@ -115,7 +135,7 @@ def _describe(
         "license": license or pretrained_cfg.get("license"),
         "provenance": None if provenance is None else dict(provenance),
         "classes": None if classes is None else list(classes),
-        "input": {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg},
+        "input": input_config(model),
     }
     try:
         return json.dumps(facts, allow_nan=False)
