@@ -28,9 +28,16 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import CheckpointError, ConfigError
 from backbones.layers import Chain, ChannelMlp, Head, SpacedConv, norm_conv_downsample
+from backbones.layers.convnext_names import CONVNEXT_LAYOUT, TRANSFORMERS_LAYOUT
 from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
+BLOCK_NAMES = (
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"\.pwconv(\d)\.", r".mlp.fc\1."),
+    (r"\.grn\.gamma$", ".mlp.grn.weight"),
+    (r"\.grn\.beta$", ".mlp.grn.bias"),
+)
 
 
 class PartialConv(nn.Module):
@@ -150,17 +157,8 @@ class ConvNeXt(StagedBackbone):
     dilatable = True
     no_decay_patterns = (r"\.positions$",)
     layouts = {
-        "authors": (
-            (r"^downsample_layers\.0\.", "stem."),
-            (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-            (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-            (r"\.dwconv\.", ".conv_dw."),
-            (r"\.pwconv(\d)\.", r".mlp.fc\1."),
-            (r"\.grn\.gamma$", ".mlp.grn.weight"),
-            (r"\.grn\.beta$", ".mlp.grn.bias"),
-            (r"^norm\.", "head.norm."),
-            (r"^head\.(weight|bias)$", r"head.fc.\1"),
-        )
+        "authors": (*CONVNEXT_LAYOUT, *BLOCK_NAMES),
+        "transformers": (*TRANSFORMERS_LAYOUT, *BLOCK_NAMES),
     }
 
     def __init__(

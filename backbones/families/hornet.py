@@ -17,6 +17,7 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample, statistics_dtype
+from backbones.layers.convnext_names import CONVNEXT_LAYOUT
 from backbones.layers.tracing import fx_leaf
 from backbones.ops import resize_filter, spectral_filter
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
@@ -26,14 +27,10 @@ EPS = 1e-6
 GATE_SCALE = 1 / 3
 
 AUTHORS = (
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    *CONVNEXT_LAYOUT,
     (r"\.gnconv\.dwconv\.dw\.", ".gnconv.mixer.conv_dw."),
     (r"\.gnconv\.dwconv\.", ".gnconv.mixer."),
     (r"\.pwconv(\d)\.", r".mlp.fc\1."),
-    (r"^norm\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
 MMPRETRAIN = (
     (r"^backbone\.", ""),

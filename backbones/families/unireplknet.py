@@ -24,6 +24,7 @@ from backbones.layers import (
     bias_as_norm,
     split_merged_kernels,
 )
+from backbones.layers.convnext_names import CONVNEXT_LAYOUT
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -85,9 +86,7 @@ class UniRepLKNet(StagedBackbone):
 
     layouts = {
         "authors": (
-            (r"^downsample_layers\.0\.", "stem."),
-            (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-            (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+            *CONVNEXT_LAYOUT,
             (r"\.dwconv\.", ".conv_dw."),
             *BRANCHED_CONV_LAYOUT,
             (r"\.se\.down\.", ".se.fc1."),
@@ -97,8 +96,6 @@ class UniRepLKNet(StagedBackbone):
             (r"\.act\.1\.beta$", ".mlp.grn.bias"),
             (r"\.pwconv2\.0\.", ".mlp.fc2."),
             (r"\.pwconv2\.2\.", ".norm_out."),
-            (r"^norm\.", "head.norm."),
-            (r"^head\.(weight|bias)$", r"head.fc.\1"),
         )
     }
 
