@@ -97,7 +97,7 @@ def convert(args: argparse.Namespace) -> int:
     path = Path(args.output)
     if path.exists() and path.samefile(args.input):
         raise ConfigError(f"{path}: would replace its own source; name another file")
-    loaded = load(args, getattr(torch, args.dtype) if args.dtype else None)
+    loaded = load(args, dtype=getattr(torch, args.dtype) if args.dtype else None, rewritten=True)
     weights.save_checkpoint(loaded.model, path, **loaded.beside)
     facts = {"path": str(path), "sha256": sha256_of(path), **loaded.facts}
     _report(facts, args.json)
@@ -107,7 +107,7 @@ def convert(args: argparse.Namespace) -> int:
 def push(args: argparse.Namespace) -> int:
     """Load strictly, then upload, or with ``--dry-run`` write the folder and keep it."""
     check_repo_id(args.repo_id)
-    loaded = load(args, None)
+    loaded = load(args)
     if args.dry_run:
         folder = weights.save_for_hf(
             loaded.model,
@@ -131,12 +131,15 @@ def push(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype | None) -> Loaded:
+def load(
+    args: argparse.Namespace, *, dtype: torch.dtype | None = None, rewritten: bool = False
+) -> Loaded:
     """Load ``args.input`` completely into the model it is of.
 
     Args:
         args: with input, model, num_classes, in_chans and license.
         dtype: number type of the model; None for the file's.
+        rewritten: whether even a file of ours becomes another one, which names it as its source.
 
     Raises:
         ConfigError: the file does not say which model it is of, or the license is another one.
@@ -169,6 +172,9 @@ def load(args: argparse.Namespace, dtype: torch.dtype | None) -> Loaded:
         report = weights.load_checkpoint(model, checkpoint)
     cfg: Any = model.pretrained_cfg
     cfg.update(ours.get("input") or {})
+    origin = ours.get("provenance")
+    if rewritten or not ours:
+        origin = _provenance(Path(args.input), report, entry, origin)
     license = _license(args.license, entry, ours.get("license"))
     facts = {
         "model": name,
@@ -179,15 +185,8 @@ def load(args: argparse.Namespace, dtype: torch.dtype | None) -> Loaded:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "license": license,
     }
-    return Loaded(
-        model,
-        facts,
-        {
-            "license": license,
-            "provenance": _provenance(Path(args.input), report, entry, ours.get("provenance")),
-            "classes": ours.get("classes"),
-        },
-    )
+    beside = {"license": license, "provenance": origin, "classes": ours.get("classes")}
+    return Loaded(model, facts, beside)
 
 
 def _widest(checkpoint: weights.Checkpoint) -> torch.dtype:

@@ -1,0 +1,234 @@
+"""``backbones weights``: what is released, where it lies, and whether it is the right file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from backbones import weights
+from backbones.cli import weights_publishing
+from backbones.cli.parsing import command, json_flag
+from backbones.errors import BackbonesError, UnknownModelError, nearest
+from backbones.manifest import Manifest, WeightsEntry, load_manifest, read_manifest
+from backbones.registry import registry
+from backbones.weights.fetch import mirror_path, verify
+from backbones.weights.pinning import measure_pin, write_pin
+
+__all__ = ["add_parser", "run"]
+
+STATUSES = ("released", "page_only", "unreleased")
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Describe the command and its verbs."""
+    parser = command(
+        commands,
+        "weights",
+        "list, fetch, verify, pin, convert and publish weights",
+        "backbones weights list 'lsnet*'\n         backbones weights fetch cpubone_s0",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _verb(verbs, "list", list_entries, "list released weights", "backbones weights list --pinned")
+    verbs.choices["list"].add_argument("--status", choices=STATUSES, help="only of this status")
+    verbs.choices["list"].add_argument("--license", help="only under a matching license")
+    verbs.choices["list"].add_argument(
+        "--pinned", action="store_true", help="only those with a recorded digest"
+    )
+    _verb(verbs, "show", show, "show everything known", "backbones weights show lsnet_t")
+    fetching = _verb(
+        verbs,
+        "fetch",
+        fetch_files,
+        "download and verify; print the paths",
+        "backbones weights fetch 'lsnet*' --to /mnt/weights   # a mirror for BACKBONES_WEIGHTS_DIR",
+    )
+    fetching.add_argument("--to", metavar="DIR", help="copy into this mirror folder")
+    fetching.add_argument("--again", action="store_true", help="download even what is cached")
+    _verb(
+        verbs,
+        "verify",
+        verify_files,
+        "compare the files on this machine with the recorded digests, without network",
+        "backbones weights verify",
+    )
+    _verb(
+        verbs,
+        "lock",
+        lock,
+        "download, and record digests and revisions in the manifest",
+        "backbones weights lock lsnet_t.in1k --manifest weights_manifest.yaml",
+    )
+    for name in ("fetch", "verify", "lock"):
+        verbs.choices[name].add_argument("--cache-dir", metavar="DIR", help="where downloads are")
+    weights_publishing.add_parsers(verbs)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    return int(args.run_verb(args))
+
+
+def _verb(
+    verbs: Any,
+    name: str,
+    action: Callable[[argparse.Namespace], int],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = command(verbs, name, summary, example)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="variant, variant.tag or pattern (default: all)"
+    )
+    parser.add_argument("--manifest", metavar="FILE", help="manifest (default: the package's own)")
+    json_flag(parser)
+    parser.set_defaults(run_verb=action)
+    return parser
+
+
+def list_entries(args: argparse.Namespace) -> int:
+    """Print a line an entry."""
+    entries = [
+        entry
+        for entry in _selected(args)
+        if args.status in (None, entry.status)
+        and (args.license is None or fnmatch.fnmatch(entry.license, args.license.lower()))
+        and (entry.sha256 or not args.pinned)
+    ]
+    if args.json:
+        print(json.dumps([_facts(entry) for entry in entries]))
+        return 0
+    for entry in entries:
+        top1 = "-" if entry.top1 is None else f"{entry.top1:.1f}"
+        pinned = "pinned" if entry.sha256 else "-"
+        print(
+            f"{entry.name:48} {entry.status:10} {top1:>5} {pinned:6} {entry.license:20}"
+            f" {entry.source}"
+        )
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print every field of the entries, and where their files are on this machine."""
+    facts = []
+    for entry in _selected(args):
+        copy = weights.local_copy(entry)
+        facts.append(_facts(entry) | {"local copy": str(copy) if copy else None})
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    for fact in facts:
+        print(fact.pop("name"))
+        for key, value in fact.items():
+            if value not in (None, (), []):
+                print(f"  {key}: {value}")
+    return 0
+
+
+def fetch_files(args: argparse.Namespace) -> int:
+    """Download; go on after a failure, and say so at the end."""
+    if not args.names:
+        raise UnknownModelError(
+            "name what to fetch: a variant, a tag, or a pattern such as 'lsnet*'"
+        )
+
+    def fetched(entry: WeightsEntry) -> str:
+        path = weights.fetch(entry, cache_dir=args.cache_dir, again=args.again)
+        if args.to is None:
+            return str(path)
+        place = mirror_path(entry, Path(args.to))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.part")
+        shutil.copyfile(path, part)
+        part.replace(place)
+        return str(place)
+
+    entries = _selected(args)
+    chosen = [entry for entry in entries if entry.available]
+    return _each(chosen or entries, fetched, args.json)
+
+
+def verify_files(args: argparse.Namespace) -> int:
+    """Check what is on this machine; 1 where a file is not the recorded one."""
+
+    def verified(entry: WeightsEntry) -> str:
+        path = weights.local_copy(entry, args.cache_dir)
+        if path is None:
+            return "not here"
+        verify(path, entry)
+        return f"{'verified' if entry.sha256 else 'no digest recorded'}: {path}"
+
+    entries = _selected(args)
+    if not args.names:
+        entries = [entry for entry in entries if weights.local_copy(entry, args.cache_dir)]
+    return _each(entries, verified, args.json)
+
+
+def lock(args: argparse.Namespace) -> int:
+    """Record digests, one entry at a time, so that an interruption loses little."""
+    path = _manifest(args).path
+
+    def locked(entry: WeightsEntry) -> str:
+        pin = measure_pin(entry, cache_dir=args.cache_dir)
+        write_pin(path, entry.name, pin)
+        return f"sha256 {pin.sha256}, {pin.size} bytes, revision {pin.revision}"
+
+    entries = [entry for entry in _selected(args) if entry.available]
+    if not args.names:
+        entries = [entry for entry in entries if entry.sha256 is None]
+    return _each(entries, locked, args.json)
+
+
+def _each(entries: list[WeightsEntry], action: Callable[[WeightsEntry], str], as_json: bool) -> int:
+    """Run an action over entries and print what it says; 1 where it failed for any."""
+    results: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        try:
+            results[entry.name] = {"ok": action(entry)}
+        except (BackbonesError, OSError) as error:
+            results[entry.name] = {"error": str(error)}
+        if not as_json:
+            ((kind, text),) = results[entry.name].items()
+            print(f"{entry.name}: {'error: ' if kind == 'error' else ''}{text}", flush=True)
+    if as_json:
+        print(json.dumps(results))
+    return 1 if any("error" in result for result in results.values()) else 0
+
+
+def _manifest(args: argparse.Namespace) -> Manifest:
+    return read_manifest(args.manifest) if args.manifest else load_manifest()
+
+
+def _selected(args: argparse.Namespace) -> list[WeightsEntry]:
+    """Return the entries of the names given: a variant stands for all its tags.
+
+    Raises:
+        UnknownModelError: a name or pattern that matches none.
+    """
+    manifest = _manifest(args)
+    chosen: dict[str, WeightsEntry] = {}
+    for given in args.names or ["*"]:
+        name = registry.aliases.get(given, given)
+        found = {
+            key: entry
+            for key, entry in manifest.entries.items()
+            if fnmatch.fnmatch(key, name) or fnmatch.fnmatch(entry.variant, name)
+        }
+        if not found:
+            choices = [*manifest.entries, *manifest.by_variant]
+            raise UnknownModelError(f"no weights {name!r}{nearest(name, choices)}")
+        chosen |= found
+    return list(chosen.values())
+
+
+def _facts(entry: WeightsEntry) -> dict[str, Any]:
+    facts = dataclasses.asdict(entry)
+    for key in ("variant", "tag", "where"):
+        del facts[key]
+    return {"name": entry.name, **facts}
