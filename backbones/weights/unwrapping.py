@@ -101,16 +101,14 @@ def _is_by_decay(content: Mapping[Any, Any]) -> bool:
 def _holds_tensors(obj: Any) -> bool:
     """Whether there are tensors in `obj`, at most `_MAX_DEPTH` mappings further in.
 
-    Each mapping is looked into once: a few of them that hold each other a thousand times over make
-    more paths than can be walked.
+    Each mapping of a level is looked into once: a few of them that hold each other a thousand times
+    over make more paths than can be walked.
     """
-    seen: set[int] = set()
     level = [obj]
     for _ in range(_MAX_DEPTH + 2):
         if any(isinstance(value, Tensor) for value in level):
             return True
-        mappings = {id(m): m for m in level if isinstance(m, Mapping) and id(m) not in seen}
-        seen.update(mappings)
+        mappings = {id(m): m for m in level if isinstance(m, Mapping)}
         level = [value for mapping in mappings.values() for value in mapping.values()]
     return False
 
