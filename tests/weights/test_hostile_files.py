@@ -864,6 +864,10 @@ YAML: dict[str, tuple[str, str | bytes]] = {
         f"  k{i}: 1\n" for i in range(10_000))),
     "ten thousand arguments": ("more than 512", MINE + "".join(
         f"    k{i}: 1\n" for i in range(10_000))),
+    "heirs that gather arguments": (
+        "has more than 512 arguments", MINE + "  m0: {like: mine}\n" + "".join(
+        f"  m{i}:\n    like: m{i - 1}\n" + "".join(f"    k{i}_{j}: 1\n" for j in range(100))
+        for i in range(1, 20))),
     "two documents": ("not valid YAML", MINE + "---\n" + MINE),
     "control characters": ("not valid YAML", MINE + "x: \x00\n"),
     "no text": ("UTF-8", b"\xff\xfe\x00"),
