@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import tempfile
 from dataclasses import dataclass
 from functools import reduce
@@ -94,8 +95,8 @@ class Loaded:
 
 def convert(args: argparse.Namespace) -> int:
     """Load strictly, write, and print what was found."""
-    path = Path(args.output)
-    if path.exists() and path.samefile(args.input):
+    path, source = Path(args.output), Path(args.input)
+    if path.exists() and source.exists() and path.samefile(source):
         raise ConfigError(f"{path}: would replace its own source; name another file")
     loaded = load(args, dtype=getattr(torch, args.dtype) if args.dtype else None, rewritten=True)
     weights.save_checkpoint(loaded.model, path, **loaded.beside)
@@ -111,7 +112,7 @@ def push(args: argparse.Namespace) -> int:
     if args.dry_run:
         folder = weights.save_for_hf(
             loaded.model,
-            Path(tempfile.mkdtemp(prefix="backbones-")) / args.repo_id.partition("/")[2],
+            Path(tempfile.gettempdir()) / f"backbones-{secrets.token_hex(8)}",
             repo_id=args.repo_id,
             **loaded.beside,
         )

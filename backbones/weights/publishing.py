@@ -20,6 +20,7 @@ from torch import nn
 
 from backbones.errors import BackbonesError, CheckpointError, ConfigError
 from backbones.weights.disk import first_line
+from backbones.weights.hub import is_connection_error
 from backbones.weights.hub_config import check_rebuilt, hub_config
 from backbones.weights.model_card import UNSTATED, model_card
 from backbones.weights.saving import save_checkpoint
@@ -29,8 +30,6 @@ __all__ = ["FILES", "PublishError", "push_to_hub", "save_for_hf"]
 
 FILES = ("model.safetensors", "config.json", "README.md")
 """What `save_for_hf` writes."""
-# The client changed its transport more than once; their errors have no class in common.
-_TRANSPORTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 class PublishError(BackbonesError, RuntimeError):
@@ -206,9 +205,13 @@ def _sent(upload: Callable[[], str], repo_id: str) -> str:
         raise PublishError(f"{repo_id}: HF_HUB_OFFLINE forbids to send; unset it") from error
     except HfHubHTTPError as error:
         status = int(error.response.status_code) if error.response is not None else 0
-        raise PublishError(_refusal(repo_id, status, first_line(error))) from error
+        answer = error.server_message or first_line(error)
+        raise PublishError(_refusal(repo_id, status, answer)) from error
+    except ValueError as error:  # the client's words for an answer it does not like
+        answer = " ".join(str(error).split())
+        raise PublishError(f"{constants.ENDPOINT} refuses {repo_id}: {answer}") from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in _TRANSPORTS:
+        if not is_connection_error(error):
             raise
         raise PublishError(
             f"{repo_id}: {constants.ENDPOINT} cannot be reached: {first_line(error)}; check the"
@@ -227,4 +230,5 @@ def _refusal(repo_id: str, status: int, answer: str) -> str:
         409: "the repository is being changed by somebody else; push again",
         429: "the Hub asks to wait; push again later",
     }.get(status, "push again later" if status >= 500 else "nothing more is known")
-    return f"{constants.ENDPOINT} refuses {repo_id} (status {status}): {hint}. It answers: {answer}"
+    said = " ".join(answer.split())
+    return f"{constants.ENDPOINT} refuses {repo_id} (status {status}): {hint}. It says: {said}"

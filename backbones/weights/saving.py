@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -45,8 +45,8 @@ def save_checkpoint(
 
     The metadata holds ``format`` and one JSON object ``backbones`` with the variant's name and
     arguments, whether the weights are merged, license, provenance, class names and the input
-    configuration (`read_metadata` returns it). The file appears whole or not at all: it is
-    written beside its place, flushed to the disk and renamed.
+    configuration (`read_metadata` returns it). Equal models give equal files. The file appears
+    whole or not at all: it is written beside its place, flushed to the disk and renamed.
 
     Args:
         model: the model, in any memory layout, on any device, also compiled or data parallel.
@@ -59,8 +59,9 @@ def save_checkpoint(
         The path.
 
     Raises:
-        CheckpointError: the file cannot be written, the model has no values (meta device), or the
-            metadata is no JSON. Nothing is left behind.
+        CheckpointError: the file cannot be written, the model has no values (meta device), the
+            metadata is no JSON, or there are more or fewer names than classes. Nothing is left
+            behind.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -70,6 +71,11 @@ def save_checkpoint(
         reason = "it is a folder" if os.path.isdir(path) else missing
         raise CheckpointError(f"{path}: cannot be written, {reason}; give a file in a folder")
     inner = inner_module(model)
+    count = getattr(inner, "num_classes", None)
+    if classes is not None and count is not None and len(classes) != count:
+        raise CheckpointError(
+            f"{path}: {len(classes)} names for {count} classes; give one for each"
+        )
     tensors = {}
     for key, tensor in inner.state_dict().items():
         if tensor.is_meta:
@@ -88,6 +94,8 @@ def save_checkpoint(
         safetensors.torch.save_file(tensors, temporary, metadata)
         temporary.chmod(mode)
         with temporary.open("rb+") as stream:
+            _sort_metadata(stream)
+            stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -97,6 +105,16 @@ def save_checkpoint(
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _sort_metadata(stream: BinaryIO) -> None:
+    """Make equal models equal files: the writer puts metadata in an order that is random."""
+    size = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    stream.seek(8)
+    stream.write(text.ljust(size))
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:

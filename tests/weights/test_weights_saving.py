@@ -105,6 +105,31 @@ def test_metadata(tmp_path):
     assert (ours["deploy"], ours["license"]) == (True, "cc-by-4.0")
 
 
+def test_input_of_the_model_itself(tmp_path):
+    """Not of the weights it was created from, with other channels and classes."""
+    saved = model()
+    cfg = {"num_classes": 1000, "input_size": (3, 96, 96), "test_input_size": (3, 128, 128)}
+    saved.pretrained_cfg = cfg | {"mean": (0.25, 0.5, 0.75), "std": (0.5,)}
+    saved.num_classes, saved.in_chans = 5, 2
+    path = save_checkpoint(saved, tmp_path / "m.safetensors", classes=list("abcde"))
+    assert read_metadata(path)["backbones"]["input"] == {
+        "num_classes": 5,
+        "input_size": [2, 96, 96],
+        "test_input_size": [2, 128, 128],
+        "mean": [0.5],
+        "std": [0.5],
+    }
+    with pytest.raises(CheckpointError, match=r"m.safetensors: 2 names for 5 classes"):
+        save_checkpoint(saved, path, classes=["a", "b"])
+
+
+def test_equal_models_give_equal_files(tmp_path):
+    facts = {"provenance": {"source": 'Ünïcode \x07 " \\', "size": 3}, "license": "mit"}
+    paths = [save_checkpoint(model(), tmp_path / f"{i}.safetensors", **facts) for i in range(12)]
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert read_metadata(paths[0])["backbones"]["provenance"] == facts["provenance"]
+
+
 def on_meta():
     with torch.device("meta"):
         return Toy()
