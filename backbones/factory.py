@@ -173,7 +173,9 @@ def create_model(
     if variant is None:
         return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)
     if checkpoint_path is not None:
-        arguments = {**weights.saved_arguments(checkpoint_path, variant.name), **arguments}
+        model_class = registry.model_class(variant.family)
+        saved = weights.saved_arguments(checkpoint_path, variant.name, model_class)
+        arguments = {**saved, **arguments}
     return build(
         variant,
         pretrained,
@@ -192,8 +194,8 @@ def _variant_of_checkpoint(family: str, path: str | Path | None) -> Variant:
             f"{family!r} is a family; name a variant, such as {first!r}, or pass"
             " checkpoint_path=... for a family that can tell its arguments from a checkpoint"
         )
-    arguments = weights.saved_arguments(path, family)
     model_class = registry.model_class(family)
+    arguments = weights.saved_arguments(path, family, model_class)
     return Variant(family, family, arguments or weights.inferred_arguments(path, model_class))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -16,7 +16,7 @@ from backbones.weights.mapping import map_checkpoint
 from backbones.weights.reading import read_checkpoint, read_metadata
 from backbones.weights.target import Target
 
-__all__ = ["is_deploy_file", "load_pretrained", "saved_arguments"]
+__all__ = ["is_deploy_file", "load_pretrained"]
 
 _logger = logging.getLogger(__name__)
 
@@ -90,22 +90,9 @@ def load_pretrained(
     )
 
 
-def saved_arguments(path: str | PathLike[str], name: str) -> dict[str, Any]:
-    """Return the constructor arguments in a file that `save_checkpoint` wrote for model `name`.
-
-    Empty for files of any other origin.
-    """
-    ours = _description(path)
-    return dict(ours.get("arguments") or {}) if ours.get("name") == name else {}
-
-
 def is_deploy_file(path: str | PathLike[str]) -> bool:
     """Whether `save_checkpoint` wrote a file from a model in deploy form."""
-    return bool(_description(path).get("deploy"))
-
-
-def _description(path: str | PathLike[str]) -> Mapping[str, Any]:
     try:
-        return read_metadata(path).get("backbones") or {}
+        return bool((read_metadata(path).get("backbones") or {}).get("deploy"))
     except CheckpointError:
-        return {}  # no safetensors file; whether it is a checkpoint at all is seen when it is read
+        return False  # no safetensors file; whether it is a checkpoint at all is seen when read

@@ -14,11 +14,11 @@ import safetensors.torch
 from torch import Tensor
 
 from backbones.errors import CheckpointError, WeightsUnavailableError
-from backbones.weights.header import MAX_TENSORS, parse_header
+from backbones.weights.header import MAX_TENSORS, Header, parse_header
 from backbones.weights.pickled import CONVERTER, load_archive, load_pickle
 from backbones.weights.unwrapping import unwrap_all
 
-__all__ = ["Checkpoint", "read_checkpoint", "read_metadata"]
+__all__ = ["Checkpoint", "read_checkpoint", "read_metadata", "read_shapes"]
 
 _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run 'git lfs pull' there"),
@@ -99,14 +99,28 @@ def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
         CheckpointError: it is no intact safetensors file.
     """
     path = Path(path)
+    metadata: dict[str, Any] = dict(_header(path).metadata)
+    if "backbones" in metadata:
+        metadata["backbones"] = _description(metadata, path)
+    return metadata
+
+
+def read_shapes(path: str | PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a safetensors file's tensors, reading its header only.
+
+    Raises:
+        WeightsUnavailableError: there is no such file.
+        CheckpointError: it is no intact safetensors file.
+    """
+    return _header(Path(path)).shapes
+
+
+def _header(path: Path) -> Header:
     size = _size(path)
     with _open(path) as stream:
         if _kind(path, stream.read(512), size) != "safetensors":
             raise CheckpointError(f"{path}: only safetensors files carry metadata")
-        metadata: dict[str, Any] = dict(parse_header(path, stream, size).metadata)
-    if "backbones" in metadata:
-        metadata["backbones"] = _description(metadata, path)
-    return metadata
+        return parse_header(path, stream, size)
 
 
 def _refuse_excess(path: Path, tensors: Mapping[str, Tensor], size: int) -> None:
