@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,8 +25,8 @@ class Fault:
     times: int = -1
     status: int | None = None
     """Answer with this status and nothing else."""
-    headers: dict[str, str] = field(default_factory=dict)
-    """Sent in place of, or beside, the usual ones."""
+    headers: dict[str, str | None] = field(default_factory=dict)
+    """Sent in place of, or beside, the usual ones; None leaves one out."""
     cut: int | None = None
     """Close the connection after so many bytes of the body."""
     reset: bool = False
@@ -109,10 +109,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(fault.status, fault.headers)
         self.send_file(path.read_bytes(), fault, with_body)
 
-    def refuse(self, status: int, headers: dict[str, str]) -> None:
+    def refuse(self, status: int, headers: Mapping[str, str | None]) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": "0", **headers}.items():
-            self.send_header(name, value)
+        self.send_headers({"Content-Length": "0", **headers})
+
+    def send_headers(self, headers: Mapping[str, str | None]) -> None:
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
 
     def send_file(self, content: bytes, fault: Fault, with_body: bool) -> None:
@@ -125,9 +129,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
         headers["Content-Length"] = str(len(content) - begin)
         self.send_response(206 if begin else 200)
-        for name, value in {**headers, **fault.headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send_headers({**headers, **fault.headers})
         if with_body:
             self.send_body((fault.content or content)[begin:], fault)
 

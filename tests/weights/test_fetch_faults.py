@@ -1,4 +1,4 @@
-"""Everything that can go wrong on the way: nothing wrong is ever returned, nothing half-written stays.
+"""Everything that can go wrong on the way: nothing wrong is returned, nothing half-written stays.
 
 Each fault is met by the real Hub client (`hub`) and by our downloads from web servers (`url`),
 against a server on this machine. After each the same fetch succeeds once the fault is gone.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import random
 import resource
 import signal
@@ -225,6 +224,18 @@ def test_a_wrong_length_is_refused(hub, tmp_path, road, off, monkeypatch):
     assert_recovers(hub, road, tmp_path / "cache")
 
 
+def test_more_than_recorded_is_refused_where_no_length_is_announced(hub, tmp_path):
+    more = CONTENT + bytes(50_000_000)
+    hub.fault = Fault(
+        content=more, headers={"Content-Length": None, "Connection": "close"}, cut=len(more)
+    )
+    with pytest.raises(CheckpointError, match=f"sends more than {len(CONTENT)} bytes"):
+        weights.fetch(entry_of(hub, "url"), cache_dir=tmp_path / "cache")
+    assert hub.sent < len(more), "it was read to the end"
+    assert_clean(tmp_path / "cache")
+    assert_recovers(hub, "url", tmp_path / "cache")
+
+
 @pytest.mark.parametrize("road", ROADS)
 def test_other_content_is_refused(hub, tmp_path, road):
     """The server announces the right file and sends one of the same length."""
@@ -401,20 +412,24 @@ def test_killed_at_twenty_random_moments(hub, tmp_path, road):
     """The file is there whole or not at all, whenever the process ends."""
     hub.fault = Fault("GET", drip=0.01, piece=30_000)
     moments = random.Random(1)
-    states = set()
-    for i in range(20):
-        cache = tmp_path / "cache" / str(i // 4)  # four killed processes in a row share a cache
+    caches = [tmp_path / "cache" / str(i // 4) for i in range(20)]  # four in a row share one
+    halfway = 0
+    for i, cache in enumerate(caches):
+        sent = hub.sent
         worker = fork.Process(target=lambda c=cache: fetch_or_error(hub, road, c))
         worker.start()
-        time.sleep(moments.uniform(0, 0.25))
-        os.kill(worker.pid, signal.SIGKILL)
+        while i % 2 and hub.sent == sent and worker.is_alive():
+            time.sleep(0.001)  # every other one is killed while bytes arrive
+        time.sleep(moments.uniform(0, 0.12 if i % 2 else 0.25))
+        worker.kill()
         worker.join()
+        halfway += 0 < hub.sent - sent < len(CONTENT)
         copy = weights.local_copy(entry_of(hub, road), cache)
-        states.add(copy is not None)
         assert copy is None or copy.read_bytes() == CONTENT
         assert_clean(cache, allow=[".part", ".incomplete"])
+    assert halfway, "no process was killed during its download"
     hub.fault = None
-    for cache in (tmp_path / "cache").iterdir():
+    for cache in dict.fromkeys(caches):
         path = weights.fetch(entry_of(hub, road), cache_dir=cache)
         assert path.read_bytes() == CONTENT
 
