@@ -25,6 +25,7 @@ from backbones.weights.publishing import FILES, save_for_hf
 
 WEIGHT = "blocks.0.mlp.fc1.conv.weight"
 SMALL = {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32]}
+WITH_TABLES = {"depths": [1, 1, 1, 2], "dims": [16, 16, 32, 32]}
 MINE = """
 family: convnext
 variants:
@@ -68,8 +69,13 @@ ROADS = [
     # ... but not for these
     ("convnext_atto", SMALL, False, "backbones.families.convnext"),
     ("convnext_atto", SMALL | {"num_classes": 3}, True, "backbones.families.convnext"),
-    ("lsnet_t", SMALL | {"table_size": 14, "distilled": True}, False, "backbones.families.lsnet"),
-    ("lsnet_t", SMALL | {"distilled": True, "in_chans": 4}, True, "backbones.families.lsnet"),
+    (
+        "lsnet_t",
+        WITH_TABLES | {"table_size": 14, "distilled": True},
+        False,
+        "backbones.families.lsnet",
+    ),
+    ("lsnet_t", WITH_TABLES | {"distilled": True, "in_chans": 4}, True, "backbones.families.lsnet"),
     ("convnext_atto", SMALL | {"num_classes": 0}, False, "backbones.families.convnext"),
     ("mine", {"num_classes": 4}, False, "backbones.families.convnext"),
     ("mine", {"num_classes": 4}, True, "backbones.families.convnext"),
@@ -118,7 +124,7 @@ def test_a_wrapped_model_is_published_as_itself(tmp_path):
 
 
 def test_new_classes_and_adapted_channels_of_a_published_model(tmp_path):
-    model = filled("lsnet_t", num_classes=3, **SMALL)
+    model = filled("lsnet_t", num_classes=3, **WITH_TABLES)
     folder = save_for_hf(model, tmp_path / "out", classes=["a", "b", "c"])
     for create in (timm.create_model, backbones.create_model):
         other = create(f"local-dir:{folder}", pretrained=True, num_classes=5, in_chans=1)
@@ -148,6 +154,7 @@ def test_what_timm_writes_of_the_same_model_is_what_we_write(tmp_path):
     assert ours["model_args"].items() <= theirs["model_args"].items()
     cfg = ours["pretrained_cfg"]
     assert cfg["license"] == "apache-2.0"
+    assert "tag" not in cfg  # these are not the weights of that tag
     for key, value in theirs["pretrained_cfg"].items():
         if key not in ("tag", "custom_load", "min_input_size", "license"):
             assert cfg.get(key) == pytest.approx(value), key
@@ -227,9 +234,10 @@ def test_a_deploy_form_is_refused_without_the_word(tmp_path):
 
 
 def test_tables_of_the_size_of_a_checkpoint(tmp_path):
-    wide = filled("lsnet_t", table_size=14, **SMALL)
-    model = backbones.create_model("lsnet_t", **SMALL)
+    wide = filled("lsnet_t", table_size=14, **WITH_TABLES)
+    model = backbones.create_model("lsnet_t", **WITH_TABLES)
     backbones.load_checkpoint(model, wide.state_dict())
+    del model.arguments["table_size"]  # no family needs to keep it: sizes follow from the file
     folder = save_for_hf(model, tmp_path / "out")
     for create in (timm.create_model, backbones.create_model):
         loaded = create(f"local-dir:{folder}", pretrained=True)
@@ -250,10 +258,10 @@ def test_the_model_as_it_is_now_is_described(tmp_path):
 
 def test_timms_instance_rebuilt_as_ours(tmp_path):
     model = timm.create_model("convnext_atto", num_classes=3, **SMALL).eval()
-    merged = backbones.reparameterize(timm.create_model("inception_next_atto").eval())
+    merged = backbones.reparameterize(timm.create_model("convnext_femto").eval())
     folder = save_for_hf(merged, tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["architecture"] == (
-        "backbones_inception_next_atto"
+        "backbones_convnext_femto"
     )
     with pytest.raises(UnsupportedError, match=r"timm\.models\.save_for_hf"):
         save_for_hf(model, tmp_path / "other")
@@ -295,6 +303,16 @@ def test_features_only_models_are_no_whole_models(tmp_path):
     model = backbones.create_model("convnext_atto", features_only=True, **SMALL)
     with pytest.raises(UnsupportedError, match="Publish a whole model"):
         save_for_hf(model, tmp_path / "out")
+
+
+def test_a_variant_of_ones_own_with_a_name_that_is_taken(tmp_path):
+    for name in ("lsnet_t", "convnext_atto", "resnet18"):
+        (tmp_path / "taken.yaml").write_text(MINE.replace("mine", name))
+        model = filled(tmp_path / "taken.yaml")
+        folder = save_for_hf(model, tmp_path / name)
+        for create in (timm.create_model, backbones.create_model):
+            loaded = create(f"local-dir:{folder}", pretrained=True)
+            assert torch.equal(logits(loaded), logits(model))
 
 
 def test_families_of_ones_own(tmp_path, monkeypatch):
@@ -405,7 +423,7 @@ PUSH = """
     import json, sys, torch, backbones
     from backbones.cli import main
     x = torch.randn(2, 3, 64, 64)
-    small = {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32], "num_classes": 3}
+    small = {"depths": [1, 1, 1, 2], "dims": [16, 16, 32, 32], "num_classes": 3}
     plain = backbones.create_model("convnext_atto", num_classes=3).eval()
     merged = backbones.reparameterize(backbones.create_model("lsnet_t", **small).eval())
     models = {
