@@ -36,6 +36,7 @@ OF_FAMILIES = ["spartan"]  # files whose variant is read off their shapes
 VARIANTS = [variant for variant in MANIFEST.by_variant if variant not in OF_FAMILIES]
 FIRSTS = [backbones.list_models(family=family)[0] for family in backbones.list_families()]
 UNKNOWN_CLASSES = 10460  # stands for a number that nobody published
+CLIP_WIDTH = 640
 # What a file may leave out, by the manifest's word for it.
 LACKING = {"classifier": (), "head": ("head.norm.weight", "head.norm.bias")}
 # Goldens that stand for what has none: other depths, shapes with ones, shared positions, branches.
@@ -47,6 +48,14 @@ CARRIED_OVER = (
     "hornet_tiny_gf",
     "overlock_xt",
 )
+# Who writes files of another layout than the authors'.
+PUBLISHERS = {
+    "timm/": "timm",
+    "Kaeruu/": "timm",
+    "whyu/": "timm",
+    "facebook/": "transformers",
+    "https://download.openmmlab.com/": "mmpretrain",
+}
 PRESET = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "num_classes")
 # timm's models of these families that no variant of ours is; test_* are for its own tests.
 TIMM_ONLY = {
@@ -56,10 +65,6 @@ TIMM_ONLY = {
     "convnext_zepto_rms",
     "convnext_zepto_rms_ols",
 }
-
-
-def by_name(select=lambda entry: True):
-    return [pytest.param(entry, id=entry.name) for entry in ENTRIES if select(entry)]
 
 
 @cache
@@ -147,16 +152,16 @@ def test_names_carried_over_are_the_authors(name):
     assert from_siblings(name) == golden_shapes(name)
 
 
-@pytest.mark.parametrize("entry", by_name(lambda e: e.checked == "keys"))
-def test_checked_keys_have_a_witness(entry):
+def test_checked_keys_have_a_witness():
     """`checked: keys` is said of layouts that the owners' own code was compared for."""
-    if entry.layout in ("timm", "transformers"):
-        return  # those packages' classes, in test_files_load_completely
-    if entry.variant.startswith("inception_next"):
-        assert golden_shapes("inception_next_base")  # all have the keys of timm's class
-        return
-    form = "_reparam" if entry.tag.endswith("_reparam") else ""
-    assert golden_shapes(entry.variant + form), f"{entry.name}: no golden, so checked is null"
+    for entry in [entry for entry in ENTRIES if entry.checked == "keys"]:
+        if entry.layout in ("timm", "transformers"):
+            continue  # those packages' classes, in test_files_load_completely
+        if entry.variant.startswith("inception_next"):
+            assert golden_shapes("inception_next_base")  # all have the keys of timm's class
+            continue
+        form = "_reparam" if entry.tag.endswith("_reparam") else ""
+        assert golden_shapes(entry.variant + form), f"{entry.name}: no golden, so checked is null"
 
 
 # What the entries state.
@@ -167,26 +172,36 @@ def test_every_variant_has_an_entry():
     assert all(family in registry.classes for family in OF_FAMILIES)
 
 
-@pytest.mark.parametrize("entry", by_name())
-def test_entry_is_whole(entry):
-    places = [place for place in (entry.repo, entry.url) if place]
-    if entry.available:
-        assert len(places) == 1
-        assert entry.page is None
-        assert bool(entry.file) == bool(entry.repo)
-        assert entry.repo is None or re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repo)
-        assert entry.url is None or entry.url.startswith("https://")
-    else:
-        assert not places and not entry.file
-        assert (entry.status == "page_only") == (entry.page is not None)
-        assert entry.note, "say why it cannot be downloaded"
-    assert entry.license == entry.license.lower() and entry.license
-    assert (entry.top1 is None) == (entry.top1_source is None)
-    assert entry.top1 is None or 70 < entry.top1 < 90
-    assert entry.data or entry.note
-    assert len(entry.input_size) == 3 and entry.input_size[0] == 3
-    assert (entry.test_crop_pct is None) == (entry.test_input_size is None)
-    assert entry.crop_mode != "squash" or entry.crop_pct == 1.0
+def test_entries_are_whole():
+    for entry in ENTRIES:
+        places = [place for place in (entry.repo, entry.url) if place]
+        if entry.available:
+            assert len(places) == 1
+            assert entry.page is None
+            assert bool(entry.file) == bool(entry.repo)
+            assert entry.repo is None or re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repo)
+            assert entry.url is None or entry.url.startswith("https://")
+        else:
+            assert not places and not entry.file
+            assert (entry.status == "page_only") == (entry.page is not None)
+            assert entry.note, "say why it cannot be downloaded"
+        assert entry.license == entry.license.lower() and entry.license
+        assert (entry.top1 is None) == (entry.top1_source is None)
+        assert entry.top1 is None or 70 < entry.top1 < 90
+        assert entry.data or entry.note
+        assert len(entry.input_size) == 3 and entry.input_size[0] == 3
+        assert (entry.test_crop_pct is None) == (entry.test_input_size is None)
+        assert entry.crop_mode != "squash" or entry.crop_pct == 1.0
+
+
+def test_layouts_are_the_publishers():
+    for entry in ENTRIES:
+        place = entry.repo or entry.url or ""
+        layouts = [layout for start, layout in PUBLISHERS.items() if place.startswith(start)]
+        assert entry.layout == (layouts[0] if layouts else "authors")
+        bare = entry.tag.startswith(("dinov3_", "eupe_"))
+        masked = entry.tag in ("fcmae", "authors_fcmae")  # masked autoencoding trains no norm
+        assert list(entry.lacks) == (["head"] if masked else ["classifier"] if bare else [])
 
 
 def test_places_differ():
@@ -206,7 +221,7 @@ def test_digests_have_lines_of_their_own():
             assert {"revision", "sha256", "size"} <= nodes[entry.name].keys(), entry.name
 
 
-@pytest.mark.parametrize("entry", by_name(lambda e: not e.available))
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name) for e in ENTRIES if not e.available])
 def test_what_cannot_be_downloaded_says_where_it_is(entry):
     with pytest.raises(WeightsUnavailableError) as caught:
         backbones.create_model(entry.name, pretrained=True)
@@ -267,22 +282,20 @@ def test_every_tag_of_timm_is_listed():
     assert {name for name in lone if not name.startswith("test_")} == TIMM_ONLY
 
 
-@pytest.mark.parametrize(
-    "entry", by_name(lambda e: e.layout == "timm" and (e.repo or "").startswith("timm/"))
-)
-def test_entry_is_timms(entry):
-    cfg = timm.models.get_pretrained_cfg(entry.name)
-    assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (entry.repo, None)
-    assert entry.file == "model.safetensors"
-    for field in (*PRESET, "test_input_size", "test_crop_pct"):
-        ours, timms = getattr(entry, field), getattr(cfg, field)
-        assert (tuple(ours) if isinstance(ours, list) else ours) == timms, field
-    # timm writes its default license where nobody stated one; the owners' goes first.
-    if entry.tag.startswith("fb_") or (entry.tag.startswith("clip_") and entry.num_classes == 640):
-        assert (entry.license, cfg.license) == ("mit", "apache-2.0")
-        assert "apache-2.0" in entry.note
-    else:
-        assert entry.license == (cfg.license or "unstated")
+def test_entries_are_timms():
+    for entry in [entry for entry in ENTRIES if (entry.repo or "").startswith("timm/")]:
+        cfg = timm.models.get_pretrained_cfg(entry.name)
+        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (entry.repo, None)
+        assert entry.file == "model.safetensors"
+        for field in (*PRESET, "test_input_size", "test_crop_pct"):
+            ours, timms = getattr(entry, field), getattr(cfg, field)
+            assert (tuple(ours) if isinstance(ours, list) else ours) == timms, field
+        # timm writes its default license where nobody stated one; the owners' goes first.
+        if entry.tag.startswith("fb_") or entry.num_classes == CLIP_WIDTH:
+            assert (entry.license, cfg.license) == ("mit", "apache-2.0")
+            assert "apache-2.0" in entry.note
+        else:
+            assert entry.license == (cfg.license or "unstated")
 
 
 def test_goldens_of_pretrained_cfgs_agree():
