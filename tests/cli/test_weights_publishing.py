@@ -285,7 +285,7 @@ def test_dry_run_shows_what_would_be_sent(capsys, saved):
 
 def test_push_refuses_before_it_sends(capsys, saved):
     _, path = saved
-    assert "name it as owner/name" in fails(capsys, 2, "push", path, "mine")
+    assert "name it as owner/name" in fails(capsys, 2, "push", path, "mine", "--dry-run")
     assert "no such file" in fails(capsys, 2, "push", path + "x", "me/mine")
     assert "HF_HUB_OFFLINE forbids" in fails(capsys, 1, "push", path, "me/mine")
 
