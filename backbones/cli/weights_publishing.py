@@ -157,8 +157,6 @@ def load(
     overrides: dict[str, Any] = dict(ours.get("arguments") or {})
     if ours.get("deploy"):
         overrides["deploy"] = True
-    if entry is not None and entry.lacks:
-        overrides["num_classes"] = 0
     for key in ("num_classes", "in_chans"):
         if getattr(args, key) is not None:
             overrides[key] = getattr(args, key)
