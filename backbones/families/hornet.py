@@ -17,7 +17,7 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample, statistics_dtype
-from backbones.layers.convnext_names import CONVNEXT_LAYOUT
+from backbones.layers.convnext_names import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
 from backbones.layers.tracing import fx_leaf
 from backbones.ops import resize_filter, spectral_filter
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
@@ -26,18 +26,19 @@ EPS = 1e-6
 # With a scale of 1/3 the features' size stays about the same through the gates (section 3.1).
 GATE_SCALE = 1 / 3
 
-AUTHORS = (
-    *CONVNEXT_LAYOUT,
+BLOCK = (
     (r"\.gnconv\.dwconv\.dw\.", ".gnconv.mixer.conv_dw."),
     (r"\.gnconv\.dwconv\.", ".gnconv.mixer."),
     (r"\.pwconv(\d)\.", r".mlp.fc\1."),
 )
+AUTHORS = (*CONVNEXT_LAYOUT, *BLOCK)
 MMPRETRAIN = (
     (r"^backbone\.", ""),
+    *PYRAMID_LAYOUT,
     (r"^norm3\.", "head.norm."),
     (r"\.gnconv\.projs\.", ".gnconv.pws."),
     (r"\.gamma(\d)\.weight$", r".gamma\1"),
-    *AUTHORS,
+    *BLOCK,
 )
 
 apply_spectral_filter = fx_leaf(spectral_filter)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["CONVNEXT_LAYOUT", "TRANSFORMERS_LAYOUT"]
+__all__ = ["CONVNEXT_LAYOUT", "PYRAMID_LAYOUT", "TRANSFORMERS_LAYOUT"]
 
 # From the keys of ConvNeXt's authors, which HorNet's and UniRepLKNet's took over.
-CONVNEXT_LAYOUT = (
+PYRAMID_LAYOUT = (
     (r"^downsample_layers\.0\.", "stem."),
     (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
     (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+)
+CONVNEXT_LAYOUT = (
+    *PYRAMID_LAYOUT,
     (r"^norm\.", "head.norm."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )

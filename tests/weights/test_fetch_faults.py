@@ -55,11 +55,18 @@ def entry_of(hub, road, **facts):
     return WeightsEntry("toy", "t", "", **place, **facts)
 
 
+# The empty file by which the client learns which permissions a new file gets.
+CLIENTS_PROBE = "tmp_"
+
+
 def assert_clean(cache, allow=()):
     """No file but whole ones, bookkeeping, and those whose suffix is allowed."""
+    allow = tuple(allow)
     for path in cache.rglob("*"):
         name = path.name
-        if not path.is_file() or path.suffix in allow or ".locks" in path.parts:
+        if not path.is_file() or name.endswith(allow) or ".locks" in path.parts:
+            continue
+        if CLIENTS_PROBE in allow and name.startswith(CLIENTS_PROBE) and not path.stat().st_size:
             continue
         if name.endswith((".lock", "CACHEDIR.TAG", ".etag")) or path.parent.name == "refs":
             continue
@@ -426,7 +433,7 @@ def test_killed_at_twenty_random_moments(hub, tmp_path, road):
         halfway += 0 < hub.sent - sent < len(CONTENT)
         copy = weights.local_copy(entry_of(hub, road), cache)
         assert copy is None or copy.read_bytes() == CONTENT
-        assert_clean(cache, allow=[".part", ".incomplete"])
+        assert_clean(cache, allow=[".part", ".incomplete", CLIENTS_PROBE])
     assert halfway, "no process was killed during its download"
     hub.fault = None
     for cache in dict.fromkeys(caches):
