@@ -6,26 +6,21 @@ import dataclasses
 import json
 import os
 import platform
-import threading
+import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants as hub
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.utils import random_seed
-from torch import nn
 
 from backbones.bench import compare_latency
 from backbones.engines import OnnxRuntimeRunner, compare, export
 from backbones.engines.optional import optional_import
-from backbones.errors import BackbonesError, ConfigError, ExportError
+from backbones.errors import ConfigError, ExportError
 from backbones.factory import create_model, model_info
 from backbones.train import (
     Evaluation,
@@ -34,11 +29,9 @@ from backbones.train import (
     Update,
     eval_loader,
     evaluate,
-    fit,
     image_folder,
-    set_input,
-    train_loader,
 )
+from backbones.train import run as train
 from backbones.train.digits import write_digits
 from backbones.train.pictures import draw_predictions
 from backbones.weights import save_checkpoint
@@ -46,7 +39,7 @@ from backbones.weights import save_checkpoint
 __all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]
 
 DEFAULT_MODEL = "cpubone_nano"
-HUB_TIMEOUT_S = 5.0
+TRAINING = "training"  # the folder of the run's checkpoints
 RESULTS = ("model.safetensors", "model.onnx", "report.json", "predictions.png")
 NEEDS = ("onnx", "onnxscript", "onnxruntime", "sklearn", "matplotlib")
 
@@ -94,7 +87,7 @@ def run(
     """
     started, output = time.perf_counter(), config.output
     check(config)
-    info, training = model_info(config.model), recipe(config)
+    training = training_options(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     output.mkdir(parents=True, exist_ok=True)
@@ -103,17 +96,17 @@ def run(
     for name in RESULTS:  # an earlier run's results must not pass for this one's
         (output / name).unlink(missing_ok=True)
     say(f"[1/6] {counts[0]} + {counts[1]} handwritten digits are in {output / 'digits'}")
-    random_seed(config.seed)
-    model, beginning = starting_point(config.model, len(info.weights) > 0)
-    set_input(model, config.size)
-    data_config = resolve_model_data_config(model)
-    train_set = image_folder(output / "digits", "train")
-    classes = train_set.classes
+    say(f"[2/6] training {config.model}, {config.epochs} epochs at {config.size}x{config.size};")
+    shutil.rmtree(output / TRAINING, ignore_errors=True)
+    trained = train(
+        **training,
+        say=lambda line: say(f"      {line}"),
+        progress=progress,
+    )
+    model, classes = trained.model, trained.classes or []
     val_set = image_folder(output / "digits", "val", classes=classes)
+    data_config = resolve_model_data_config(model)
     val_batches = eval_loader(val_set, data_config)
-    say(f"[2/6] training {config.model}, {training.epochs} epochs at {config.size}x{config.size};")
-    say(f"      {beginning}")
-    trained = fit(model, train_loader(train_set, training, data_config), None, training, progress)
     result = evaluate(model, val_batches)
     passed = result.top1 >= config.min_top1
     say(
@@ -121,6 +114,7 @@ def run(
         f" after {trained.seconds:.0f} s of training"
     )
 
+    beginning = trained.start.sentence
     facts = {"trained_on": "scikit-learn digits", "start": beginning}
     checkpoint = save_checkpoint(
         model, output / "model.safetensors", classes=classes, provenance=facts
@@ -167,7 +161,7 @@ def run(
         "latency": {name: dataclasses.asdict(value) for name, value in latencies.items()},
         "mistakes": mistakes(val_set, result),
         "images": {"train": counts[0], "val": counts[1]},
-        "training": dataclasses.asdict(training),
+        "training": training,
         "history": [dataclasses.asdict(epoch) for epoch in trained.epochs],
         "export": exported.as_dict(),
         "versions": versions(),
@@ -189,62 +183,36 @@ def check(config: QuickstartConfig) -> None:
     if config.output.exists() and not config.output.is_dir():
         raise ConfigError(f"{config.output} is a file; give a folder as output")
     model_info(config.model)
-    recipe(config)
+    TrainConfig(**training_options(config))
     model = create_model(config.model, num_classes=10, device="meta")
     model(torch.empty(2, 3, config.size, config.size, device="meta"))
 
 
-def recipe(config: QuickstartConfig) -> TrainConfig:
-    """Return the training recipe: digits are not mirrored, and cropped with care."""
-    return TrainConfig(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        warmup_epochs=min(1.0, config.epochs / 4),
-        scale=(0.8, 1.0),
-        ratio=(0.9, 1.1),
-        hflip=0.0,
-        seed=config.seed,
-    )
+def training_options(config: QuickstartConfig) -> dict[str, Any]:
+    """Return the options of training: digits are not mirrored, and cropped with care.
 
-
-def starting_point(name: str, has_weights: bool) -> tuple[nn.Module, str]:
-    """Return a ten-class model and a sentence on where its weights come from.
-
-    Pretrained weights are taken where the Hub answers within five seconds (or, with
-    ``HF_HUB_OFFLINE``, where they are in its cache); otherwise training starts from scratch.
+    The held-out digits are for the end alone, so that no epoch is chosen by them.
     """
-    reason = None if has_weights else f"no weights of {name} were released"
-    if reason is None and not hub.HF_HUB_OFFLINE and not hub_answers():
-        reason = f"{hub.ENDPOINT} does not answer within {HUB_TIMEOUT_S:.0f} s"
-    if reason is None:
-        try:
-            model = create_model(name, pretrained=True, num_classes=10)
-            return model, f"starting from pretrained weights, {model.pretrained_cfg['tag']}"  # type: ignore[index]
-        except BackbonesError as error:
-            reason = str(error)
-    return create_model(name, num_classes=10), f"starting from scratch: {reason}"
-
-
-def hub_answers(timeout: float = HUB_TIMEOUT_S) -> bool:
-    """Return whether the Hub (``HF_ENDPOINT``) answers in time, with whatever status."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=timeout).close()
-        except urllib.error.HTTPError:
-            pass  # a status is an answer
-        except (OSError, ValueError):
-            return
-        answered.set()
-
-    # A thread of its own, because resolving a name obeys no timeout.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout)
-    return answered.is_set()
+    return {
+        "model": config.model,
+        "data_dir": str(config.output / "digits"),
+        "val_split": "",
+        "recipe": "none",
+        "img_size": config.size,
+        "crop_pct": 1.0,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "lr": config.lr,
+        "warmup_epochs": min(1.0, config.epochs / 4),
+        "scale": (0.8, 1.0),
+        "ratio": (0.9, 1.1),
+        "hflip": 0.0,
+        "color_jitter": 0.0,
+        "train_interpolation": "bicubic",
+        "seed": config.seed,
+        "output": str(config.output),
+        "experiment": TRAINING,
+    }
 
 
 def mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union
 
 __all__ = ["PerStage", "constructor_hints", "describe", "fits"]
@@ -57,6 +57,8 @@ def fits(value: Any, hint: Any) -> bool:
         if isinstance(value, str) or not isinstance(value, Sequence):
             return False
         return all(fits(item, items[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping)
     if hint is type(None):
         return value is None
     if hint is float:

@@ -13,12 +13,10 @@ from timm.data import (
     infer_imagenet_subset,
     resolve_model_data_config,
 )
-from torch import nn
 from tqdm import tqdm
 
-import backbones
 from backbones.cli.parsing import command, json_flag, positive
-from backbones.cli.saved import describe, model_name, overrides_of
+from backbones.cli.saved import load_model
 from backbones.train import DataError, open_image
 
 __all__ = ["add_parser", "run"]
@@ -54,7 +52,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Print the likeliest classes of each image; bad images are named before anything is run."""
     check_images(args.images)
-    model, classes = load(args.model, args.checkpoint)
+    name = args.model or (None if args.checkpoint else DEFAULT_MODEL)
+    model, classes = load_model(name, args.checkpoint)
+    if classes is None and (subset := infer_imagenet_subset(model)):
+        classes = ImageNetInfo(subset).label_descriptions()
     transform = create_transform(**resolve_model_data_config(model))
     mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
     answers = []
@@ -91,27 +92,3 @@ def check_images(paths: list[str]) -> None:
             problems.append(str(error))
     if problems:
         raise DataError("\n       ".join(problems))
-
-
-def load(name: str | None, checkpoint: str | None) -> tuple[nn.Module, list[str] | None]:
-    """Return the model in eval mode and its class names, where known.
-
-    Raises:
-        BackbonesError: the model or its weights cannot be had.
-    """
-    saved = describe(checkpoint) if checkpoint else {}
-    name = model_name(name, saved, checkpoint) if checkpoint else name or DEFAULT_MODEL
-    matches = saved.get("name") == name
-    overrides = overrides_of(saved, name)
-    if saved.get("deploy"):
-        overrides["deploy"] = True
-    model = backbones.create_model(
-        name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **overrides
-    ).eval()
-    if matches:
-        cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        cfg.update(saved.get("input") or {})
-        if saved.get("classes"):
-            return model, saved["classes"]
-    subset = infer_imagenet_subset(model)
-    return model, ImageNetInfo(subset).label_descriptions() if subset else None

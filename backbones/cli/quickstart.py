@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from backbones import quickstart
 from backbones.cli.parsing import command, positive
-from backbones.train import Update
+from backbones.cli.progress import Bars
 
 __all__ = ["add_parser", "run"]
 
@@ -69,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
         min_top1=args.min_top1,
         threads=args.threads,
     )
-    with Bar() as bar:
-        report = quickstart.run(config, lambda line: print(line, flush=True), bar.update)
+    with Bars() as bars:
+        report = quickstart.run(config, bars.say, bars.update)
     names = ", ".join(quickstart.RESULTS)
     print(f"{config.output} holds {names}, after {report['seconds']:.0f} s in all")
     if not report["passed"]:
@@ -81,31 +79,3 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     return 0
-
-
-class Bar:
-    """A progress bar over the steps of training; none where the output is no terminal."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def update(self, update: Update) -> None:
-        """Advance by one step."""
-        if self.bar is None:
-            self.bar = tqdm(total=update.steps, unit="step", leave=False, disable=None)
-        self.bar.set_postfix(epoch=update.epoch, loss=f"{update.loss:.3f}", refresh=False)
-        self.bar.update()
-        if update.step == update.steps:
-            self.close()
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

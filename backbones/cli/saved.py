@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+import backbones
 from backbones.errors import CheckpointError, ConfigError
 from backbones.weights import read_metadata
 
-__all__ = ["describe", "model_name", "overrides_of"]
+__all__ = ["describe", "load_model", "model_name", "overrides_of"]
 
 
 def describe(checkpoint: str, option: str = "--checkpoint") -> dict[str, Any]:
@@ -42,3 +45,36 @@ def overrides_of(saved: dict[str, Any], name: str) -> dict[str, Any]:
     if saved.get("name") == name and not saved.get("arguments") and saved.get("classes"):
         return {"num_classes": len(saved["classes"])}  # a model of timm's own
     return {}
+
+
+def load_model(
+    name: str | None, checkpoint: str | None, **arguments: Any
+) -> tuple[nn.Module, list[str] | None]:
+    """Return a model in eval mode, with a checkpoint's or its released weights.
+
+    Args:
+        name: the model; None for the one that the checkpoint names.
+        checkpoint: the file; None for released weights.
+        arguments: further ones of `create_model`.
+
+    Returns:
+        The model and its class names, where the checkpoint knows them.
+
+    Raises:
+        BackbonesError: the model or its weights cannot be had.
+    """
+    if checkpoint is None:
+        if name is None:
+            raise ConfigError("name a model (--model) or a checkpoint (--checkpoint)")
+        return backbones.create_model(name, pretrained=True, **arguments).eval(), None
+    saved = describe(checkpoint)
+    name = model_name(name, saved, checkpoint)
+    arguments = {**overrides_of(saved, name), **arguments}
+    if saved.get("deploy"):
+        arguments["deploy"] = True
+    model = backbones.create_model(name, checkpoint_path=checkpoint, **arguments).eval()
+    if saved.get("name") != name:
+        return model, None
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg.update(saved.get("input") or {})
+    return model, saved.get("classes")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from backbones.engines.agreement import Agreement, compare
 from backbones.engines.exporting import ExportReport, export
-from backbones.engines.formats import FormatConfig, OnnxConfig, available_formats
+from backbones.engines.formats import (
+    FormatConfig,
+    OnnxConfig,
+    available_formats,
+    file_suffixes,
+    open_exported,
+)
 from backbones.engines.runners import OnnxRuntimeRunner, Runner
 
 __all__ = [
@@ -17,4 +23,6 @@ __all__ = [
     "available_formats",
     "compare",
     "export",
+    "file_suffixes",
+    "open_exported",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from backbones.engines.runners import Runner
 from backbones.errors import UnsupportedError, nearest
 
-__all__ = ["Format", "FormatConfig", "OnnxConfig", "available_formats", "find_format", "register"]
+__all__ = [
+    "Format",
+    "FormatConfig",
+    "OnnxConfig",
+    "available_formats",
+    "file_suffixes",
+    "find_format",
+    "open_exported",
+    "register",
+]
 
 # Every format the package is planned for, with its file's suffix; `register` makes one available.
 SUFFIXES = {
@@ -47,7 +57,8 @@ class Format:
     name: str
     config_class: type[FormatConfig]
     convert: Convert
-    open: Callable[[Path], Runner]
+    open: Callable[..., Runner]
+    """(path, threads=None) -> the file, ready to run."""
 
 
 _formats: dict[str, Format] = {}
@@ -61,6 +72,26 @@ def register(format: Format) -> None:
 def available_formats() -> list[str]:
     """Return the names of the formats that `export` can write."""
     return sorted(_formats)
+
+
+def file_suffixes() -> list[str]:
+    """Return the suffixes of the files that can be opened."""
+    return [SUFFIXES[name] for name in available_formats()]
+
+
+def open_exported(path: str | PathLike[str], *, threads: int | None = None) -> Runner:
+    """Open an exported file in the engine for its format, which the suffix names.
+
+    Args:
+        path: the file.
+        threads: threads of one call; None for PyTorch's number.
+
+    Raises:
+        UnsupportedError: no format has this suffix.
+        BackbonesError: the engine is not installed or cannot load the file.
+    """
+    path = Path(path)
+    return find_format(None, path)[0].open(path, threads=threads)
 
 
 def find_format(wanted: str | FormatConfig | None, path: Path) -> tuple[Format, FormatConfig]:

@@ -23,6 +23,11 @@ class Runner(Protocol):
     engine: str
     threads: int
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
+        ...
+
     def __call__(self, x: Union[Tensor, np.ndarray]) -> Tensor:
         """Map images (B, C, H, W) to logits (B, classes) on the CPU."""
         ...

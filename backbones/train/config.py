@@ -2,48 +2,245 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
 
-from backbones.errors import ConfigError
+from backbones.errors import ConfigError, nearest
+from backbones.schema import describe, fits
 
-__all__ = ["TrainConfig"]
+__all__ = ["TrainConfig", "check_options"]
 
 
-@dataclass(frozen=True)
+def option(default: Any, help: str) -> Any:
+    """Declare a field with the text that ``--help`` shows for it."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimization and augmentation of one run.
+    """One run: data, model, optimization, augmentation, output.
 
-    `weight_decay` spares biases and norms; `scale` and `ratio` are area share and aspect ratio of
-    the random crop; `hflip` is a probability.
+    `lr` None takes `lr_base` times the global batch size over `lr_base_size` (its square root for
+    Adam's kin), as timm does. A learning rate holds for one optimizer step, whatever the number of
+    processes and of accumulated batches.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range; the message names the option.
     """
 
-    epochs: int = 10
-    batch_size: int = 64
-    opt: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    sched: str = "cosine"
-    warmup_epochs: float = 1.0
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-6
-    smoothing: float = 0.1
-    scale: tuple[float, float] = (0.35, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    workers: int = 0
-    seed: int = 0
+    # Data
+    data_dir: str = option("", "folder of images: <split>/<class>/<image>, or <class>/<image>")
+    dataset: str = option("", "another of timm's dataset readers, such as 'torch/cifar10'")
+    train_split: str = option("train", "name of the training split")
+    val_split: str = option("validation", "name of the validation split; '' for no validation")
+    val_fraction: float = option(0.2, "share of each class held out where there is no such split")
+    dataset_download: bool = option(False, "let the dataset reader download")
+    class_map: str = option("", "file that maps class names to indices")
+    input_key: str | None = option(None, "the reader's key of the images")
+    target_key: str | None = option(None, "the reader's key of the labels")
+    skip_bad: bool = option(False, "leave unreadable images out instead of stopping")
+    # Model
+    model: str = option("", "name, alias or YAML file of the model")
+    recipe: str | None = option(
+        None, "recipe of configs/recipes, a YAML file, or 'none'; by default the family's own"
+    )
+    pretrained: bool | None = option(
+        None, "start from released weights: required, forbidden, or (default) where they can be had"
+    )
+    pretrained_path: str | None = option(None, "start from this checkpoint, with a new classifier")
+    initial_checkpoint: str | None = option(None, "start from this checkpoint, classifier included")
+    num_classes: int | None = option(None, "number of classes; by default that of the data")
+    img_size: int | None = option(None, "pixels a side; by default the model's")
+    in_chans: int | None = option(None, "channels of the images: 3 (default) or 1")
+    crop_pct: float | None = option(None, "share of the image that validation keeps")
+    mean: Sequence[float] | None = option(None, "mean of the pixels; by default the model's")
+    std: Sequence[float] | None = option(None, "deviation of the pixels; by default the model's")
+    interpolation: str | None = option(None, "how images are resized; by default the model's")
+    model_kwargs: dict[str, Any] = option({}, "further arguments of the model, as key=value")  # noqa: RUF009
+    head_init_scale: float | None = option(None, "factor on the classifier's first values")
+    drop: float | None = option(None, "dropout before the classifier")
+    drop_path: float | None = option(None, "rate of stochastic depth")
+    freeze_backbone: bool = option(False, "train the classifier only (a linear probe)")
+    grad_checkpointing: bool = option(False, "recompute activations to save memory")
+    channels_last: bool = option(False, "keep images channels last in memory")
+    torchcompile: str | None = option(None, "compile the model with this backend (inductor)")
+    torchcompile_mode: str | None = option(None, "mode of torch.compile")
+    # Device
+    device: str | None = option(None, "'cpu', 'cuda', ...; by default a GPU where there is one")
+    amp: bool = option(False, "mixed precision")
+    amp_dtype: Literal["bfloat16", "float16"] = option("bfloat16", "type of mixed precision")
+    sync_bn: bool = option(False, "batch statistics over all processes (GPUs only)")
+    dist_bn: Literal["reduce", "broadcast", ""] = option(
+        "reduce", "what becomes of running statistics of BatchNorm after an epoch, over processes"
+    )
+    # Batches
+    batch_size: int = option(64, "images a process and step")
+    validation_batch_size: int | None = option(None, "by default the batch size")
+    grad_accum_steps: int = option(1, "batches whose gradients make one step")
+    workers: int = option(0, "processes that load images, for each training process")
+    pin_mem: bool = option(False, "load into pinned memory")
+    # Optimizer
+    opt: str = option("adamw", "any of timm's optimizers")
+    opt_eps: float | None = option(None, "epsilon; by default the optimizer's")
+    opt_betas: Sequence[float] | None = option(None, "betas; by default the optimizer's")
+    momentum: float = option(0.9, "momentum of SGD and its kin")
+    weight_decay: float = option(0.05, "weight decay; norms and biases are spared")
+    clip_grad: float | None = option(None, "bound on the gradients")
+    clip_mode: Literal["norm", "value", "agc"] = option("norm", "how gradients are bounded")
+    layer_decay: float | None = option(None, "factor on the learning rate from a layer to the one")
+    layer_decay_min_scale: float = option(0.0, "lower bound of that factor's product")
+    opt_kwargs: dict[str, Any] = option({}, "further arguments of the optimizer, as key=value")  # noqa: RUF009
+    # Schedule
+    epochs: int = option(30, "epochs of the schedule; a cool-down comes on top")
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = option(
+        "cosine", "learning rate schedule"
+    )
+    sched_on_updates: bool = option(True, "change the rate with every step, not every epoch")
+    lr: float | None = option(None, "learning rate; by default from lr-base")
+    lr_base: float = option(1e-3, "learning rate at a global batch of lr-base-size")
+    lr_base_size: int = option(256, "see lr-base")
+    lr_base_scale: Literal["linear", "sqrt"] | None = option(
+        None, "how the rate grows with the batch; by default sqrt for Adam's kin, else linear"
+    )
+    warmup_epochs: float = option(1, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-6, "where warm-up begins")
+    warmup_prefix: bool = option(False, "start the schedule after warm-up")
+    min_lr: float = option(1e-6, "where the schedule ends")
+    cooldown_epochs: int = option(0, "epochs at min-lr")
+    decay_epochs: float = option(30, "epochs between the falls of the step schedule")
+    decay_milestones: Sequence[int] = option((30, 60), "epochs at which multistep falls")
+    decay_rate: float = option(0.1, "factor of a fall")
+    # Augmentation and regularization
+    no_aug: bool = option(False, "no augmentation at all")
+    train_crop_mode: str | None = option(None, "timm's crop mode in training")
+    scale: Sequence[float] = option((0.08, 1.0), "area share of the random crop, least and most")
+    ratio: Sequence[float] = option((3 / 4, 4 / 3), "aspect ratio of the random crop")
+    hflip: float = option(0.5, "probability of mirroring")
+    vflip: float = option(0.0, "probability of turning upside down")
+    color_jitter: float = option(0.4, "strength of color jitter")
+    aa: str | None = option(None, "timm's AutoAugment policy, such as 'rand-m9-mstd0.5-inc1'")
+    reprob: float = option(0.0, "probability of erasing a rectangle")
+    remode: Literal["const", "rand", "pixel"] = option("pixel", "what an erased rectangle holds")
+    recount: int = option(1, "number of erased rectangles")
+    train_interpolation: str = option("random", "how training images are resized")
+    mixup: float = option(0.0, "alpha of mixup; 0 for none")
+    cutmix: float = option(0.0, "alpha of cutmix; 0 for none")
+    cutmix_minmax: Sequence[float] | None = option(None, "bounds of cutmix, instead of alpha")
+    mixup_prob: float = option(1.0, "probability of mixup or cutmix")
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on")
+    mixup_mode: Literal["batch", "pair", "elem"] = option("batch", "what shares one mixture")
+    mixup_off_epoch: int = option(0, "epoch from which both are off; 0 for never")
+    smoothing: float = option(0.1, "label smoothing")
+    bce_loss: bool = option(False, "binary cross-entropy instead of cross-entropy")
+    aux_loss_weight: float = option(0.0, "weight of the auxiliary head's loss, for models with one")
+    # Average of the weights
+    model_ema: bool = option(False, "average the weights, and validate and keep the average")
+    model_ema_decay: float = option(0.9998, "decay of the average")
+    model_ema_warmup: bool = option(False, "begin with a smaller decay")
+    # Distillation
+    kd_model_name: str | None = option(None, "teacher: a model's name")
+    kd_checkpoint: str | None = option(None, "the teacher's weights; by default its released ones")
+    kd_distill_type: Literal["logit", "feature", "token"] = option("logit", "what is compared")
+    kd_temperature: float = option(4.0, "temperature of the logits' softmax")
+    distill_loss_weight: float | None = option(None, "weight of the distillation loss")
+    task_loss_weight: float | None = option(None, "weight of the loss on the labels")
+    # Run
+    seed: int = option(42, "of everything random; a run repeats itself on the same machine")
+    eval_metric: Literal["top1", "top5", "loss"] = option("top1", "which epoch is the best")
+    checkpoint_hist: int = option(3, "how many checkpoints to keep")
+    output: str = option("output/train", "folder of runs")
+    experiment: str | None = option(None, "the run's folder in it; by default date, model, size")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ConfigError(f"lr must be above 0, got {self.lr}")
-        for name in ("weight_decay", "warmup_epochs", "min_lr", "workers"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"smoothing must be in [0, 1), got {self.smoothing}")
+        for name, (least, what) in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be {what}, got {value}")
+        for name in ("lr", "lr_base", "clip_grad", "layer_decay", "kd_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be above 0, got {value}")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+        for name in ("smoothing", "drop", "drop_path", "val_fraction", "model_ema_decay"):
+            if getattr(self, name) == 1:
+                raise ConfigError(f"{name} must be below 1")
+        for name in ("scale", "ratio"):
+            low, high = (*getattr(self, name), 0, 0)[:2]
+            if len(getattr(self, name)) != 2 or not 0 < low <= high:
+                raise ConfigError(f"{name} takes two rising numbers, got {getattr(self, name)}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or cutmix is on."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+
+_LEAST: Mapping[str, tuple[float, str]] = {
+    **dict.fromkeys(
+        ("epochs", "batch_size", "validation_batch_size", "grad_accum_steps", "checkpoint_hist",
+         "lr_base_size", "img_size", "in_chans", "recount"),
+        (1, "at least 1"),
+    ),
+    "num_classes": (2, "at least 2"),
+    **dict.fromkeys(
+        ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "workers",
+         "mixup", "cutmix", "color_jitter", "seed", "mixup_off_epoch", "aux_loss_weight"),
+        (0, "at least 0"),
+    ),
+}  # fmt: skip
+_SHARES = (
+    "smoothing",
+    "drop",
+    "drop_path",
+    "val_fraction",
+    "hflip",
+    "vflip",
+    "reprob",
+    "mixup_prob",
+    "mixup_switch_prob",
+    "model_ema_decay",
+    "crop_pct",
+)
+
+
+@cache
+def option_types() -> dict[str, Any]:
+    """Return the type of every option."""
+    return typing.get_type_hints(TrainConfig)
+
+
+def check_options(options: Mapping[str, Any], where: str = "", *, also: Sequence[str] = ()) -> None:
+    """Check names and types of options, such as those of a YAML file.
+
+    Args:
+        options: name to value.
+        where: what to call their source in messages.
+        also: further names that may stand there.
+
+    Raises:
+        ConfigError: an unknown option, or a value of the wrong type.
+    """
+    start = f"{where}: " if where else ""
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    for key, value in options.items():
+        place = options.where(key) + ": " if hasattr(options, "where") else start
+        if key in also:
+            continue
+        if key not in names:
+            raise ConfigError(
+                f"{place}unknown option {key!r}{nearest(key, names)} (timm's other options work in"
+                " timm's own script: python -m backbones.train.launch train.py ...)"
+            )
+        if not fits(value, option_types()[key]):
+            raise ConfigError(
+                f"{place}{key} must be {describe(option_types()[key])}, got {value!r}"
+            )

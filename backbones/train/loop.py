@@ -1,25 +1,26 @@
-"""The training loop."""
+"""One epoch of training, and one of validation."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, random_seed
-from torch import nn
+import torch
+from timm.data import Mixup
+from timm.task import TrainingTask, evaluation_sample_limit
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from backbones.errors import BackbonesError
 from backbones.train.config import TrainConfig
-from backbones.train.evaluation import Evaluation, evaluate
-from backbones.train.images import DataError
+from backbones.train.world import World
 
-__all__ = ["EpochReport", "TrainReport", "TrainingError", "Update", "fit"]
+__all__ = ["EpochReport", "Trainer", "TrainingError", "Update", "freeze_all_but", "learning_rate"]
 
 
 class TrainingError(BackbonesError, RuntimeError):
@@ -35,11 +36,13 @@ class Update:
     steps: int  # of the whole run
     loss: float  # mean of the epoch so far
     lr: float
+    images_per_second: float
+    seconds_left: float
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One line of a run's history: mean training loss, and validation where it was asked for."""
+    """One line of a run's history: mean training loss, and validation where there is any."""
 
     epoch: int
     lr: float
@@ -47,95 +50,162 @@ class EpochReport:
     seconds: float
     val_loss: float | None = None
     val_top1: float | None = None
+    val_top5: float | None = None
 
 
-@dataclass(frozen=True)
-class TrainReport:
-    """History of a run, and the last epoch's validation."""
+@dataclass
+class Trainer:
+    """Everything that an epoch needs.
 
-    epochs: list[EpochReport]
-    seconds: float
-    evaluation: Evaluation | None
-
-
-def fit(
-    model: nn.Module,
-    train_loader: DataLoader,
-    val_loader: DataLoader | None,
-    config: TrainConfig,
-    progress: Callable[[Update], None] | None = None,
-) -> TrainReport:
-    """Train `model` in place, on the device it is on, and leave it in eval mode.
-
-    Args:
-        model: the model.
-        train_loader: training batches (images, class indices).
-        val_loader: run after every epoch; None for none.
-        config: optimizer, schedule, loss and seed.
-        progress: called after every optimizer step.
-
-    Raises:
-        DataError: the training loader is empty.
-        TrainingError: the loss is not finite.
+    `frozen` are modules that stay in eval mode, because what they learn is not to change.
     """
-    if len(train_loader) == 0:
-        raise DataError("nothing to train on: the training split is smaller than one batch")
-    random_seed(config.seed)
-    optimizer = create_optimizer_v2(
-        model,
-        opt=config.opt,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=len(train_loader),
-    )
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
-    device = next(model.parameters()).device
-    steps, start, history = config.epochs * len(train_loader), time.perf_counter(), []
-    evaluation: Evaluation | None = None
-    done = 0
-    for epoch in range(1, config.epochs + 1):
-        epoch_start, losses = time.perf_counter(), AverageMeter()
-        model.train()
-        for images, targets in train_loader:
-            if scheduler is not None:
-                scheduler.step_update(done)
-            loss = criterion(model(images.to(device)), targets.to(device))
-            value = float(loss.detach())
-            done += 1
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value} at step {done} (epoch {epoch}); lower lr={config.lr}"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.update(value, len(targets))
-            if progress is not None:
-                progress(Update(epoch, done, steps, losses.avg, learning_rate(optimizer)))
-        evaluation = evaluate(model, val_loader) if val_loader is not None else None
-        history.append(
-            EpochReport(
-                epoch,
-                learning_rate(optimizer),
-                losses.avg,
-                time.perf_counter() - epoch_start,
-                evaluation.loss if evaluation else None,
-                evaluation.top1 if evaluation else None,
-            )
+
+    config: TrainConfig
+    world: World
+    task: TrainingTask
+    optimizer: Optimizer
+    scheduler: Any
+    train_batches: Any
+    val_batches: Any | None
+    scaler: NativeScaler | None = None
+    mixup: Mixup | None = None
+    frozen: Sequence[nn.Module] = ()
+    progress: Callable[[Update], None] | None = None
+    epochs: int = 0
+    _start: tuple[float, int] = field(default=(0.0, 0), init=False)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.train_batches) / self.config.grad_accum_steps)
+
+    def train(self, epoch: int) -> float:
+        """Train one epoch (from 0) and return its mean loss over all processes.
+
+        Raises:
+            TrainingError: the loss is not finite; the step was not taken.
+        """
+        config, task = self.config, self.task
+        module = task.get_trainable_module()
+        module.train()
+        for part in self.frozen:
+            part.eval()
+        if self.mixup is not None and config.mixup_off_epoch:
+            self.mixup.mixup_enabled = epoch < config.mixup_off_epoch
+        total, count = 0.0, 0
+        update = epoch * self.updates_per_epoch
+        if self._start == (0.0, 0):
+            self._start = (time.perf_counter(), update)
+        images_done, batches = 0, len(self.train_batches)
+        self.optimizer.zero_grad()
+        for index, (images, targets) in enumerate(self.train_batches):
+            first = index - index % config.grad_accum_steps
+            members = min(config.grad_accum_steps, batches - first)
+            last = index - first == members - 1
+            with nullcontext() if last else task.no_sync():
+                loss = self._forward(images, targets)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"the loss is {value} at step {update + 1} (epoch {epoch + 1}); lower the"
+                        " learning rate, or switch amp off"
+                    )
+                self._backward(loss / members, step=last)
+            total, count = total + value * len(images), count + len(images)
+            images_done += len(images) * self.world.size
+            if not last:
+                continue
+            update += 1
+            self.optimizer.zero_grad()
+            task.update_ema(step=update)
+            if self.scheduler is not None:
+                self.scheduler.step_update(num_updates=update)
+            if self.progress is not None:
+                self.progress(self._report(epoch, update, total / count, images_done))
+            images_done = 0
+        if self.world.distributed and config.dist_bn and not config.sync_bn:
+            distribute_bn(module, self.world.size, config.dist_bn == "reduce")
+            if task.has_ema():
+                average = task.get_trainable_module(ema=True)
+                distribute_bn(average, self.world.size, config.dist_bn == "reduce")
+        return self.world.mean(total / count)
+
+    def validate(self) -> dict[str, float] | None:
+        """Return loss, top-1 and top-5 (percent) on the validation images; of the average, if any.
+
+        Returns None where there are none.
+        """
+        if self.val_batches is None:
+            return None
+        model = self.task.get_eval_model(ema=self.task.has_ema())
+        model.eval()
+        evaluator = self.task.create_evaluator(
+            max_samples=evaluation_sample_limit(self.val_batches)
         )
-    model.eval()
-    return TrainReport(history, time.perf_counter() - start, evaluation)
+        with torch.inference_mode():
+            for images, targets in self.val_batches:
+                with self._autocast():
+                    output = model(self._placed(images))
+                evaluator.update(output, targets.to(self.world.device))
+        return dict(evaluator.compute(distributed=self.world.distributed))
+
+    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        images, targets = self._placed(images), targets.to(self.world.device, non_blocking=True)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        with self._autocast():
+            return self.task(images, targets)["loss"]
+
+    def _backward(self, loss: Tensor, *, step: bool) -> None:
+        config = self.config
+        parameters = None
+        if config.clip_grad is not None:
+            parameters = self.task.get_clip_parameters(exclude_head=config.clip_mode == "agc")
+        if self.scaler is not None:
+            self.scaler(
+                loss,
+                self.optimizer,
+                clip_grad=config.clip_grad,
+                clip_mode=config.clip_mode,
+                parameters=parameters,
+                need_update=step,
+            )
+            return
+        loss.backward()
+        if step:
+            if config.clip_grad is not None:
+                dispatch_clip_grad(parameters, value=config.clip_grad, mode=config.clip_mode)
+            self.optimizer.step()
+
+    def _placed(self, images: Tensor) -> Tensor:
+        images = images.to(self.world.device, non_blocking=True)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def _autocast(self) -> Any:
+        if not self.config.amp:
+            return nullcontext()
+        dtype = getattr(torch, self.config.amp_dtype)
+        return torch.autocast(self.world.device.type, dtype=dtype)
+
+    def _report(self, epoch: int, update: int, loss: float, images: int) -> Update:
+        started, first = self._start
+        seconds = (time.perf_counter() - started) / (update - first)
+        steps = self.epochs * self.updates_per_epoch
+        left = (steps - update) * seconds
+        rate = learning_rate(self.optimizer)
+        return Update(epoch + 1, update, steps, loss, rate, images / seconds, left)
 
 
 def learning_rate(optimizer: Optimizer) -> float:
     """Return the highest learning rate of the parameter groups."""
     return max(group["lr"] for group in optimizer.param_groups)
+
+
+def freeze_all_but(model: nn.Module, trained: nn.Module) -> list[nn.Module]:
+    """Stop gradients everywhere but in one part, and return the modules to keep in eval mode."""
+    model.requires_grad_(False)
+    trained.requires_grad_(True)
+    kept = set(map(id, trained.modules()))
+    return [m for m in model.modules() if id(m) not in kept and not list(m.children())]

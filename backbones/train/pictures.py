@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from backbones.errors import MissingDependencyError
-from backbones.train.data import ImageFolder
+from backbones.train.folders import ImageFolder
 from backbones.train.images import open_image
 
-__all__ = ["draw_predictions"]
+__all__ = ["draw_confusion", "draw_curves", "draw_predictions"]
 
 COLUMNS = 10
+NAMED_CLASSES = 40  # above, a confusion matrix is colors alone
 
 
 def draw_predictions(
@@ -41,18 +45,12 @@ def draw_predictions(
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            'pictures need matplotlib; pip install "backbones[plot]"'
-        ) from error
+    Figure = _figure_class()
     wrong = (predictions != targets).nonzero().flatten().tolist()[:count]
     right = (predictions == targets).nonzero().flatten().tolist()
     step = max(1, len(right) // max(1, count - len(wrong)))
     shown = (wrong + right[::step])[:count]
     rows = math.ceil(len(shown) / COLUMNS)
-    # A Figure of its own needs no display and leaves pyplot's state alone.
     figure = Figure(figsize=(COLUMNS * 1.1, rows * 1.4 + 0.6), layout="constrained")
     figure.suptitle(title)
     for axes, index in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, shown):
@@ -67,4 +65,80 @@ def draw_predictions(
         axes.set(xticks=[], yticks=[])
     for axes in figure.axes[len(shown) :]:
         axes.set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(path: str | Path, summary: str | Path) -> None:
+    """Draw losses and accuracy over the epochs of a run.
+
+    Args:
+        path: the picture; its suffix gives the format.
+        summary: the run's ``summary.csv``.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    Figure = _figure_class()
+    with Path(summary).open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    epochs = [int(row["epoch"]) + 1 for row in rows]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    curves = (
+        (losses, "train_loss", "training"),
+        (losses, "eval_loss", "validation"),
+        (accuracies, "eval_top1", "top-1"),
+        (accuracies, "eval_top5", "top-5"),
+    )
+    for axes, key, label in curves:
+        values = [float(row[key]) for row in rows if row.get(key)]
+        if values:
+            axes.plot(epochs[-len(values) :], values, marker=".", label=label)
+    losses.set(xlabel="epoch", ylabel="loss")
+    accuracies.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    temporary = Path(path).with_name(f".{Path(path).name}")
+    figure.savefig(temporary, dpi=110, format=Path(path).suffix.lstrip("."))
+    os.replace(temporary, path)
+
+
+def _figure_class() -> Any:
+    # A Figure of its own needs no display and leaves pyplot's state alone.
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            'pictures need matplotlib; pip install "backbones[plot]"'
+        ) from error
+    return Figure
+
+
+def draw_confusion(path: str | Path, confusion: Tensor, classes: Sequence[str]) -> None:
+    """Draw a confusion matrix, each row as shares of its class.
+
+    Args:
+        path: the picture; its suffix gives the format.
+        confusion: counts (classes, classes), rows are true classes.
+        classes: names of the classes.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    Figure = _figure_class()
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    side = min(12.0, 3 + 0.35 * len(classes))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(classes) <= NAMED_CLASSES:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in confusion.nonzero().tolist():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            count = str(int(confusion[row, column]))
+            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=7)
     figure.savefig(path, dpi=110)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,7 @@ from backbones.weights.header import MAX_TENSORS, Header, parse_header
 from backbones.weights.pickled import CONVERTER, load_archive, load_pickle
 from backbones.weights.unwrapping import unwrap_all
 
-__all__ = ["Checkpoint", "read_checkpoint", "read_metadata", "read_shapes"]
+__all__ = ["Checkpoint", "read_checkpoint", "read_content", "read_metadata", "read_shapes"]
 
 _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run 'git lfs pull' there"),
@@ -29,6 +29,7 @@ _NOT_A_CHECKPOINT = (
 )
 
 _DESCRIPTION = {"name": str, "arguments": dict, "deploy": bool, "license": str, "input": dict}
+_MAX_DEPTH = 12  # of nested containers
 _MAX_SHARING = 8  # how often the entries of a state dict may repeat the bytes of the file
 
 
@@ -87,6 +88,68 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
     _refuse_excess(path, found, size)
     return Checkpoint(found, header.metadata if header else {}, wrapper, others, str(path))
+
+
+def read_content(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read everything a file of `torch.save` holds, as safely as `read_checkpoint`.
+
+    Returns:
+        The mapping that was saved: tensors, numbers, texts and containers of them. The tensors are
+        copies, so that the file may be replaced.
+
+    Raises:
+        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
+        UnsafeCheckpointError: reading would run code; the message names what was blocked.
+        CheckpointError: the file is damaged, cut short, or holds no mapping.
+    """
+    path = Path(path)
+    size = _size(path)
+    with _open(path) as stream:
+        head = stream.read(512)
+    kind = _kind(path, head, size)
+    if kind == "safetensors":
+        raise CheckpointError(f"{path}: a safetensors file holds weights alone")
+    content = load_archive(path, size) if kind == "zip" else load_pickle(path, head, size)
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise CheckpointError(f"{path}: no mapping by names; give a training checkpoint")
+    try:
+        tensors: dict[str, Tensor] = {}
+        _copied(content, tensors, lambda tensor: tensor)
+        _refuse_excess(path, tensors, size)
+        return _copied(content, {}, Tensor.clone)
+    except _Endless as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+class _Endless(CheckpointError):
+    """Containers that hold themselves, or one another many times over."""
+
+
+def _copied(
+    content: Any,
+    tensors: dict[str, Tensor],
+    copy: Callable[[Tensor], Tensor],
+    name: str = "",
+    depth: int = 0,
+) -> Any:
+    """Copy nested containers; list the tensors by their path."""
+    if depth > _MAX_DEPTH or len(tensors) > MAX_TENSORS:
+        raise _Endless("its contents are nested without end; do not use this file")
+    if isinstance(content, Tensor):
+        tensors[name] = content
+        return copy(content)
+    if isinstance(content, Mapping):
+        return {
+            key: _copied(value, tensors, copy, f"{name}.{key}", depth + 1)
+            for key, value in content.items()
+        }
+    if isinstance(content, (list, tuple)):
+        items = [
+            _copied(value, tensors, copy, f"{name}.{i}", depth + 1)
+            for i, value in enumerate(content)
+        ]
+        return items if isinstance(content, list) else tuple(items)
+    return content
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_gray_models_get_gray_images(tmp_path):
 
 def test_set_input_is_what_timm_and_saved_files_state(tmp_path):
     model = backbones.create_model("convnext_atto", num_classes=7)
-    set_input(model, 48)
+    set_input(model, 48, crop_pct=1.0)
     config = resolve_model_data_config(model, use_test_size=True)
     assert config["input_size"] == (3, 48, 48)
     assert config["crop_pct"] == 1.0

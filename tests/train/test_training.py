@@ -1,121 +1,302 @@
-"""The training loop and validation."""
+"""Runs: what they learn, write and repeat, and that every option does what it says."""
 
-import math
+import csv
+import json
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+import yaml
+from train_runs import history, losses_of, weights_of
 
 import backbones
-from backbones.errors import ConfigError
-from backbones.train import DataError, TrainConfig, TrainingError, evaluate, fit
+from backbones import train
+from backbones.train.checkpoints import read_training_checkpoint
+from backbones.train.loop import Trainer
+from backbones.weights import read_metadata
 
 
-def patterns(count=48):
-    """Four classes told apart by which quarter of the image is bright."""
-    generator = torch.Generator().manual_seed(0)
-    images = 0.3 * torch.randn(count, 3, 32, 32, generator=generator)
-    labels = torch.arange(count) % 4
-    for image, label in zip(images, labels.tolist()):
-        row, column = divmod(label, 2)
-        image[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] += 2
-    return TensorDataset(images, labels)
-
-
-def loader(shuffle=False, batch_size=16):
-    return DataLoader(patterns(), batch_size=batch_size, shuffle=shuffle)
-
-
-def small(**arguments):
-    torch.manual_seed(0)
-    return backbones.create_model(
-        "convnext_atto", num_classes=4, depths=[1, 1, 1, 1], dims=[8, 16, 24, 32], **arguments
-    )
-
-
-def test_fit_learns_and_reports():
-    model, updates = small(), []
-    config = TrainConfig(epochs=8, lr=6e-3, warmup_epochs=1)
-    report = fit(model, loader(shuffle=True), loader(), config, updates.append)
+def test_a_folder_in_a_usable_model_out(fit, images):
+    lines, updates = [], []
+    report = fit(epochs=8, say=lines.append, progress=updates.append)
+    assert report.classes == ["east", "north", "south", "west"]
     assert report.epochs[-1].train_loss < 0.6 * report.epochs[0].train_loss
-    assert report.evaluation.top1 == report.epochs[-1].val_top1 == 100
-    assert not model.training
+    assert report.epochs[report.best_epoch - 1].val_top1 == 100
+    assert not report.model.training
+    names = {path.name for path in report.folder.iterdir()}
+    assert names >= {"args.yaml", "summary.csv", "last.pth.tar", "model_best.pth.tar"}
+    assert names >= {"model_best.safetensors", "curves.png"}
+    assert sum(name.startswith("checkpoint-") for name in names) == 3
+    assert not [name for name in names if "tmp" in name]
+
+    rows = list(csv.DictReader((report.folder / "summary.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == list(range(8))
+    assert {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"} <= set(rows[0])
+    arguments = yaml.safe_load((report.folder / "args.yaml").read_text())
+    assert arguments["model"] == "convnext_atto"
+    assert arguments["scale"] == [0.9, 1.0]
+
     assert [u.step for u in updates] == list(range(1, 25))
     assert updates[-1].steps == 24
     assert updates[-1].epoch == 8
-    rates = [u.lr for u in updates]
-    assert rates[0] < 1e-4  # warm-up
-    assert max(rates) > 3e-3
-    assert rates[-1] < 1e-4  # cosine
+    assert updates[-1].seconds_left == 0
+    assert all(update.images_per_second > 0 for update in updates)
+    rates = [update.lr for update in updates]
+    assert rates[0] < max(rates) > rates[-1]  # warm-up, then cosine
+    assert any("epoch 8/8" in line for line in lines)
+
+    model = backbones.create_model(
+        "convnext_atto", checkpoint_path=report.folder / "model_best.safetensors"
+    )
+    assert model.num_classes == 4
+    assert weights_of(model).keys() == weights_of(report.model).keys()
+    saved = read_metadata(report.folder / "model_best.safetensors")["backbones"]
+    assert saved["classes"] == report.classes
+    assert saved["license"] is None
+    assert saved["provenance"]["trained_on"] == images.name
+    assert saved["provenance"]["started_from"] is None
+    assert saved["input"]["input_size"] == [3, 32, 32]
 
 
-def test_a_seed_decides_a_run():
-    def losses(seed):
-        torch.manual_seed(seed + 100)
-        model = small(drop_path_rate=0.5)
-        report = fit(model, loader(True), None, TrainConfig(epochs=2, seed=seed))
-        return [epoch.train_loss for epoch in report.epochs]
-
-    assert losses(1) == losses(1)
-    assert losses(1) != losses(2)
+def test_a_seed_decides_a_run(fit):
+    noisy = {"scale": (0.3, 1.0), "model_kwargs": {"depths": [1] * 4, "dims": [8, 16, 24, 32]}}
+    first = losses_of(fit(seed=1, drop_path=0.5, **noisy))
+    assert first == losses_of(fit(seed=1, drop_path=0.5, **noisy))
+    assert first != losses_of(fit(seed=2, drop_path=0.5, **noisy))
 
 
-def test_weight_decay_and_smoothing_take_effect():
-    def weights(**options):
-        model = small()
-        fit(model, loader(), None, TrainConfig(epochs=1, **options))
-        return model.state_dict()["stages.3.blocks.0.mlp.fc1.weight"]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_goes_on_as_if_nothing_had_been(fit, tmp_path, workers):
+    random = {
+        "epochs": 4,
+        "workers": workers,
+        "drop_path": 0.3,
+        "mixup": 0.4,
+        "cutmix": 0.4,
+        "aa": "rand-m5",
+        "reprob": 0.2,
+        "scale": (0.4, 1.0),
+        "model_ema": True,
+        "model_ema_decay": 0.7,
+    }
+    whole = fit(**random)
 
-    plain = weights(weight_decay=0.0, smoothing=0.0)
-    assert weights(weight_decay=5.0, smoothing=0.0).norm() < plain.norm()
-    assert not torch.equal(weights(weight_decay=0.0, smoothing=0.3), plain)
+    def press_ctrl_c(update):
+        if (update.epoch, update.step) == (3, 8):
+            raise KeyboardInterrupt
+
+    lines = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(**random, experiment="broken", progress=press_ctrl_c, say=lines.append)
+    last = tmp_path / "output" / "broken" / "last.pth.tar"
+    assert f"--resume {last} goes on with epoch 3" in lines[-1]
+    report = train.run(resume=last)
+    assert report.folder == last.parent
+    assert [epoch.epoch for epoch in report.epochs] == [3, 4]
+    assert history(report.folder) == history(whole.folder)
+    ours, theirs = (
+        read_training_checkpoint(f / "last.pth.tar") for f in (last.parent, whole.folder)
+    )
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(ours[key][name], value) for name, value in theirs[key].items())
+    assert ours["saver"]["best_metric"] == theirs["saver"]["best_metric"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_model():
-    images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
-    bad = torch.full_like(images, math.nan)
-    model = small()
-    with pytest.raises(TrainingError, match="nan at step 2"):
-        fit(model, [(images, labels), (bad, labels)], None, TrainConfig(epochs=1))
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+def test_ctrl_c_in_the_first_epoch_can_be_resumed_too(fit, tmp_path):
+    whole = fit()
+
+    def press_ctrl_c(update):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(experiment="broken", progress=press_ctrl_c)
+    report = train.run(resume=tmp_path / "output" / "broken" / "last.pth.tar")
+    assert history(report.folder) == history(whole.folder)
 
 
-def test_nothing_to_train_on_or_to_evaluate():
-    with pytest.raises(DataError, match="nothing to train on"):
-        fit(small(), [], None, TrainConfig())
-    with pytest.raises(DataError, match="nothing to evaluate"):
-        evaluate(small(), [])
+def test_a_new_run_never_writes_into_an_old_one(fit):
+    first = fit(epochs=1)
+    before = (first.folder / "summary.csv").read_bytes()
+    second = fit(epochs=1)
+    assert second.folder != first.folder
+    assert (first.folder / "summary.csv").read_bytes() == before
 
 
-def test_evaluate_counts_right_and_keeps_the_mode():
-    class Fixed(nn.Module):
-        """Names the class in the first pixel, and is wrong in training mode."""
+def test_batches_added_up_are_one_large_batch(fit):
+    plain = {"no_aug": True, "opt": "sgd", "lr": 0.05, "warmup_epochs": 0}
+    whole = losses_of(fit(batch_size=16, **plain))
+    parts = losses_of(fit(batch_size=4, grad_accum_steps=4, **plain))
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert losses_of(fit(batch_size=4, **plain)) != pytest.approx(whole, abs=1e-3)
 
-        def forward(self, x):
-            scores = nn.functional.one_hot(x[:, 0, 0, 0].long(), 10).float()
-            return -scores if self.training else 3 * scores
 
-    images = torch.zeros(6, 3, 2, 2)
-    images[:, 0, 0, 0] = torch.tensor([0, 1, 2, 3, 4, 5])
-    targets = torch.tensor([0, 1, 2, 3, 9, 8])
-    batches = [(images[:4], targets[:4]), (images[4:], targets[4:])]
-    model = Fixed().train()
-    result = evaluate(model, batches)
-    assert model.training
-    assert result.count == 6
-    assert result.correct == 4
-    assert result.top1 == pytest.approx(100 * 4 / 6)
-    assert result.predictions.tolist() == [0, 1, 2, 3, 4, 5]
-    expected = nn.functional.cross_entropy(model.eval()(images), targets)
-    assert result.loss == pytest.approx(float(expected))
-    assert evaluate(lambda x: model(x), batches).correct == 4
+def test_layer_decay_slows_the_early_layers(fit):
+    step = {"epochs": 1, "batch_size": 48, "opt": "sgd", "no_aug": True, "warmup_epochs": 0}
+    fresh = weights_of(fit(**step, lr=1e-30).model)
+
+    def moved(layer_decay):
+        trained = weights_of(fit(**step, layer_decay=layer_decay).model)
+        return [
+            float((trained[key] - fresh[key]).norm()) for key in ("stem.0.weight", "head.fc.weight")
+        ]
+
+    (stem, head), (slow_stem, same_head) = moved(None), moved(0.3)
+    assert same_head == pytest.approx(head, rel=1e-3)
+    assert slow_stem == pytest.approx(0.3**5 * stem, rel=1e-2)  # stem, four blocks, head
+
+
+def test_a_frozen_backbone_trains_the_classifier_alone(fit):
+    small = {"depths": [1] * 4, "dims": [8, 16, 24, 32]}  # with BatchNorm
+    common = {"model": "inception_next_atto", "model_kwargs": small, "epochs": 1}
+    before = weights_of(fit(**common, lr=1e-30, freeze_backbone=True).model)
+    after = weights_of(fit(**common, freeze_backbone=True).model)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {"head.fc2.weight", "head.fc2.bias"} == changed
+    everything = weights_of(fit(**common).model)
+    moved = {key for key in before if not torch.equal(before[key], everything[key])}
+    assert {"stem.0.weight", "stages.0.blocks.0.norm.running_mean"} <= moved
+
+
+def test_the_average_of_the_weights_is_validated_and_kept(fit):
+    report = fit(batch_size=48, model_ema=True, model_ema_decay=0.75)  # a step an epoch
+    # timm's average begins as a copy of the weights after the first step.
+    first = read_training_checkpoint(report.folder / "checkpoint-0.pth.tar")
+    last = read_training_checkpoint(report.folder / "last.pth.tar")
+    average = last["state_dict_ema"]
+    for key, value in last["state_dict"].items():
+        expected = 0.75 * first["state_dict"][key] + 0.25 * value
+        assert torch.allclose(average[key], expected, atol=1e-6), key
+    best = average if report.best_epoch == 2 else first["state_dict_ema"]
+    kept = weights_of(report.model)
+    assert all(torch.equal(kept[key], value) for key, value in best.items())
+    assert not torch.equal(average["stem.0.weight"], last["state_dict"]["stem.0.weight"])
+
+
+def test_mixup_and_when_it_ends(fit):
+    still = {
+        "lr": 1e-30,
+        "warmup_epochs": 0,
+        "no_aug": True,
+        "epochs": 3,
+        "sched": "constant",
+        "smoothing": 0.0,
+    }
+    plain = losses_of(fit(**still))
+    assert plain[0] == pytest.approx(plain[2], abs=1e-6)
+    mixed = losses_of(fit(**still, mixup=1.0, mixup_off_epoch=2))
+    assert all(abs(a - b) > 1e-6 for a, b in zip(mixed[:2], plain[:2]))
+    assert mixed[2] == pytest.approx(plain[2], abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"weight_decay": -1.0}, {"smoothing": 1.0}],
+    "option",
+    [
+        {"smoothing": 0.0},
+        {"weight_decay": 3.0},
+        {"clip_grad": 1e-3},
+        {"bce_loss": True},
+        {"cutmix": 1.0},
+        {"opt": "lamb"},
+        {"opt_betas": (0.5, 0.6)},
+        {"drop": 0.5},
+        {"drop_path": 0.5},
+        {"aa": "rand-m9"},
+        {"reprob": 0.9},
+        {"vflip": 1.0},
+        {"color_jitter": 0.0},
+        {"head_init_scale": 5.0},
+        {"sched": "poly"},
+        {"warmup_epochs": 0},
+        {"mean": (0.1, 0.2, 0.3)},
+        {"scale": (0.2, 0.4)},
+        {"opt_kwargs": {"eps": 0.1}},
+        {"sched_on_updates": False},
+    ],
+    ids=lambda option: next(iter(option)),
 )
-def test_a_config_outside_its_range_is_refused(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        TrainConfig(**wrong)
+def test_every_option_changes_the_run(fit, option, plain_losses):
+    assert losses_of(fit(**option)) != plain_losses
+
+
+@pytest.mark.parametrize("option", [{"grad_checkpointing": True}, {"channels_last": True}])
+def test_options_that_change_only_how(fit, option, plain_losses):
+    assert losses_of(fit(**option)) == pytest.approx(plain_losses, abs=1e-4)
+
+
+def test_mixed_precision(fit):
+    full, half = losses_of(fit(epochs=4)), losses_of(fit(epochs=4, amp=True))
+    assert half != full
+    assert half == pytest.approx(full, rel=0.1)
+
+
+def test_compiled(fit, monkeypatch, plain_losses):
+    compiled = losses_of(fit(torchcompile="eager"))
+    assert compiled == pytest.approx(plain_losses, abs=1e-5)
+    seen = []
+    whole = Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, epoch: seen.append(self) or whole(self, epoch)
+    )
+    report = fit(torchcompile="eager", epochs=1)
+    assert isinstance(seen[0].task.get_trainable_module(), torch._dynamo.OptimizedModule)
+    assert not any(key.startswith("_orig_mod") for key in weights_of(report.model))
+
+
+def test_the_learning_rate_grows_with_the_batch(fit):
+    def highest(**more):
+        rates = []
+        fit(lr=None, lr_base=0.01, lr_base_size=64, **more, progress=lambda u: rates.append(u.lr))
+        return max(rates)
+
+    flat = {"sched": "constant", "warmup_epochs": 0}
+    assert highest(**flat) == pytest.approx(0.01 / 2)  # batch 16, square root for adamw
+    assert highest(**flat, lr_base_scale="linear") == pytest.approx(0.01 / 4)
+    assert highest(**flat, grad_accum_steps=3) == pytest.approx(0.01 * (48 / 64) ** 0.5)
+    assert highest(**flat, opt="sgd") == pytest.approx(0.01 / 4)
+
+
+def test_the_best_epoch_is_kept(fit, monkeypatch):
+    scores = iter([20.0, 70.0, 30.0])
+    monkeypatch.setattr(
+        Trainer, "validate", lambda self: {"loss": 1.0, "top1": next(scores), "top5": 100.0}
+    )
+    report = fit(epochs=3)
+    assert report.best_epoch == 2
+    best = read_training_checkpoint(report.folder / "checkpoint-1.pth.tar")["state_dict"]
+    kept = weights_of(report.model)
+    assert all(torch.equal(kept[key], value) for key, value in best.items())
+
+
+def test_by_loss_lower_is_better(fit, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(
+        Trainer, "validate", lambda self: {"loss": next(scores), "top1": 1.0, "top5": 1.0}
+    )
+    assert fit(epochs=3, eval_metric="loss").best_epoch == 2
+
+
+def test_without_validation(fit):
+    report = fit(val_split="")
+    assert report.epochs[-1].val_top1 is None
+    assert report.best_epoch == min(report.epochs, key=lambda e: e.train_loss).epoch
+
+
+def test_curves_need_matplotlib_and_nothing_else_does(fit, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    lines = []
+    report = fit(say=lines.append)
+    assert not (report.folder / "curves.png").exists()
+    assert sum("pictures need matplotlib" in line for line in lines) == 1
+
+
+def test_gray_images(fit, images):
+    report = fit(epochs=1, in_chans=1)
+    saved = read_metadata(report.folder / "model_best.safetensors")["backbones"]
+    assert saved["input"]["input_size"] == [1, 32, 32]
+    assert len(saved["input"]["mean"]) == 1
+
+
+def test_any_model_of_timm(fit):
+    report = fit(model="resnet10t", model_kwargs={}, epochs=1)
+    saved = read_metadata(report.folder / "model_best.safetensors")["backbones"]
+    assert saved["name"] == "resnet10t"
+    json.dumps(saved)

@@ -1,0 +1,105 @@
+"""``backbones train``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from timm.utils import ParseKwargs
+
+from backbones import train
+from backbones.cli.parsing import command
+from backbones.cli.progress import Bars
+from backbones.train import TrainConfig
+from backbones.train.run import BEST, CURVES
+
+__all__ = ["add_parser", "run"]
+
+SHORT = {"batch_size": ["-b"], "workers": ["-j"], "validation_batch_size": ["-vb"]}
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Describe the command; its options are the fields of `TrainConfig`."""
+    parser = command(
+        commands,
+        "train",
+        "fine-tune a model on a folder of images",
+        "backbones train --data-dir flowers --model lsnet_t\n"
+        "         backbones train --resume output/train/RUN/last.pth.tar\n"
+        "         torchrun --nproc-per-node 2 scripts/train.py --data-dir flowers --model lsnet_t",
+    )
+    parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options")
+    parser.add_argument("--resume", metavar="FILE", help="go on with the run of a checkpoint")
+    hints = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        _add_option(parser, field, hints[field.name])
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; exit code 0 when all epochs are done."""
+    given = {key: value for key, value in vars(args).items() if key in _names()}
+    if args.data:
+        given.setdefault("data_dir", args.data)
+    options = {**(train.read_options(args.config) if args.config else {}), **given}
+    with Bars() as bars:
+        report = train.run(
+            say=bars.say,
+            progress=bars.update,
+            checking=bars.check,
+            resume=args.resume,
+            **options,
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        best = next((e for e in report.epochs if e.epoch == report.best_epoch), None)
+        shown = f", {best.val_top1:.2f} % top-1" if best and best.val_top1 is not None else ""
+        print(f"best epoch: {report.best_epoch}{shown}, after {report.seconds:.0f} s")
+        names = [name for name in (BEST, CURVES) if (report.folder / name).is_file()]
+        print(f"{report.folder} holds {', '.join(names)}")
+        print(f"try it: backbones predict IMAGE --checkpoint {report.folder / BEST}")
+    return 0
+
+
+def _names() -> set[str]:
+    return {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def _add_option(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
+    flags = [*SHORT.get(field.name, ()), "--" + field.name.replace("_", "-")]
+    shown = "" if field.default in (None, "", dataclasses.MISSING) else f" ({field.default})"
+    options: dict[str, Any] = {
+        # What is not given is left to the recipe.
+        "default": argparse.SUPPRESS,
+        "help": (field.metadata["help"] + shown).replace("%", "%%"),
+        "dest": field.name,
+    }
+    parts = [part for part in _alternatives(hint) if part is not type(None)]
+    kind = parts[0]
+    if kind is bool:
+        switch = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
+        parser.add_argument(*flags, action=switch, **options)
+    elif typing.get_origin(kind) is dict:
+        parser.add_argument(*flags, nargs="*", action=ParseKwargs, metavar="KEY=VALUE", **options)
+    elif typing.get_origin(kind) is typing.Literal:
+        choices = [choice for part in parts for choice in typing.get_args(part)]
+        parser.add_argument(*flags, choices=choices, **options)
+    elif typing.get_origin(kind) is not None:
+        item = typing.get_args(kind)[0]
+        parser.add_argument(*flags, nargs="+", type=item, metavar="N", **options)
+    elif field.name == "torchcompile":
+        parser.add_argument(*flags, nargs="?", const="inductor", metavar="BACKEND", **options)
+    else:
+        metavar = "TEXT" if kind is str else "N"
+        parser.add_argument(*flags, type=kind, metavar=metavar, **options)
+
+
+def _alternatives(hint: Any) -> Sequence[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)

@@ -1,0 +1,158 @@
+"""Checkpoints of a run: timm's layout, written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from timm.task import TrainingTask
+from timm.utils import CheckpointSaver, NativeScaler, unwrap_model
+from torch.optim import Optimizer
+
+from backbones.errors import CheckpointError
+from backbones.train.config import TrainConfig
+from backbones.train.loop import TrainingError
+from backbones.weights import read_content
+
+__all__ = ["Checkpoints", "LAST", "read_training_checkpoint", "restore"]
+
+LAST = "last.pth.tar"
+# What a run knows besides its options, kept beside them in its checkpoints.
+FACTS = ("classes", "start", "license")
+
+
+class Checkpoints(CheckpointSaver):
+    """timm's saver, which keeps the best epochs, the last one and ``model_best.pth.tar``.
+
+    A checkpoint replaces an older one only when it is complete on the disk, so that a full disk or
+    an interrupt leaves the older one as it was.
+
+    Args:
+        folder: where checkpoints go.
+        config: the options, kept in each checkpoint.
+        facts: what else a later run must know: class names, and which weights this one began with.
+        task: whose model, and average if any, is saved.
+        optimizer: saved for `restore`.
+        scaler: of float16, likewise.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        facts: Mapping[str, Any],
+        task: TrainingTask,
+        optimizer: Optimizer,
+        scaler: NativeScaler | None = None,
+    ) -> None:
+        super().__init__(
+            model=unwrap_model(task.get_trainable_module()),
+            optimizer=optimizer,
+            args=argparse.Namespace(**dataclasses.asdict(config), **facts),
+            amp_scaler=scaler,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            decreasing=config.eval_metric == "loss",
+            max_history=config.checkpoint_hist,
+            task=task,
+        )
+        self.folder = folder
+
+    def save(self, epoch: int, metric: float | None) -> bool:
+        """Save an epoch (from 0; -1 for the state before the first); tell whether it is the best.
+
+        Raises:
+            TrainingError: the disk is full or cannot be written; older checkpoints are intact.
+        """
+        temporary = self.folder / f"tmp{self.extension}"
+        try:
+            with uninterrupted():
+                if epoch < 0:
+                    self._save(str(temporary), epoch)
+                    self._replace(str(temporary), str(self.folder / LAST))
+                else:
+                    self.save_checkpoint(epoch, metric)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            kept = self.folder / LAST
+            intact = f"; {kept} holds the epoch before" if kept.exists() else ""
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise TrainingError(
+                f"{self.folder}: the checkpoint of epoch {epoch + 1} cannot be written ({reason});"
+                f" free some space and --resume{intact}"
+            ) from error
+        return metric is not None and self.best_epoch == epoch
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is done; elsewhere than in the main thread, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of `Checkpoints` or of timm's training script.
+
+    Raises:
+        CheckpointError: it cannot be read safely, or no run can be continued from it.
+    """
+    content = read_content(path)
+    missing = [key for key in ("epoch", "optimizer", "state_dict") if key not in content]
+    if missing or not isinstance(content["optimizer"], Mapping):
+        raise CheckpointError(
+            f"{path}: no checkpoint of a training run (it lacks {', '.join(missing) or 'a state'});"
+            " --initial-checkpoint or --pretrained-path start a new run from weights"
+        )
+    return dict(content)
+
+
+def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options and facts that a training checkpoint holds."""
+    args = content.get("args")
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def restore(
+    content: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    task: TrainingTask,
+    optimizer: Optimizer,
+    scaler: NativeScaler | None,
+) -> int:
+    """Put a checkpoint's state into a task and its optimizer; return the epoch to go on with.
+
+    The average of the weights, if the task has one, is taken from the checkpoint, or else begins
+    with the checkpoint's weights.
+
+    Raises:
+        CheckpointError: the state does not fit.
+    """
+    try:
+        task.load_checkpoint_state(content["state_dict"], content.get("task_state"))
+        optimizer.load_state_dict(content["optimizer"])
+        if scaler is not None and scaler.state_dict_key in content:
+            scaler.load_state_dict(content[scaler.state_dict_key])
+        if task.has_ema():
+            average = content.get("state_dict_ema") or content["state_dict"]
+            task.load_checkpoint_state(average, content.get("task_state_ema"), ema=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: does not fit this run ({reason})") from error
+    return int(content["epoch"]) + 1

@@ -1,0 +1,173 @@
+"""Where a run begins: the model, with released weights, a checkpoint's, or fresh ones."""
+
+from __future__ import annotations
+
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import huggingface_hub.constants as hub
+import timm
+from torch import nn
+
+from backbones.errors import BackbonesError, CheckpointError, ConfigError, WeightsUnavailableError
+from backbones.factory import create_model, find_variant
+from backbones.manifest import load_manifest
+from backbones.train.config import TrainConfig
+from backbones.train.data import set_input
+from backbones.weights import load_checkpoint, read_metadata
+
+__all__ = ["Start", "hub_answers", "starting_point"]
+
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which weights a run began with."""
+
+    source: str | None
+    """Model and tag, or the checkpoint file; None for fresh weights."""
+    license: str | None
+    sentence: str
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the weights are fresh."""
+        return self.source is None
+
+
+def starting_point(
+    config: TrainConfig, num_classes: int, classes: list[str] | None = None
+) -> tuple[nn.Module, Start]:
+    """Return the model to train and where its weights come from.
+
+    With ``pretrained=None`` released weights are taken where there are some and where the Hub
+    answers within five seconds (or, offline, where its cache holds them).
+
+    Args:
+        config: the model and which weights to start from.
+        num_classes: width of the classifier.
+        classes: class names of the data, which those of `initial_checkpoint` must equal.
+
+    Raises:
+        ConfigError: the model does not take one of the arguments.
+        BackbonesError: the weights asked for cannot be had or do not fit.
+    """
+    arguments: dict[str, Any] = {"num_classes": num_classes, **config.model_kwargs}
+    given = {
+        "in_chans": config.in_chans,
+        "drop_rate": config.drop,
+        "drop_path_rate": config.drop_path,
+    }
+    arguments |= {key: value for key, value in given.items() if value is not None}
+    try:
+        model, start = _create(config, arguments, classes)
+    except TypeError as error:
+        raise ConfigError(f"{config.model} cannot be created: {error}") from error
+    if config.head_init_scale is not None:
+        for layer in model.get_classifier().modules():  # type: ignore[operator]
+            for value in layer.parameters(recurse=False):
+                value.data.mul_(config.head_init_scale)
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg["license"] = start.license
+    set_input(
+        model,
+        config.img_size,
+        crop_pct=config.crop_pct,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation,
+    )
+    return model, start
+
+
+def _create(
+    config: TrainConfig, arguments: dict[str, Any], classes: list[str] | None
+) -> tuple[nn.Module, Start]:
+    name = config.model
+    if config.initial_checkpoint and config.pretrained_path:
+        raise ConfigError("initial_checkpoint and pretrained_path exclude each other")
+    if path := config.initial_checkpoint:
+        saved = _saved(path)
+        known = saved.get("classes")
+        if known and classes and list(known) != list(classes):
+            raise CheckpointError(
+                f"{path} was trained on other classes ({len(known)}: {', '.join(known[:5])}, ...)"
+                f" than the data has ({len(classes)}: {', '.join(classes[:5])}, ...);"
+                " --pretrained-path starts from it with a new classifier"
+            )
+        model = create_model(name, **arguments)
+        load_checkpoint(model, path)
+        return model, Start(str(path), saved.get("license"), f"starting from {path}")
+    if path := config.pretrained_path:
+        model = create_model(name, checkpoint_path=path, **arguments)
+        model.reset_classifier(arguments["num_classes"])  # type: ignore[operator]
+        saved = _saved(path)
+        sentence = f"starting from {path}, with a new classifier"
+        return model, Start(str(path), saved.get("license"), sentence)
+    reason = "as asked" if config.pretrained is False else _unavailable(name, config.pretrained)
+    if reason is None:
+        try:
+            model = create_model(name, pretrained=True, **arguments)
+            cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+            tagged = ".".join(filter(None, (name.partition(".")[0], cfg.get("tag"))))
+            source = name if ":" in name else tagged
+            sentence = f"starting from pretrained weights, {source}"
+            return model, Start(source, cfg.get("license"), sentence)
+        except (BackbonesError, OSError, RuntimeError) as error:
+            if config.pretrained:
+                raise
+            reason = str(error)
+    model = create_model(name, **arguments)
+    return model, Start(None, None, f"starting from scratch: {reason}")
+
+
+def _saved(path: str) -> dict[str, Any]:
+    try:
+        return dict(read_metadata(path).get("backbones") or {})
+    except WeightsUnavailableError:
+        raise
+    except CheckpointError:
+        return {}  # of another format; whether it is intact is seen when it is read
+
+
+def _unavailable(name: str, required: bool | None) -> str | None:
+    """Return why released weights are not even worth an attempt; None where they are."""
+    if required:
+        return None
+    variant, tag = find_variant(name)
+    if variant is not None:
+        if name.endswith((".yaml", ".yml")) or "#" in name:
+            return "a model of one's own has no released weights"
+        entry = load_manifest().find(variant.name, tag)
+        if entry is None or not entry.available:
+            return f"no weights of {name} can be downloaded"
+    elif timm.is_model(name) and not timm.models.is_model_pretrained(name):
+        return f"no weights of {name} can be downloaded"
+    if not hub.HF_HUB_OFFLINE and not hub_answers():
+        return f"{hub.ENDPOINT} does not answer within {HUB_TIMEOUT_S:.0f} s"
+    return None
+
+
+def hub_answers(timeout: float = HUB_TIMEOUT_S) -> bool:
+    """Return whether the Hub (``HF_ENDPOINT``) answers in time, with whatever status."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=timeout).close()
+        except urllib.error.HTTPError:
+            pass  # a status is an answer
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    # A thread of its own, because resolving a name obeys no timeout.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout)
+    return answered.is_set()

@@ -1,0 +1,77 @@
+"""The processes of one training run, as torchrun starts them, and this one among them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from timm.utils import init_distributed_device, is_distributed_env
+from torch import distributed
+
+from backbones.errors import ConfigError
+
+__all__ = ["World", "joined"]
+
+
+@dataclass(frozen=True)
+class World:
+    """How many processes train together, which one this is, and the device it uses."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there are several processes."""
+        return self.size > 1
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a number over all processes."""
+        if not self.distributed:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(total)
+        return float(total) / self.size
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.distributed:
+            distributed.barrier()
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[World]:
+    """Join the processes that torchrun (or SLURM) started; otherwise this one is alone.
+
+    Gloo connects processes on CPUs, NCCL those on GPUs.
+
+    Args:
+        device: such as ``cpu`` or ``cuda``; None for a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used: {reason}") from None
+    if not is_distributed_env():
+        yield World(torch.device(name))
+        return
+    found = argparse.Namespace(device=name)
+    own_device = init_distributed_device(found)
+    try:
+        yield World(own_device, found.rank, found.world_size)
+    finally:
+        distributed.destroy_process_group()

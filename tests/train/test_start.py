@@ -1,0 +1,117 @@
+"""Where a run begins, and that it says whose weights it began with."""
+
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from huggingface_hub import constants
+from patterns import SMALL
+from train_runs import weights_of
+
+import backbones
+from backbones import train
+from backbones.errors import WeightsUnavailableError
+from backbones.train import start
+from backbones.weights import read_metadata, save_checkpoint
+
+STILL = {"lr": 1e-30, "epochs": 1, "weight_decay": 0.0}
+
+
+class AnyAnswer(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(404)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_hub_that_is_silent_or_absent_does_not_answer(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), AnyAnswer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert start.hub_answers(5)  # a status is an answer
+        server.shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        assert not start.hub_answers(0.5)
+    assert not start.hub_answers(5)  # closed by now
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder of weights that serves instead of the Hub."""
+    entry = backbones.manifest.load_manifest().find("inception_next_atto", None)
+    folder = tmp_path / "mirror" / entry.repo
+    folder.mkdir(parents=True)
+    torch.manual_seed(7)
+    model = backbones.create_model("inception_next_atto")
+    save_checkpoint(model, folder / entry.file)
+    monkeypatch.setenv("BACKBONES_WEIGHTS_DIR", str(tmp_path / "mirror"))
+    return weights_of(model), entry
+
+
+def test_released_weights_are_taken_where_they_can_be_had(fit, mirror):
+    released, entry = mirror
+    lines = []
+    report = fit(
+        model="inception_next_atto", model_kwargs={}, pretrained=None, **STILL, say=lines.append
+    )
+    assert f"starting from pretrained weights, {entry.name}" in lines
+    ours = weights_of(report.model)
+    assert torch.allclose(ours["stem.0.weight"], released["stem.0.weight"])
+    assert ours["head.fc2.weight"].shape[0] == 4
+    saved = read_metadata(report.folder / "model_best.safetensors")["backbones"]
+    assert saved["license"] == entry.license
+    assert saved["provenance"]["started_from"] == entry.name
+    # ... and a resumed run still knows it.
+    again = train.run(resume=report.folder / "last.pth.tar", epochs=2)
+    saved = read_metadata(again.folder / "model_best.safetensors")["backbones"]
+    assert saved["license"] == entry.license
+    assert again.start.source == entry.name
+
+
+def test_without_them_a_run_starts_from_scratch_and_says_why(fit):
+    lines = []
+    report = fit(model_kwargs={**SMALL}, pretrained=None, epochs=1, say=lines.append)
+    assert any(line.startswith("starting from scratch: ") for line in lines)
+    saved = read_metadata(report.folder / "model_best.safetensors")["backbones"]
+    assert saved["license"] is None
+    assert report.start.from_scratch
+    with pytest.raises(WeightsUnavailableError):
+        fit(model_kwargs={}, pretrained=True)
+
+
+def test_from_scratch_a_recipe_may_differ(options, fit, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("lr: 0.001\nwarmup_epochs: 0\nfrom_scratch: {lr: 0.004}\n")
+
+    def highest(**more):
+        rates = []
+        without = {key: value for key, value in options.items() if key != "lr"}
+        without |= {"recipe": str(recipe), "epochs": 1, **more}
+        train.run(**without, progress=lambda update: rates.append(update.lr))
+        return max(rates)
+
+    first = fit(epochs=1).folder / "model_best.safetensors"
+    assert highest(pretrained_path=str(first), sched="constant") == 0.001
+    assert highest(sched="constant") == 0.004
+    assert highest(sched="constant", lr=0.002) == 0.002  # what is said counts most
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_checkpoint_to_start_from(fit, tmp_path, suffix):
+    first = fit(epochs=1)
+    file = first.folder / "model_best.safetensors"
+    if suffix == "pth":
+        file = tmp_path / "weights.pth"
+        torch.save({"state_dict": first.model.state_dict()}, file)
+    known = weights_of(first.model)
+    whole = weights_of(fit(initial_checkpoint=str(file), **STILL).model)
+    assert all(torch.allclose(whole[key], known[key], atol=1e-5) for key in known)
+    body = weights_of(fit(pretrained_path=str(file), **STILL).model)
+    assert torch.allclose(body["stem.0.weight"], known["stem.0.weight"], atol=1e-5)
+    assert not torch.allclose(body["head.fc.weight"], known["head.fc.weight"], atol=1e-3)
