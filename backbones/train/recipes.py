@@ -8,9 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import timm
+
 from backbones.config import data_folder, read_yaml
-from backbones.errors import ConfigError, nearest
+from backbones.errors import ConfigError, UnknownModelError, nearest
 from backbones.factory import find_variant
+from backbones.registry import registry, unknown
 from backbones.train.config import check_options
 
 __all__ = ["Recipe", "find_recipe", "list_recipes", "read_options", "read_recipe"]
@@ -49,9 +52,13 @@ def find_recipe(name: str | None, model: str) -> tuple[Recipe, str | None]:
 
     Raises:
         ConfigError: no such recipe, or one that is wrong.
+        UnknownModelError: no such model.
     """
     variant, _ = find_variant(model)
     known = variant.name if variant is not None else None
+    if variant is None and not timm.is_model(model) and ":" not in model:
+        choices = [*registry.names(), *timm.list_models()]
+        raise UnknownModelError(unknown("model", model, choices))
     if name == "none":
         return Recipe("none"), known
     if name is None:
