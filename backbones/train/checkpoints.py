@@ -21,11 +21,18 @@ from backbones.train.config import TrainConfig
 from backbones.train.loop import TrainingError
 from backbones.weights import read_content
 
-__all__ = ["Checkpoints", "LAST", "read_training_checkpoint", "restore"]
+__all__ = [
+    "LAST",
+    "Checkpoints",
+    "check_classes",
+    "options_of",
+    "read_training_checkpoint",
+    "restore",
+    "resumed_options",
+    "uninterrupted",
+]
 
 LAST = "last.pth.tar"
-# What a run knows besides its options, kept beside them in its checkpoints.
-FACTS = ("classes", "start", "license")
 
 
 class Checkpoints(CheckpointSaver):
@@ -73,12 +80,11 @@ class Checkpoints(CheckpointSaver):
         """
         temporary = self.folder / f"tmp{self.extension}"
         try:
-            with uninterrupted():
-                if epoch < 0:
-                    self._save(str(temporary), epoch)
-                    self._replace(str(temporary), str(self.folder / LAST))
-                else:
-                    self.save_checkpoint(epoch, metric)
+            if epoch < 0:
+                self._save(str(temporary), epoch)
+                self._replace(str(temporary), str(self.folder / LAST))
+            else:
+                self.save_checkpoint(epoch, metric)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
             kept = self.folder / LAST
@@ -127,6 +133,33 @@ def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options and facts that a training checkpoint holds."""
     args = content.get("args")
     return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def resumed_options(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the options of the run that wrote a checkpoint, going on in the same folder.
+
+    Raises:
+        CheckpointError: it does not hold them.
+    """
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    saved = {key: value for key, value in options_of(content).items() if key in names}
+    if not saved.get("model"):
+        raise CheckpointError(f"{path}: does not say which run it is of (it holds no args)")
+    return {**saved, "output": str(path.parent.parent), "experiment": path.parent.name}
+
+
+def check_classes(content: Mapping[str, Any], classes: list[str] | None, data_dir: str) -> None:
+    """Refuse to go on with other classes.
+
+    Raises:
+        CheckpointError: the run was on others than `classes`.
+    """
+    before = options_of(content).get("classes")
+    if before and classes and list(before) != classes:
+        raise CheckpointError(
+            f"the run was on other classes ({len(before)}: {', '.join(before[:5])}, ...) than"
+            f" {data_dir} holds now ({len(classes)}: {', '.join(classes[:5])}, ...)"
+        )
 
 
 def restore(

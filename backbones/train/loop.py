@@ -20,7 +20,7 @@ from backbones.errors import BackbonesError
 from backbones.train.config import TrainConfig
 from backbones.train.world import World
 
-__all__ = ["EpochReport", "Trainer", "TrainingError", "Update", "freeze_all_but", "learning_rate"]
+__all__ = ["EpochReport", "Trainer", "TrainingError", "Update", "learning_rate"]
 
 
 class TrainingError(BackbonesError, RuntimeError):
@@ -201,11 +201,3 @@ class Trainer:
 def learning_rate(optimizer: Optimizer) -> float:
     """Return the highest learning rate of the parameter groups."""
     return max(group["lr"] for group in optimizer.param_groups)
-
-
-def freeze_all_but(model: nn.Module, trained: nn.Module) -> list[nn.Module]:
-    """Stop gradients everywhere but in one part, and return the modules to keep in eval mode."""
-    model.requires_grad_(False)
-    trained.requires_grad_(True)
-    kept = set(map(id, trained.modules()))
-    return [m for m in model.modules() if id(m) not in kept and not list(m.children())]

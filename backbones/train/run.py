@@ -11,14 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from timm.data import Mixup, resolve_model_data_config
-from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.data import resolve_model_data_config
 from timm.utils import (
-    NativeScaler,
     get_outdir,
     random_seed,
     trim_summary,
@@ -27,23 +22,25 @@ from timm.utils import (
 )
 from torch import nn
 
-from backbones.errors import CheckpointError, ConfigError, MissingDependencyError, UnsupportedError
+from backbones.errors import ConfigError, MissingDependencyError
+from backbones.train.assembly import assemble, check, distribute
 from backbones.train.checkpoints import (
-    FACTS,
     LAST,
     Checkpoints,
+    check_classes,
     options_of,
     read_training_checkpoint,
     restore,
+    resumed_options,
+    uninterrupted,
 )
 from backbones.train.config import TrainConfig, check_options
-from backbones.train.data import Splits, eval_loader, open_splits, train_loader
+from backbones.train.data import Splits, open_splits
 from backbones.train.images import DataError
-from backbones.train.loop import EpochReport, Trainer, Update, freeze_all_but, learning_rate
+from backbones.train.loop import EpochReport, Trainer, Update, learning_rate
 from backbones.train.pictures import draw_curves
 from backbones.train.recipes import find_recipe
 from backbones.train.start import Start, starting_point
-from backbones.train.tasks import create_task
 from backbones.train.world import World, joined
 from backbones.weights import load_checkpoint, save_checkpoint
 
@@ -101,11 +98,15 @@ def run(
     """
     content = None if resume is None else read_training_checkpoint(resume)
     if content is not None:
-        options = _resumed_options(content, Path(str(resume)), options)
+        options = {**resumed_options(content, Path(str(resume))), **options}
     check_options(options)
     if not options.get("model"):
         raise ConfigError("model is missing; name one (--model NAME; backbones list shows them)")
-    recipe, variant = find_recipe(options.get("recipe"), options["model"])
+    # The options of a resumed run hold the recipe's.
+    wanted = options.get("recipe") if content is None else "none"
+    recipe, variant = find_recipe(wanted, options["model"])
+    if content is None:
+        options["recipe"] = recipe.name
     config = _merged(recipe.for_model(variant), options)
     with joined(config.device) as world:
         if not world.primary:
@@ -118,11 +119,20 @@ def run(
         if content is None:
             model, start = starting_point(config, num_classes, splits.classes)
             say(start.sentence)
-            if start.from_scratch:
+            if start.from_scratch:  # the recipe may then want another drop path, say
                 config = _merged(recipe.for_model(variant, from_scratch=True), options)
+                random_seed(config.seed)
+                fresh = dataclasses.replace(config, pretrained=False)
+                model, _ = starting_point(fresh, num_classes)
         else:
-            model, start = _resumed_model(content, config, num_classes, splits)
-        _check(config, world)
+            check_classes(content, splits.classes, config.data_dir)
+            fresh = dataclasses.replace(
+                config, pretrained=False, pretrained_path=None, initial_checkpoint=None
+            )
+            model, _ = starting_point(fresh, num_classes)
+            facts = options_of(content)
+            start = Start(facts.get("start"), facts.get("license"), "resumed")
+        check(config, world)
         job = _Job(config, world, splits, model, num_classes, start, say)
         return job.work(content, resume, progress)
 
@@ -143,6 +153,7 @@ class _Job:
         self.config, self.world, self.splits = config, world, splits
         self.model, self.num_classes, self.start, self.say = model, num_classes, start, say
         self.folder = _folder(config, model)
+        self.saved = 0  # epochs that the last checkpoint has behind it
         self.drawing, self.drawn = True, -math.inf
 
     def work(
@@ -157,7 +168,9 @@ class _Job:
         if world.primary:  # a new run gets a new folder, whatever its name
             self.folder = Path(get_outdir(str(self.folder), inc=content is None))
         folder = self.folder
-        trainer = self._trainer(progress)
+        trainer = assemble(
+            config, world, self.splits, self.model, num_classes=self.num_classes, progress=progress
+        )
         facts = {
             "classes": self.splits.classes,
             "start": self.start.source,
@@ -170,7 +183,8 @@ class _Job:
         saver = Checkpoints(folder, config, facts, trainer.task, trainer.optimizer, trainer.scaler)
         if content is not None and isinstance(content.get("saver"), Mapping):
             saver.load_state_dict(content["saver"])
-        self._distribute(trainer)
+        self.saved = first
+        distribute(trainer)
         if trainer.scheduler is not None:
             if config.sched_on_updates:
                 trainer.scheduler.step_update(first * trainer.updates_per_epoch)
@@ -191,10 +205,7 @@ class _Job:
                 history.append(self._epoch(trainer, saver, epoch))
         except KeyboardInterrupt:
             self._draw(pause=0)
-            self.say(
-                f"interrupted; --resume {folder / LAST} goes on with epoch"
-                f" {first + len(history) + 1}"
-            )
+            self.say(f"interrupted; --resume {folder / LAST} goes on with epoch {self.saved + 1}")
             raise
         except DataError as error:
             raise DataError(_own_words(error)) from error
@@ -213,87 +224,6 @@ class _Job:
             self.start,
             time.perf_counter() - begun,
         )
-
-    def _trainer(self, progress: Callable[[Update], None] | None) -> Trainer:
-        config, world, model = self.config, self.world, self.model
-        data_config = resolve_model_data_config(model)
-        layout = torch.channels_last if config.channels_last else torch.preserve_format
-        model.to(device=world.device).to(memory_format=layout)  # type: ignore[call-overload]
-        if config.grad_checkpointing:
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
-        frozen = freeze_all_but(model, _classifier(model)) if config.freeze_backbone else []
-        if config.sync_bn and world.distributed:
-            self.model = model = convert_sync_batchnorm(model)
-        task = create_task(
-            model,
-            config,
-            world.device,
-            num_classes=self.num_classes,
-            classes=self.splits.classes,
-        )
-        train_batches = train_loader(self.splits.train, config, data_config, world)
-        val_batches = None
-        if self.splits.val is not None:
-            val_batches = eval_loader(
-                self.splits.val,
-                data_config,
-                batch_size=config.validation_batch_size or config.batch_size,
-                workers=config.workers,
-                pin_mem=config.pin_mem,
-                world=world,
-            )
-        lr = config.lr or _scaled_rate(config, world, train_batches)
-        kwargs = {**optimizer_kwargs(cfg=config), **config.opt_kwargs, "lr": lr}
-        # A distilling task may have parameters of its own, beside the model's.
-        owner = task.get_trainable_module()
-        try:
-            optimizer = create_optimizer_v2(owner, **kwargs)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ConfigError(f"optimizer {config.opt!r}: {error}") from error
-        updates = math.ceil(len(train_batches) / config.grad_accum_steps)
-        schedule = scheduler_kwargs(config)
-        schedule |= {key: min(schedule[key], lr) for key in ("min_lr", "warmup_lr")}
-        scheduler, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates)
-        half = config.amp and config.amp_dtype == "float16" and world.device.type == "cuda"
-        if config.model_ema:
-            task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-        return Trainer(
-            config,
-            world,
-            task,
-            optimizer,
-            scheduler,
-            train_batches,
-            val_batches,
-            scaler=NativeScaler(device=world.device.type) if half else None,
-            mixup=self._mixup(),
-            frozen=frozen,
-            progress=progress,
-            epochs=epochs,
-        )
-
-    def _mixup(self) -> Mixup | None:
-        config = self.config
-        if not config.mixes:
-            return None
-        return Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            cutmix_minmax=config.cutmix_minmax,
-            prob=config.mixup_prob,
-            switch_prob=config.mixup_switch_prob,
-            mode=config.mixup_mode,
-            label_smoothing=config.smoothing,
-            num_classes=self.num_classes,
-        )
-
-    def _distribute(self, trainer: Trainer) -> None:
-        config, world, task = self.config, self.world, trainer.task
-        if config.torchcompile:
-            task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
-        if world.distributed:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            task.prepare_distributed(device_ids=ids)
 
     def _epoch(self, trainer: Trainer, saver: Checkpoints, epoch: int) -> EpochReport:
         config, world, folder = self.config, self.world, self.folder
@@ -317,9 +247,13 @@ class _Job:
             metric = found[config.eval_metric] if found else -loss
             if config.eval_metric == "loss" and not found:
                 metric = loss
-            if saver.save(epoch, metric):
-                self._export(trainer, report)
-            update_summary(epoch, {"loss": loss}, found, filename=str(folder / SUMMARY), lr=rate)
+            with uninterrupted():
+                if saver.save(epoch, metric):
+                    self._export(trainer, report)
+                update_summary(
+                    epoch, {"loss": loss}, found, filename=str(folder / SUMMARY), lr=rate
+                )
+                self.saved = epoch + 1
             self._draw()
         shown = f", validation {report.val_top1:.2f} % top-1" if found else ""
         self.say(
@@ -376,15 +310,6 @@ def _merged(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> TrainConfi
     return config
 
 
-def _check(config: TrainConfig, world: World) -> None:
-    if config.sync_bn and world.device.type != "cuda":
-        raise UnsupportedError("sync_bn needs GPUs; leave it out on CPUs")
-    if config.mixes and config.batch_size % 2:
-        raise ConfigError(f"mixup and cutmix need an even batch_size, got {config.batch_size}")
-    if config.kd_checkpoint and not config.kd_model_name:
-        raise ConfigError("kd_checkpoint needs kd_model_name, the teacher's model")
-
-
 def _count_classes(config: TrainConfig, splits: Splits) -> int:
     found = len(splits.classes) if splits.classes else None
     if config.num_classes is None and found is None:
@@ -395,19 +320,6 @@ def _count_classes(config: TrainConfig, splits: Splits) -> int:
             f" {found} classes; leave num_classes out"
         )
     return found or int(config.num_classes or 0)
-
-
-def _scaled_rate(config: TrainConfig, world: World, batches: Any) -> float:
-    batch_size = getattr(batches, "batch_size", None) or config.batch_size
-    ratio = batch_size * world.size * config.grad_accum_steps / config.lr_base_size
-    adaptive = any(word in config.opt.lower() for word in ("ada", "lamb"))
-    scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
-    return config.lr_base * (math.sqrt(ratio) if scale == "sqrt" else ratio)
-
-
-def _classifier(model: nn.Module) -> nn.Module:
-    found = model.get_classifier()  # type: ignore[operator]
-    return nn.ModuleList(found) if isinstance(found, (tuple, list)) else found
 
 
 def _folder(config: TrainConfig, model: nn.Module) -> Path:
@@ -435,31 +347,3 @@ def _set_epoch(loader: Any, epoch: int) -> None:
     for part in (loader.dataset, loader.sampler):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
-
-
-def _resumed_options(
-    content: Mapping[str, Any], path: Path, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    saved = {key: value for key, value in options_of(content).items() if key in names}
-    if not saved.get("model"):
-        raise CheckpointError(f"{path}: does not say which run it is of (it holds no args)")
-    place = {"output": str(path.parent.parent), "experiment": path.parent.name}
-    return {**saved, **place, "recipe": "none", **options}
-
-
-def _resumed_model(
-    content: Mapping[str, Any], config: TrainConfig, num_classes: int, splits: Splits
-) -> tuple[nn.Module, Start]:
-    facts = {key: options_of(content).get(key) for key in FACTS}
-    if facts["classes"] and splits.classes and list(facts["classes"]) != splits.classes:
-        raise CheckpointError(
-            f"the run was on other classes ({len(facts['classes'])}) than {config.data_dir} holds"
-            f" now ({len(splits.classes)})"
-        )
-    fresh = dataclasses.replace(
-        config, pretrained=False, pretrained_path=None, initial_checkpoint=None
-    )
-    model, _ = starting_point(fresh, num_classes)
-    start = Start(facts["start"], facts["license"], "resumed")
-    return model, start

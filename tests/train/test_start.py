@@ -87,19 +87,25 @@ def test_without_them_a_run_starts_from_scratch_and_says_why(fit):
 
 def test_from_scratch_a_recipe_may_differ(options, fit, tmp_path):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("lr: 0.001\nwarmup_epochs: 0\nfrom_scratch: {lr: 0.004}\n")
+    recipe.write_text(
+        "lr: 0.001\nwarmup_epochs: 0\ndrop_path: 0.3\nfrom_scratch: {lr: 0.004, drop_path: 0.1}\n"
+    )
+
+    drop_paths = []
 
     def highest(**more):
         rates = []
         without = {key: value for key, value in options.items() if key != "lr"}
         without |= {"recipe": str(recipe), "epochs": 1, **more}
-        train.run(**without, progress=lambda update: rates.append(update.lr))
+        report = train.run(**without, progress=lambda update: rates.append(update.lr))
+        drop_paths.append(report.model.config["arguments"]["drop_path_rate"])
         return max(rates)
 
     first = fit(epochs=1).folder / "model_best.safetensors"
     assert highest(pretrained_path=str(first), sched="constant") == 0.001
     assert highest(sched="constant") == 0.004
     assert highest(sched="constant", lr=0.002) == 0.002  # what is said counts most
+    assert drop_paths == [0.3, 0.1, 0.1]
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
