@@ -73,7 +73,9 @@ def load_model(
     if saved.get("deploy"):
         arguments["deploy"] = True
     model = backbones.create_model(name, checkpoint_path=checkpoint, **arguments).eval()
-    if saved.get("name") != name:
+    # The name given may be an alias or a YAML file.
+    built = (getattr(model, "config", None) or {}).get("name", name)
+    if saved.get("name") not in (name, built):
         return model, None
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     cfg.update(saved.get("input") or {})

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +256,10 @@ class _Job:
                 self.saved = epoch + 1
             self._draw()
         shown = f", validation {report.val_top1:.2f} % top-1" if found else ""
+        left = (trainer.epochs - epoch - 1) * report.seconds
         self.say(
-            f"epoch {epoch + 1}/{trainer.epochs}: loss {loss:.4f}{shown}, {report.seconds:.1f} s"
+            f"epoch {epoch + 1}/{trainer.epochs}: loss {loss:.4f}{shown}, {report.seconds:.1f} s,"
+            f" {timedelta(seconds=round(left))} left"
         )
         world.wait()
         return report

@@ -74,6 +74,23 @@ def test_flags_count_more_than_a_file_and_a_file_more_than_the_recipe(folder, tm
     assert "light" in capsys.readouterr().out
 
 
+def test_a_model_of_the_users_own(folder, tmp_path, capsys):
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        "family: convnext\nvariants:\n  small:\n    like: convnext_atto\n"
+        "    depths: [1, 1, 1, 1]\n    dims: [8, 16, 24, 32]\n"
+    )
+    argv = ["train", str(folder), "--model", str(own), "--img-size", "32", "--epochs", "1"]
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 0
+    (run,) = (tmp_path / "out").iterdir()
+    assert run.name.endswith("-mine-32")
+    best = str(run / "model_best.safetensors")
+    image = str(folder / "val" / "light" / "0.png")
+    capsys.readouterr()
+    assert main(["predict", image, "--model", str(own), "--checkpoint", best]) == 0
+    assert {"dark", "light"} <= set(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

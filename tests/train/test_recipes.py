@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from timm.data import auto_augment_transform, rand_augment_transform
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 import backbones
 from backbones.config import read_yaml
@@ -42,6 +43,28 @@ def test_every_family_has_its_authors_recipe_and_one_for_fine_tuning(family):
     assert known == variant
     assert recipe.for_model(variant)["layer_decay"] is not None
     assert find_recipe(None, variant + "." + backbones.model_info(variant).weights[0].tag)
+
+
+@pytest.mark.parametrize("family", backbones.list_families())
+def test_fine_tuning_moves_early_layers_least_in_every_family(family):
+    variant = min(
+        backbones.list_models(family=family), key=lambda name: backbones.model_info(name).params
+    )
+    options = TrainConfig(**find_recipe(None, variant)[0].for_model(variant))
+    model = backbones.create_model(variant, device="meta")
+    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(cfg=options), "lr": 1.0})
+    scale, decay = {}, {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            scale[id(parameter)], decay[id(parameter)] = group["lr_scale"], group["weight_decay"]
+    parameters = dict(model.named_parameters())
+    assert set(scale) == {id(parameter) for parameter in parameters.values()}
+    stem = scale[id(parameters[model.first_conv + ".weight"])]
+    assert stem == min(scale.values()) < 0.8
+    classifier = {id(p) for n, p in parameters.items() if n.startswith("head.")}
+    assert {scale[key] for key in classifier} == {1.0}
+    assert all(decay[id(p)] == 0 for n, p in parameters.items() if n.endswith(".bias"))
+    assert len(set(scale.values())) >= 5
 
 
 def test_other_models_take_the_general_recipe():
