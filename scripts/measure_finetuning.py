@@ -22,7 +22,14 @@ from backbones import train
 from backbones.train.digits import write_digits
 
 # Enough on the digits; the large ones learn more from each image, and take longer over it.
-EPOCHS = {"convnext": 16, "inception_next": 16, "hornet": 6, "unireplknet": 6, "overlock": 5}
+EPOCHS = {
+    "convnext": 16,
+    "inception_next": 16,
+    "spartan": 6,
+    "hornet": 5,
+    "unireplknet": 5,
+    "overlock": 4,
+}
 OTHERS = 8
 
 
@@ -39,7 +46,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", help="default: the smallest of every family")
-    parser.add_argument("--epochs", type=int, help="bound (default: 5 to 16, by family)")
+    parser.add_argument("--epochs", type=int, help="bound (default: 4 to 16, by family)")
     parser.add_argument("--threads", type=int, help="(default: PyTorch's)")
     parser.add_argument("--least", type=float, default=97.0, help="top-1 to reach (%(default)s)")
     options = parser.parse_args()

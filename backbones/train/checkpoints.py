@@ -17,7 +17,8 @@ from timm.utils import CheckpointSaver, NativeScaler, unwrap_model
 from torch.optim import Optimizer
 
 from backbones.errors import CheckpointError
-from backbones.train.config import TrainConfig
+from backbones.schema import fits
+from backbones.train.config import TrainConfig, option_types
 from backbones.train.loop import TrainingError
 from backbones.weights import read_content
 
@@ -136,13 +137,15 @@ def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumed_options(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the options of the run that wrote a checkpoint, going on in the same folder.
+    """Return the options of the run, ours or timm's, that wrote a checkpoint; its folder stays.
 
     Raises:
         CheckpointError: it does not hold them.
     """
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    saved = {key: value for key, value in options_of(content).items() if key in names}
+    # timm's script writes more options than ours, and '' where ours have None.
+    hints = option_types()
+    options = options_of(content).items()
+    saved = {key: value for key, value in options if key in hints and fits(value, hints[key])}
     if not saved.get("model"):
         raise CheckpointError(f"{path}: does not say which run it is of (it holds no args)")
     return {**saved, "output": str(path.parent.parent), "experiment": path.parent.name}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from backbones.errors import ConfigError, nearest
 from backbones.schema import describe, fits
 
-__all__ = ["TrainConfig", "check_options"]
+__all__ = ["TrainConfig", "check_options", "option_types"]
 
 
 def option(default: Any, help: str) -> Any:

@@ -14,9 +14,10 @@ from train_runs import history
 
 import backbones
 from backbones import train
+from backbones.train import launch
 
-ROOT = Path(backbones.__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 SMALL_AS_TEXT = {"depths": "[1,1,1,1]", "dims": "[8,16,24,32]"}
 
@@ -67,8 +68,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
         "device": "cpu",
     }
     one = train.run(**common, batch_size=16, experiment="one")
-    script = ROOT / "scripts" / "train.py"
-    done = torchrun(2, script, *arguments({**common, "batch_size": 8, "experiment": "two"}))
+    done = torchrun(2, SCRIPT, *arguments({**common, "batch_size": 8, "experiment": "two"}))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("epoch 2/2") == 1  # one process speaks for both
     assert len(list(tmp_path.glob("two*"))) == 1
@@ -84,11 +84,10 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
 def test_two_processes_with_batchnorm_average_and_resume(options, tmp_path):
     common = {**options, "model": "inception_next_atto", "model_kwargs": SMALL_AS_TEXT}
     common |= {"batch_size": 8, "model_ema": True, "device": "cpu"}
-    script = ROOT / "scripts" / "train.py"
-    done = torchrun(2, script, *arguments(common))
+    done = torchrun(2, SCRIPT, *arguments(common))
     assert done.returncode == 0, done.stdout + done.stderr
     last = tmp_path / "output" / "run" / "last.pth.tar"
-    done = torchrun(2, script, "--resume", last, "--epochs", 3)
+    done = torchrun(2, SCRIPT, "--resume", last, "--epochs", 3)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["epoch"] for row in history(last.parent)] == ["0", "1", "2"]
 
@@ -128,7 +127,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(options, tmp_path):
     assert "\r" not in done.stderr  # no bar where no terminal is
 
 
-def test_any_script_runs_with_our_models_in_timm(tmp_path):
+def test_any_script_runs_with_our_models_in_timm(tmp_path, capsys):
     """A stand-in for timm's own scripts, which its packages do not contain."""
     (tmp_path / "helper.py").write_text("WORD = 'beside'\n")
     script = tmp_path / "standin.py"
@@ -148,10 +147,8 @@ def test_any_script_runs_with_our_models_in_timm(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 3, done.stderr
     assert done.stdout.split() == ["beside", str(backbones.model_info("lsnet_t").params)]
-    command[3] = str(tmp_path / "nothing.py")
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 2
-    assert "no such script" in done.stderr
+    assert launch.main([str(tmp_path / "nothing.py")]) == 2
+    assert "no such script" in capsys.readouterr().err
     without = [sys.executable, str(script), "--model", "lsnet_t"]
     done = subprocess.run(without, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 1

@@ -1,5 +1,6 @@
 """Runs: what they learn, write and repeat, and that every option does what it says."""
 
+import argparse
 import csv
 import json
 
@@ -111,6 +112,20 @@ def test_ctrl_c_in_the_first_epoch_can_be_resumed_too(fit, tmp_path):
         fit(experiment="broken", progress=press_ctrl_c)
     report = train.run(resume=tmp_path / "output" / "broken" / "last.pth.tar")
     assert history(report.folder) == history(whole.folder)
+
+
+def test_checkpoints_of_timms_script_go_on_too(fit, tmp_path):
+    whole = fit()
+    folder = fit(experiment="timms", epochs=1, lr=6e-3, warmup_epochs=0.5).folder
+    content = read_training_checkpoint(folder / "last.pth.tar")
+    args = vars(content["args"])
+    for ours in ("classes", "start", "license", "recipe", "skip_bad", "val_fraction"):
+        del args[ours]  # what timm's script does not know, and what ours does not
+    content["args"] = argparse.Namespace(**{**args, "lr_base_scale": "", "naflex_loader": False})
+    torch.save(content, folder / "last.pth.tar")
+    report = train.run(resume=folder / "last.pth.tar", epochs=2)
+    assert [epoch.epoch for epoch in report.epochs] == [2]
+    assert report.epochs[0].train_loss < whole.epochs[0].train_loss
 
 
 def test_a_new_run_never_writes_into_an_old_one(fit):
