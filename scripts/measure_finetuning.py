@@ -24,6 +24,7 @@ from backbones.train.digits import write_digits
 # Enough on the digits; the large ones learn more from each image, and take longer over it.
 EPOCHS = {
     "convnext": 16,
+    "cpubone": 10,
     "inception_next": 16,
     "spartan": 6,
     "hornet": 5,

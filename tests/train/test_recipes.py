@@ -67,6 +67,13 @@ def test_fine_tuning_moves_early_layers_least_in_every_family(family):
     assert len(set(scale.values())) >= 5
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith(("_in1k", "_in22k"))])
+def test_training_from_scratch_takes_no_released_weights(name):
+    begins_with_weights = "_ft_" in name or name.startswith("convnextv2")
+    expected = None if begins_with_weights else False
+    assert read_recipe(name).options.get("pretrained") is expected
+
+
 def test_other_models_take_the_general_recipe():
     assert find_recipe(None, "resnet18")[0].name == "finetune"
     assert find_recipe("none", "resnet18")[0].options == {}
