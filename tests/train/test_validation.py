@@ -78,9 +78,9 @@ def test_merged_and_exported_the_same_images_give_the_same(
     plain = top1("--checkpoint", checkpoint)
     assert top1("--checkpoint", checkpoint, "--reparam") == plain
     assert top1("--checkpoint", tmp_path / "model.onnx") == plain
-    assert main(
-        ["validate", str(images), "--checkpoint", str(tmp_path / "model.onnx"), "--reparam"]
-    )
+    assert [getattr(model, "deployed", None) for model in seen] == [False, True, None]
+    argv = ["validate", str(images), "--checkpoint", str(tmp_path / "model.onnx")]
+    assert main([*argv, "--reparam"]) == 2
     assert "is exported and says itself" in capsys.readouterr().err
 
 
