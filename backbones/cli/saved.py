@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 import backbones
-from backbones.errors import CheckpointError, ConfigError
-from backbones.weights import read_metadata
+from backbones.errors import ConfigError
+from backbones.weights import read_description
 
 __all__ = ["describe", "load_model", "model_name", "overrides_of"]
 
@@ -22,10 +22,7 @@ def describe(checkpoint: str, option: str = "--checkpoint") -> dict[str, Any]:
     """
     if not Path(checkpoint).is_file():
         raise ConfigError(f"{checkpoint}: no such file; check the path given as {option}")
-    try:
-        return dict(read_metadata(checkpoint).get("backbones") or {})
-    except CheckpointError:
-        return {}  # of another format; whether it is intact is seen when it is read
+    return read_description(checkpoint)
 
 
 def model_name(given: str | None, saved: dict[str, Any], checkpoint: str) -> str:

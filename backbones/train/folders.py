@@ -36,6 +36,21 @@ class ImageFolder(ImageDataset):
         """Return the file of a sample."""
         return Path(self.filename(index, absolute=True))
 
+    def relabel(self, classes: Sequence[str]) -> None:
+        """Count the classes as another dataset does, which may have more of them.
+
+        Raises:
+            DataError: images of a class that is not among them.
+        """
+        before = self.classes
+        extra = [name for name in before if name not in classes]
+        if extra:
+            root = self.reader.root
+            raise DataError(f"{root}: classes that training does not have: {_some(extra)}")
+        indices = {name: i for i, name in enumerate(classes)}
+        self.restrict([(path, indices[before[target]]) for path, target in self.samples])
+        self.reader.class_to_idx = indices
+
     def restrict(self, samples: Sequence[tuple[str, int]]) -> None:
         """Keep only these samples; the classes stay."""
         self.reader.samples = list(samples)
@@ -100,13 +115,9 @@ def open_folder(
     empty = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name not in filled)
     if empty and classes is None and not class_map:
         raise DataError(f"{folder}: no images in {_some(empty)}; remove or fill these folders")
-    if classes is None:
-        return dataset
-    extra = [name for name in dataset.classes if name not in classes]
-    if extra:
-        raise DataError(f"{folder}: classes that training does not have: {_some(extra)}")
-    indices = {name: i for i, name in enumerate(classes)}
-    return ImageFolder(folder, class_map=indices, input_img_mode=mode)
+    if classes is not None:
+        dataset.relabel(classes)
+    return dataset
 
 
 def hold_out(dataset: ImageFolder, fraction: float) -> ImageFolder:

@@ -12,12 +12,12 @@ import huggingface_hub.constants as hub
 import timm
 from torch import nn
 
-from backbones.errors import BackbonesError, CheckpointError, ConfigError, WeightsUnavailableError
+from backbones.errors import BackbonesError, CheckpointError, ConfigError
 from backbones.factory import create_model, find_variant
 from backbones.manifest import load_manifest
 from backbones.train.config import TrainConfig
 from backbones.train.data import set_input
-from backbones.weights import load_checkpoint, read_metadata
+from backbones.weights import load_checkpoint, read_description
 
 __all__ = ["Start", "hub_answers", "starting_point"]
 
@@ -91,7 +91,7 @@ def _create(
     if config.initial_checkpoint and config.pretrained_path:
         raise ConfigError("initial_checkpoint and pretrained_path exclude each other")
     if path := config.initial_checkpoint:
-        saved = _saved(path)
+        saved = read_description(path)
         known = saved.get("classes")
         if known and classes and list(known) != list(classes):
             raise CheckpointError(
@@ -105,7 +105,7 @@ def _create(
     if path := config.pretrained_path:
         model = create_model(name, checkpoint_path=path, **arguments)
         model.reset_classifier(arguments["num_classes"])  # type: ignore[operator]
-        saved = _saved(path)
+        saved = read_description(path)
         sentence = f"starting from {path}, with a new classifier"
         return model, Start(str(path), saved.get("license"), sentence)
     reason = "as asked" if config.pretrained is False else _unavailable(name, config.pretrained)
@@ -123,15 +123,6 @@ def _create(
             reason = str(error)
     model = create_model(name, **arguments)
     return model, Start(None, None, f"starting from scratch: {reason}")
-
-
-def _saved(path: str) -> dict[str, Any]:
-    try:
-        return dict(read_metadata(path).get("backbones") or {})
-    except WeightsUnavailableError:
-        raise
-    except CheckpointError:
-        return {}  # of another format; whether it is intact is seen when it is read
 
 
 def _unavailable(name: str, required: bool | None) -> str | None:

@@ -14,10 +14,10 @@ from timm.task import (
 )
 from torch import Tensor, nn
 
-from backbones.errors import BackbonesError, ConfigError
+from backbones.errors import ConfigError
 from backbones.factory import create_model
 from backbones.train.config import TrainConfig
-from backbones.weights import read_metadata
+from backbones.weights import read_description
 
 __all__ = ["AuxiliaryHeadTask", "create_task"]
 
@@ -109,10 +109,7 @@ def _teacher(config: TrainConfig, num_classes: int, classes: list[str] | None) -
         teacher = create_model(name, pretrained=True, **arguments)
     else:
         teacher = create_model(name, checkpoint_path=checkpoint, **arguments)
-        try:
-            known = (read_metadata(checkpoint).get("backbones") or {}).get("classes")
-        except BackbonesError:
-            known = None  # of another format
+        known = read_description(checkpoint).get("classes")
     if config.kd_distill_type != "feature":
         if teacher.num_classes != num_classes:
             raise ConfigError(

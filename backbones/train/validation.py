@@ -113,7 +113,7 @@ def validate(
     channels = data_config["input_size"][0]
     dataset = open_folder(folder, in_chans=channels)
     names = _class_names(dataset, classes, num_classes, model)
-    dataset = open_folder(folder, classes=names, in_chans=channels)
+    dataset.relabel(names)
     skipped: list[str] = []
     if skip_bad or len(dataset) <= CHECKED_AT_ONCE:
         skipped = exclude_bad([dataset], skip=skip_bad)
@@ -157,9 +157,8 @@ def write_validation(result: Validation, folder: str | Path) -> list[Path]:
     metrics, per_class, confusion, picture = (folder / name for name in RESULTS)
     picture.unlink(missing_ok=True)
     _write(metrics, json.dumps(result.as_dict(), indent=2) + "\n")
-    _write(
-        per_class, _csv([list(result.per_class[0]), *(list(r.values()) for r in result.per_class)])
-    )
+    table = result.per_class
+    _write(per_class, _csv([list(table[0]), *(list(row.values()) for row in table)]))
     rows = [["true \\ predicted", *result.classes]]
     rows += [[name, *row] for name, row in zip(result.classes, result.confusion.tolist())]
     _write(confusion, _csv(rows))

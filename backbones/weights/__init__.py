@@ -8,7 +8,13 @@ from backbones.weights.loading import LoadReport, filter_for_timm, load_checkpoi
 from backbones.weights.mapping import Mapped, map_checkpoint
 from backbones.weights.pretrained import is_deploy_file, load_pretrained
 from backbones.weights.publishing import PublishError, push_to_hub, save_for_hf
-from backbones.weights.reading import Checkpoint, read_checkpoint, read_content, read_metadata
+from backbones.weights.reading import (
+    Checkpoint,
+    read_checkpoint,
+    read_content,
+    read_description,
+    read_metadata,
+)
 from backbones.weights.saving import save_checkpoint
 from backbones.weights.unwrapping import unwrap
 
@@ -28,6 +34,7 @@ __all__ = [
     "push_to_hub",
     "read_checkpoint",
     "read_content",
+    "read_description",
     "read_metadata",
     "save_checkpoint",
     "save_for_hf",

@@ -18,7 +18,14 @@ from backbones.weights.header import MAX_TENSORS, Header, parse_header
 from backbones.weights.pickled import CONVERTER, load_archive, load_pickle
 from backbones.weights.unwrapping import unwrap_all
 
-__all__ = ["Checkpoint", "read_checkpoint", "read_content", "read_metadata", "read_shapes"]
+__all__ = [
+    "Checkpoint",
+    "read_checkpoint",
+    "read_content",
+    "read_description",
+    "read_metadata",
+    "read_shapes",
+]
 
 _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run 'git lfs pull' there"),
@@ -114,42 +121,55 @@ def read_content(path: str | PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no mapping by names; give a training checkpoint")
     try:
         tensors: dict[str, Tensor] = {}
-        _copied(content, tensors, lambda tensor: tensor)
+        _copied(content, lambda name, tensor: tensors.setdefault(name, tensor), {})
         _refuse_excess(path, tensors, size)
-        return _copied(content, {}, Tensor.clone)
+        return _copied(content, lambda name, tensor: tensor.clone(), {})
     except _Endless as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 class _Endless(CheckpointError):
-    """Containers that hold themselves, or one another many times over."""
+    """Containers that hold themselves, or are nested too deeply."""
 
 
 def _copied(
     content: Any,
-    tensors: dict[str, Tensor],
-    copy: Callable[[Tensor], Tensor],
+    copy: Callable[[str, Tensor], Tensor],
+    done: dict[int, Any],
     name: str = "",
     depth: int = 0,
 ) -> Any:
-    """Copy nested containers; list the tensors by their path."""
-    if depth > _MAX_DEPTH or len(tensors) > MAX_TENSORS:
-        raise _Endless("its contents are nested without end; do not use this file")
+    """Copy nested containers, each once however often it is shared."""
     if isinstance(content, Tensor):
-        tensors[name] = content
-        return copy(content)
-    if isinstance(content, Mapping):
-        return {
-            key: _copied(value, tensors, copy, f"{name}.{key}", depth + 1)
-            for key, value in content.items()
-        }
-    if isinstance(content, (list, tuple)):
-        items = [
-            _copied(value, tensors, copy, f"{name}.{i}", depth + 1)
-            for i, value in enumerate(content)
-        ]
-        return items if isinstance(content, list) else tuple(items)
-    return content
+        return copy(name, content)
+    if not isinstance(content, (Mapping, list, tuple)):
+        return content
+    if id(content) in done:
+        if done[id(content)] is None:
+            raise _Endless("its contents are nested without end; do not use this file")
+        return done[id(content)]
+    if depth > _MAX_DEPTH:
+        raise _Endless("its contents are nested too deeply; do not use this file")
+    done[id(content)] = None  # until it is complete
+    items = content.items() if isinstance(content, Mapping) else enumerate(content)
+    copies = {key: _copied(item, copy, done, f"{name}.{key}", depth + 1) for key, item in items}
+    result: Any = copies if isinstance(content, Mapping) else list(copies.values())
+    done[id(content)] = tuple(result) if isinstance(content, tuple) else result
+    return done[id(content)]
+
+
+def read_description(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return what `save_checkpoint` wrote of the model into a file; empty for files of others.
+
+    Whether a file of another format is intact is seen when its weights are read.
+
+    Raises:
+        WeightsUnavailableError: there is no such file.
+    """
+    try:
+        return dict(read_metadata(path).get("backbones") or {})
+    except CheckpointError:
+        return {}
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
