@@ -4,7 +4,7 @@
 computes, in plain PyTorch. Importing this package registers every model with timm.
 """
 
-from backbones.engines import ExportReport, export
+from backbones.engines import DeployReport, ExportReport, deploy, export
 from backbones.errors import BackbonesError
 from backbones.factory import create_model, list_families, list_models, model_info
 from backbones.foreign import reparameterize
@@ -21,10 +21,12 @@ from backbones.weights import (
 __version__ = "0.1.0"
 __all__ = [
     "BackbonesError",
+    "DeployReport",
     "ExportReport",
     "LoadReport",
     "ModelInfo",
     "create_model",
+    "deploy",
     "export",
     "list_families",
     "list_models",

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from backbones.engines.agreement import Agreement, compare
+from backbones.engines.deploying import Candidate, DeployReport, deploy
+from backbones.engines.executorch_format import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
 from backbones.engines.formats import (
     FormatConfig,
-    OnnxConfig,
     available_formats,
     file_suffixes,
     open_exported,
 )
-from backbones.engines.runners import OnnxRuntimeRunner, Runner
+from backbones.engines.onnx_format import OnnxConfig, OnnxRuntimeRunner
+from backbones.engines.openvino_format import OpenVinoConfig
+from backbones.engines.runners import Runner
+from backbones.engines.starting import available_engines
+from backbones.engines.torch_formats import AotiConfig, Pt2Config
 
 __all__ = [
     "Agreement",
+    "AotiConfig",
+    "Candidate",
+    "DeployReport",
+    "ExecuTorchConfig",
     "ExportReport",
     "FormatConfig",
     "OnnxConfig",
     "OnnxRuntimeRunner",
+    "OpenVinoConfig",
+    "Pt2Config",
     "Runner",
+    "available_engines",
     "available_formats",
     "compare",
+    "deploy",
     "export",
     "file_suffixes",
     "open_exported",

@@ -4,42 +4,57 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-# The import registers the format.
-import backbones.engines.onnx_format  # noqa: F401
-from backbones.engines.agreement import Agreement, compare
-from backbones.engines.formats import FormatConfig, find_format
+# The imports register the formats.
+import backbones.engines.executorch_format
+import backbones.engines.onnx_format
+import backbones.engines.openvino_format
+import backbones.engines.torch_formats  # noqa: F401
+from backbones.engines.agreement import Agreement, compare, outputs_of
+from backbones.engines.formats import Conversion, Format, FormatConfig, find_format
+from backbones.engines.images import Images, load_images
 from backbones.engines.metadata import describe, input_size_of
+from backbones.engines.placement import put_in_place
+from backbones.engines.prepare import DTYPES, merged, prepared, unmerged
 from backbones.errors import ConfigError, ExportError, UnsupportedError
 
 __all__ = ["ExportReport", "export"]
 
 DYNAMIC = ("batch", "height", "width")
-TOLERANCE = {"fp32": 1e-4}  # largest difference over the output's largest magnitude
+# Largest difference over the output's largest magnitude. Half precision keeps three digits
+# (fp16) or two (bf16) of every step. What 256 levels cost depends on the weights, and they hold for
+# images like those of calibration only: int8 is compared on these, and its report tells how far it
+# is; only what has lost the model altogether is refused.
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1, "int8": 1.0}
+PART = 32  # images that are compared at a time
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of the exported file with the model, on an input (B, C, H, W)."""
+    """One comparison of the exported file with the model.
+
+    `shape` is the input's; `real` tells whether it held the user's images instead of random ones.
+    """
 
     shape: tuple[int, ...]
     agreement: Agreement
+    real: bool = False
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how well it agrees with the model."""
+    """What was written, and how well it agrees with the model in float32."""
 
     path: Path
     format: str
@@ -50,6 +65,8 @@ class ExportReport:
     seconds: float
     engine: str | None
     checks: tuple[Check, ...]
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the format tells besides, such as ExecuTorch's share of delegated operations."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -65,59 +82,104 @@ def export(
     dynamic: Sequence[str] = ("batch",),
     precision: str = "fp32",
     verify: bool = True,
+    merge: bool = True,
+    preprocess: bool = False,
+    features: bool = False,
+    calibration: Images | None = None,
     classes: Sequence[str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write `model` in a deployment format, proved equal to the model.
 
-    The file is run in its engine and compared with the model on random images, for two batch sizes
-    and, where height and width are dynamic, two sizes. It appears at `path` only if it agrees. The
-    model itself stays as it is; what leaves is a copy in eval mode on the CPU.
+    What leaves is a copy in eval mode on the CPU, re-parameterized. The file is run in its engine
+    and compared with the model on random images, for two batch sizes and, where height and width
+    are free, two sizes; and on `calibration`, if given. It appears at `path` only if it agrees.
+    The model itself stays as it is.
 
     Args:
-        model: a classifier, images (B, C, H, W) to logits (B, classes).
-        path: where the file goes; its folder must exist, an old file is replaced.
+        model: images (B, C, H, W) to logits (B, classes) or to a list of maps.
+        path: where the file goes; its folder must exist, an old file is replaced. OpenVINO's
+            weights, and ONNX weights beyond 2 GB, go to a second file beside it.
         format: a format's name or config; None for that of the path's suffix.
         input_size: (channels, height, width); None for the model's own.
         dynamic: which dimensions stay free: of ``batch``, ``height`` and ``width``.
-        precision: ``fp32``.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, as far as the format has it.
         verify: False leaves the comparison out.
+        merge: False leaves the model as it is, un-merged.
+        preprocess: the file takes decoded images, uint8 (B, H, W, C) of any size, and resizes,
+            crops and normalizes them itself; with ``height`` and ``width`` in `dynamic` (always
+            added, where the format has it) images of all sizes, else those of `input_size`.
+        features: the file gives the maps of all stages instead of logits.
+        calibration: for int8, and for agreement figures on real images: a folder of images, or a
+            batch (N, C, H, W) that is normalized.
         classes: names of the classes, written into the file.
+        provenance: where the weights come from, written into the file.
 
     Raises:
         UnsupportedError: a format, precision or kind of model that cannot be exported.
-        ConfigError: an unknown dynamic dimension, or the path's folder does not exist.
+        ConfigError: an unknown dynamic dimension, the path's folder does not exist, or int8
+            without images.
         MissingDependencyError: an optional package is needed.
+        EquivalenceError: the model cannot be merged exactly.
         ExportError: the conversion failed, or the file does not compute what the model computes;
             no file is left, and one that was there before is untouched.
     """
     start, path = time.perf_counter(), Path(path)
     target, config = find_format(format, path)
-    if precision not in TOLERANCE:
-        raise UnsupportedError(
-            f"precision {precision!r} cannot be exported; available: {', '.join(TOLERANCE)}"
+    if preprocess:
+        dynamic = [name for name in DYNAMIC if name in dynamic or name in DYNAMIC[1:]]
+        dynamic = [name for name in dynamic if name in target.dynamic]
+    check_request(target, dynamic, precision, path)
+    if precision == "int8" and calibration is None:
+        raise ConfigError(
+            f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
         )
-    unknown = [name for name in dynamic if name not in DYNAMIC]
-    if unknown:
-        raise ConfigError(f"no dynamic dimension {unknown[0]!r}; there are {', '.join(DYNAMIC)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"{path}: give a file in a folder that exists")
     size = input_size_of(model) if input_size is None else tuple(input_size)
-    clone = copy.deepcopy(model).cpu().float().eval()
-    example = random_images((2 if "batch" in dynamic else 1, *size))
-    if not isinstance(run(clone, example), Tensor):
-        raise UnsupportedError("only models that return one tensor can be exported")
+    data_config = {**resolve_model_data_config(model), "input_size": size}
+    real = None if calibration is None else load_images(calibration, data_config)
+    if preprocess and real is not None:
+        raise UnsupportedError("calibration images are normalized; leave preprocess out")
+    wrap = {"preprocess": preprocess, "features": features}
+    clone = merged(model) if merge else unmerged(model)
+    half = precision in DTYPES  # which changes the very model
+    original = copy.deepcopy(clone) if half else clone
+    reference = prepared(original, data_config, precision="fp32", **wrap)
+    count = 2 if "batch" in dynamic else 1
+    example = random_input((count, *size), raw=preprocess)
+    outputs = names_of(run(reference, example))
+    conversion = Conversion(
+        model=prepared(clone, data_config, precision=precision, **wrap) if half else reference,
+        example=example,
+        dynamic=tuple(dynamic),
+        raw=preprocess,
+        outputs=outputs,
+        precision=precision,
+        calibration=real,
+        metadata={
+            **describe(model, size, classes, provenance),
+            "precision": precision,
+            "preprocess": preprocess,
+            "outputs": outputs,
+            "dynamic": list(dynamic),
+        },
+    )
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         file = Path(folder) / path.name
-        target.convert(clone, example, dynamic, config, describe(model, size, classes), file)
+        notes = target.convert(conversion, config, file)
         engine, checks = None, []
         if verify:
             runner = target.open(file)
             engine = runner.engine
-            for shape in shapes_to_check(size, dynamic):
-                checks.append(check(clone, runner, shape, TOLERANCE[precision], path))
+            inputs = []
+            if precision != "int8":
+                inputs += [(random_input(s, raw=preprocess), False) for s in shapes(conversion)]
+            if real is not None:
+                inputs += [(real, True)] if "batch" in dynamic else [(real[:1], True)]
+            for x, is_real in inputs:
+                agreement = check(reference, runner, x, TOLERANCE[precision], path)
+                checks.append(Check(tuple(x.shape), agreement, is_real))
             del runner  # some systems do not move a file that is open
-        written = file.stat().st_size
-        os.replace(file, path)
+        written = put_in_place(file, path)
     return ExportReport(
         path=path,
         format=target.name,
@@ -128,57 +190,111 @@ def export(
         seconds=time.perf_counter() - start,
         engine=engine,
         checks=tuple(checks),
+        notes=notes or {},
     )
 
 
-def shapes_to_check(size: Sequence[int], dynamic: Sequence[str]) -> list[tuple[int, ...]]:
-    """Return input shapes that differ from the example's in every dynamic dimension."""
-    channels, height, width = size
-    other_height = height + 32 if "height" in dynamic else height
-    other_width = width + 64 if "width" in dynamic else width
-    shapes: list[tuple[int, ...]] = [(1, channels, height, width)]
-    if "batch" in dynamic:
-        shapes.append((5, channels, height, width))
+def check_request(target: Format, dynamic: Sequence[str], precision: str, path: Path) -> None:
+    """Refuse what the format cannot do before anything is computed.
+
+    Raises:
+        UnsupportedError: a precision or free dimension that the format does not have.
+        ConfigError: no such precision or dimension, or no folder to write to.
+    """
+    if precision not in TOLERANCE:
+        raise ConfigError(f"no precision {precision!r}; there are {', '.join(TOLERANCE)}")
+    if precision not in target.precisions:
+        raise UnsupportedError(
+            f"format {target.name!r} has no precision {precision!r}; it has"
+            f" {', '.join(target.precisions)}"
+        )
+    for name in dynamic:
+        if name not in DYNAMIC:
+            raise ConfigError(f"no dynamic dimension {name!r}; there are {', '.join(DYNAMIC)}")
+        if name not in target.dynamic:
+            raise UnsupportedError(
+                f"format {target.name!r} plans memory for one image size: {name!r} cannot stay"
+                f" free; give input_size, one file a size"
+            )
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{path}: give a file in a folder that exists")
+
+
+def names_of(result: Any) -> tuple[str, ...]:
+    """Return names for a model's outputs.
+
+    Raises:
+        UnsupportedError: it gives neither a tensor nor a list of them.
+    """
+    if isinstance(result, Tensor):
+        return ("logits",)
+    if not isinstance(result, list | tuple) or not all(isinstance(x, Tensor) for x in result):
+        raise UnsupportedError("only models that return a tensor or a list of them can be exported")
+    return tuple(f"features_{i}" for i in range(len(result)))
+
+
+def shapes(conversion: Conversion) -> list[tuple[int, ...]]:
+    """Return input shapes (B, C, H, W) that differ from the example's in every free dimension."""
+    channels, height, width = conversion.metadata["input"]["input_size"]
+    free = conversion.dynamic
+    other_height = height + 32 if "height" in free else height
+    other_width = width + 64 if "width" in free else width
+    found: list[tuple[int, ...]] = [(1, channels, height, width)]
+    if "batch" in free:
+        found.append((5, channels, height, width))
     if (other_height, other_width) != (height, width):
-        shapes.append((1, channels, other_height, other_width))
-    return shapes
+        found.append((1, channels, other_height, other_width))
+    return found
 
 
 def check(
     model: nn.Module,
-    runner: Callable[[Tensor], Tensor],
-    shape: tuple[int, ...],
+    runner: Callable[[Tensor], Any],
+    x: Tensor,
     tolerance: float,
     path: Path,
-) -> Check:
-    """Compare runner and model on random images of a shape.
+) -> Agreement:
+    """Compare runner and model on an input.
 
     Raises:
         ExportError: they differ by more than `tolerance`, relative to the output's magnitude.
     """
-    images = random_images(shape)
-    expected, output = run(model, images), runner(images)
+    expected, shape = run(model, x), tuple(x.shape)
+    found = runner(x)
     try:
-        agreement = compare(expected, output)
+        agreement = compare(expected, found)
     except ExportError as error:
         raise ExportError(f"{path}: input {shape}: {error}; no file was written") from None
     if agreement.relative_error > tolerance:
-        at = agreement.worst
+        at, number = agreement.worst, agreement.output
+        is_, should = outputs_of(found)[number][at], outputs_of(expected)[number][at]
         raise ExportError(
             f"{path}: the exported file does not compute what the model computes: input {shape},"
-            f" output {at} is {float(output[at]):.6g} instead of {float(expected[at]):.6g}"
+            f" output {at} is {float(is_):.6g} instead of {float(should):.6g}"
             f" (relative error {agreement.relative_error:.1e}, allowed {tolerance:.0e};"
             f" same top-1 for {agreement.top1_agreement:.0%}); no file was written"
         )
-    return Check(shape, agreement)
+    return agreement
 
 
-def run(model: nn.Module, images: Tensor) -> Any:
-    """Run the model without gradients."""
+def run(model: nn.Module, x: Tensor) -> Any:
+    """Run the model without gradients, a few images at a time."""
     with torch.no_grad():
-        return model(images)
+        parts = [model(part) for part in x.split(PART)]
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return [torch.cat(outputs) for outputs in zip(*parts)]
 
 
-def random_images(shape: Sequence[int]) -> Tensor:
-    """Return normalized-image-like values, the same in every call."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def random_input(shape: Sequence[int], *, raw: bool = False) -> Tensor:
+    """Return an input for images (B, C, H, W), the same in every call: values like those of
+    normalized images, or uint8 (B, H, W, C) if `raw`."""
+    generator = torch.Generator().manual_seed(0)
+    if not raw:
+        return torch.randn(*shape, generator=generator)
+    batch, channels, height, width = shape
+    return torch.randint(
+        0, 256, (batch, height, width, channels), generator=generator, dtype=torch.uint8
+    )

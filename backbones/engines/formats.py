@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from backbones.engines.runners import Runner
-from backbones.errors import UnsupportedError, nearest
+from backbones.errors import ExportError, UnsupportedError, nearest
 
 __all__ = [
+    "Conversion",
     "Format",
     "FormatConfig",
-    "OnnxConfig",
+    "Notes",
     "available_formats",
     "file_suffixes",
     "find_format",
     "open_exported",
     "register",
+    "summary",
+    "traced",
 ]
-
-# Every format the package is planned for, with its file's suffix; `register` makes one available.
-SUFFIXES = {
-    "onnx": ".onnx",
-    "openvino": ".xml",
-    "pt2": ".pt2",
-    "aoti": ".aoti",
-    "executorch": ".pte",
-}
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,32 @@ class FormatConfig:
 
 
 @dataclass(frozen=True)
-class OnnxConfig(FormatConfig):
-    """ONNX by PyTorch's exporter over `torch.export`; `opset` None is the exporter's own choice."""
+class Conversion:
+    """What is converted: a merged model in eval mode on the CPU, and all that the file must know.
 
-    opset: int | None = None
+    `example` is an input; `dynamic` names the dimensions that stay free; `raw` means uint8 images
+    (B, H, W, C); `outputs` names the outputs; `calibration` are images for int8, as the model
+    takes them.
+    """
+
+    model: nn.Module
+    example: Tensor
+    dynamic: tuple[str, ...] = ("batch",)
+    raw: bool = False
+    outputs: tuple[str, ...] = ("logits",)
+    precision: str = "fp32"
+    calibration: Tensor | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> dict[int, str]:
+        """The free dimensions of the input: their position and name."""
+        positions = {"batch": 0, "height": 1, "width": 2} if self.raw else AXES
+        return {positions[name]: name for name in self.dynamic}
 
 
-# (model, example input, names of dynamic dimensions, config, metadata, path) -> writes the file.
-Convert = Callable[[nn.Module, Tensor, Sequence[str], Any, Mapping[str, Any], Path], None]
+Notes = Mapping[str, Any]
+AXES = {"batch": 0, "height": 2, "width": 3}
 
 
 @dataclass(frozen=True)
@@ -55,10 +68,15 @@ class Format:
     """A registered format."""
 
     name: str
+    suffix: str
     config_class: type[FormatConfig]
-    convert: Convert
+    convert: Callable[[Conversion, Any, Path], Notes | None]
+    """(conversion, config, path) -> writes the file, and others beside it where it needs them;
+    notes are what the report should tell besides."""
     open: Callable[..., Runner]
     """(path, threads=None) -> the file, ready to run."""
+    precisions: tuple[str, ...] = ("fp32",)
+    dynamic: tuple[str, ...] = ("batch", "height", "width")
 
 
 _formats: dict[str, Format] = {}
@@ -76,7 +94,7 @@ def available_formats() -> list[str]:
 
 def file_suffixes() -> list[str]:
     """Return the suffixes of the files that can be opened."""
-    return [SUFFIXES[name] for name in available_formats()]
+    return [_formats[name].suffix for name in available_formats()]
 
 
 def open_exported(path: str | PathLike[str], *, threads: int | None = None) -> Runner:
@@ -98,7 +116,7 @@ def find_format(wanted: str | FormatConfig | None, path: Path) -> tuple[Format, 
     """Return the format asked for by name or config, or else by the path's suffix.
 
     Raises:
-        UnsupportedError: no such format, or none that this version can write.
+        UnsupportedError: no such format.
     """
     available = ", ".join(available_formats())
     if isinstance(wanted, FormatConfig):
@@ -107,19 +125,48 @@ def find_format(wanted: str | FormatConfig | None, path: Path) -> tuple[Format, 
                 return format, wanted
         raise UnsupportedError(f"no format takes {type(wanted).__name__}; available: {available}")
     if wanted is None:
-        by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
+        by_suffix = {format.suffix: format.name for format in _formats.values()}
         if path.suffix not in by_suffix:
-            known = ", ".join(SUFFIXES[name] for name in available_formats())
             raise UnsupportedError(
-                f"{path}: the suffix names no format; use {known}, or pass format=..."
-                f" (available: {available})"
+                f"{path}: the suffix names no format; use {', '.join(file_suffixes())}, or pass"
+                f" format=... (available: {available})"
             )
         wanted = by_suffix[path.suffix]
     if wanted not in _formats:
-        reason = (
-            f"format {wanted!r} cannot be written yet"
-            if wanted in SUFFIXES
-            else f"no format {wanted!r}{nearest(wanted, SUFFIXES)}"
+        raise UnsupportedError(
+            f"no format {wanted!r}{nearest(wanted, _formats)}; available: {available}"
         )
-        raise UnsupportedError(f"{reason}; available: {available}")
     return _formats[wanted], _formats[wanted].config_class()
+
+
+def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:
+    """Return the model as ``torch.export`` records it, free dimensions as asked for.
+
+    Args:
+        conversion: what is converted.
+        limits: largest value of a free dimension, by name, for formats that need one.
+
+    Raises:
+        ExportError: the model cannot be recorded.
+    """
+    bounds = limits or {}
+    # DYNAMIC leaves the smallest size, the model's total stride, to the model's own checks.
+    shapes: dict[int, Any] = {
+        axis: torch.export.Dim(name, max=bounds[name])
+        if name in bounds
+        else torch.export.Dim.DYNAMIC
+        for axis, name in conversion.axes.items()
+    }
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                conversion.model, (conversion.example,), dynamic_shapes=(shapes or None,)
+            )
+    except Exception as error:  # whatever a model's code raises while it is recorded
+        raise ExportError(f"torch.export cannot record the model: {summary(error)}") from error
+
+
+def summary(error: BaseException) -> str:
+    """Return the first line of an exporter's message, which may be pages long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -3,64 +3,127 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from backbones.engines.formats import Format, OnnxConfig, register
+from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
 from backbones.engines.optional import optional_import
-from backbones.engines.runners import OnnxRuntimeRunner
-from backbones.errors import ExportError, UnsupportedError
+from backbones.engines.runners import Runner, existing
+from backbones.errors import ExportError
 
-__all__ = ["to_onnx"]
+__all__ = ["OnnxConfig", "OnnxRuntimeRunner", "to_onnx", "write_onnx"]
 
-AXES = {"batch": 0, "height": 2, "width": 3}
 LARGEST = 2**31 - 2**20  # protobuf's limit for one file, with room for the graph itself
 
 
-def to_onnx(
-    model: nn.Module,
-    example: Tensor,
-    dynamic: Sequence[str],
-    config: OnnxConfig,
-    metadata: Mapping[str, Any],
-    path: Path,
-) -> None:
-    """Write `model`, in eval mode on the CPU, as one ONNX file with input ``input``, output
-    ``logits`` and the metadata property ``backbones`` (JSON).
+@dataclass(frozen=True)
+class OnnxConfig(FormatConfig):
+    """ONNX by PyTorch's exporter over `torch.export`; `opset` None is the exporter's own choice."""
+
+    opset: int | None = None
+
+
+def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
+    """Write an ONNX file with input ``input`` and the metadata property ``backbones`` (JSON).
+
+    Weights beyond the 2 GB that one file holds go to ``<path>.data`` beside it. In int8 the
+    weights and activations of convolutions and products are quantized, with QuantizeLinear and
+    DequantizeLinear around them.
 
     Raises:
-        MissingDependencyError: onnx or onnxscript is not installed.
-        UnsupportedError: the model exceeds the 2 GB of one file.
+        MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
         ExportError: the exporter failed.
     """
+    if conversion.precision != "int8":
+        write_onnx(conversion, config, path)
+        return
+    from backbones.engines.quantization import quantize_onnx
+
+    plain = path.with_name(f"fp32-{path.name}")
+    write_onnx(conversion, config, plain)
+    quantize_onnx(plain, path, conversion)
+    for file in path.parent.glob(f"{plain.name}*"):
+        file.unlink()
+
+
+def write_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
+    """Write the ONNX file of a model in the precision that it has."""
     optional_import("onnx", "onnx")
     optional_import("onnxscript", "onnx")
+    model = conversion.model
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if size > LARGEST:
-        raise UnsupportedError(f"{path}: {size} bytes of weights exceed the 2 GB of an ONNX file")
-    shapes = {AXES[name]: torch.export.Dim(name) for name in dynamic}
+    shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
     try:
         program = torch.onnx.export(
             model,
-            (example,),
+            (conversion.example,),
             dynamo=True,
             dynamic_shapes=(shapes,) if shapes else None,
             input_names=["input"],
-            output_names=["logits"],
+            output_names=list(conversion.outputs),
             opset_version=config.opset,
             verbose=False,
         )
         assert program is not None  # it is None with the exporter of old only
-        program.model.metadata_props["backbones"] = json.dumps(metadata, allow_nan=False)
-        program.save(path, external_data=False)
+        facts = json.dumps(conversion.metadata, allow_nan=False)
+        program.model.metadata_props["backbones"] = facts
+        program.save(path, external_data=size > LARGEST)
     except Exception as error:  # whatever torch.export, the translation and protobuf raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise ExportError(f"{path.name}: PyTorch's ONNX exporter failed: {reason}") from error
+        raise ExportError(
+            f"{path.name}: PyTorch's ONNX exporter failed: {summary(error)}"
+        ) from error
 
 
-register(Format("onnx", OnnxConfig, to_onnx, OnnxRuntimeRunner))
+class OnnxRuntimeRunner(Runner):
+    """An ONNX file in ONNX Runtime's CPU engine.
+
+    Args:
+        path: the file.
+        threads: threads of one call; None for PyTorch's number.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
+        ExportError: ONNX Runtime cannot load the file.
+    """
+
+    engine = "onnxruntime"
+
+    def __init__(self, path: str | PathLike[str], *, threads: int | None = None) -> None:
+        ort = optional_import("onnxruntime", "onnx")
+        self.path = existing(path)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Idle threads that spin would take the cores from whatever runs between two calls.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self._session = ort.InferenceSession(
+                str(self.path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's errors have no common public class
+            raise ExportError(f"{self.path}: ONNX Runtime cannot load it: {error}") from error
+        taken = self._session.get_inputs()[0]
+        super().__init__(self.path, taken.shape, threads=threads, raw=taken.type == "tensor(uint8)")
+        self._name = taken.name
+        self.precision = self.metadata.get("precision", "fp32")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
+        found = self._session.get_modelmeta().custom_metadata_map.get("backbones")
+        return json.loads(found) if found else {}
+
+    def infer(self, x: Tensor) -> Sequence[Tensor]:
+        """Run the session."""
+        return [torch.from_numpy(one) for one in self._session.run(None, {self._name: x.numpy()})]
+
+
+register(Format("onnx", ".onnx", OnnxConfig, to_onnx, OnnxRuntimeRunner, ("fp32", "fp16", "int8")))

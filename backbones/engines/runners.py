@@ -1,93 +1,103 @@
-"""Runners: an exported file as a callable, images in, logits out."""
+"""What every engine offers: a model or file as a callable, images in, outputs out."""
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, Union
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.optional import optional_import
-from backbones.errors import ExportError, InputSizeError, WeightsUnavailableError
+from backbones.engines.agreement import outputs_of
+from backbones.errors import ConfigError, InputSizeError, WeightsUnavailableError
 
-__all__ = ["OnnxRuntimeRunner", "Runner"]
+__all__ = ["Runner", "existing"]
 
-
-class Runner(Protocol):
-    """What every engine offers."""
-
-    engine: str
-    threads: int
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
-        ...
-
-    def __call__(self, x: Union[Tensor, np.ndarray]) -> Tensor:
-        """Map images (B, C, H, W) to logits (B, classes) on the CPU."""
-        ...
+Shape = Sequence[int | str | None]  # a number is fixed, anything else is free
 
 
-class OnnxRuntimeRunner:
-    """An ONNX file in ONNX Runtime's CPU engine; may be called from several threads.
+class Runner(ABC):
+    """A model in an engine; may be called from several threads.
 
-    Args:
-        path: the file.
-        threads: threads of one call; None for PyTorch's number.
-
-    Raises:
-        MissingDependencyError: ONNX Runtime is not installed.
-        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
-        ExportError: ONNX Runtime cannot load the file.
+    Attributes:
+        engine: the engine's name.
+        precision: what it computes in: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        layout: memory layout of its convolutions; ``engine`` where the engine chooses.
+        threads: threads of one call.
+        shape: sizes of the input's dimensions; those that are no numbers are free.
+        report: what `deploy` tried and chose, where the runner comes from it.
+        raw: True where the input is uint8 images (B, H, W, C) as decoded, which the file itself
+            resizes and normalizes; False for normalized images (B, C, H, W).
     """
 
-    engine = "onnxruntime"
+    engine = ""
+    layout = "engine"
 
-    def __init__(self, path: str | PathLike[str], *, threads: int | None = None) -> None:
-        ort = optional_import("onnxruntime", "onnx")
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise WeightsUnavailableError(f"{self.path}: no such file; export the model first")
+    def __init__(
+        self, what: object, shape: Shape, *, threads: int | None = None, raw: bool = False
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {threads}")
+        self.what = what
+        self.shape = tuple(shape)
         self.threads = threads or torch.get_num_threads()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Idle threads that spin would take the cores from whatever runs between two calls.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            self._session = ort.InferenceSession(
-                str(self.path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's errors have no common public class
-            raise ExportError(f"{self.path}: ONNX Runtime cannot load it: {error}") from error
-        self._input = self._session.get_inputs()[0]
+        self.raw = raw
+        self.precision = "fp32"
+        self.report: Any = None
 
     @property
+    @abstractmethod
     def metadata(self) -> dict[str, Any]:
         """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
-        found = self._session.get_modelmeta().custom_metadata_map.get("backbones")
-        return json.loads(found) if found else {}
 
-    def __call__(self, x: Tensor | np.ndarray) -> Tensor:
-        """Map images (B, C, H, W) to logits (B, classes).
+    @abstractmethod
+    def infer(self, x: Tensor) -> Tensor | Sequence[Tensor]:
+        """Compute the outputs for an input that was checked: contiguous, on the CPU."""
+
+    def __call__(self, x: Tensor | np.ndarray) -> Any:
+        """Map a batch of images to the model's outputs.
+
+        Args:
+            x: tensor or array; floating images (B, C, H, W), or uint8 (B, H, W, C) if `raw`.
+
+        Returns:
+            A tensor for a tensor and an array for an array; a list of them where the model has
+            several outputs.
 
         Raises:
             InputSizeError: a shape that the file does not take.
+            ConfigError: values of another type than the file takes.
         """
-        array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
-        expected = self._input.shape
-        if len(array.shape) != len(expected) or any(
-            isinstance(size, int) and size != given for size, given in zip(expected, array.shape)
+        given = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+        if len(given.shape) != len(self.shape) or any(
+            isinstance(size, int) and size != is_ for size, is_ in zip(self.shape, given.shape)
         ):
+            wanted = ", ".join(str(size) for size in self.shape)
             raise InputSizeError(
-                f"{self.path} takes inputs of shape {tuple(expected)}, got {tuple(array.shape)}"
+                f"{self.what} takes inputs of shape ({wanted}), got {tuple(given.shape)}"
             )
-        array = np.ascontiguousarray(array, dtype=np.float32)
-        (output,) = self._session.run(None, {self._input.name: array})
-        return torch.from_numpy(output)
+        if self.raw != (given.dtype == torch.uint8):
+            wanted = "uint8 images" if self.raw else "normalized floating-point images"
+            raise ConfigError(f"{self.what} takes {wanted}, got {given.dtype}")
+        with torch.inference_mode():
+            given = given.detach().cpu()
+            result = self.infer((given if self.raw else given.float()).contiguous())
+        outputs = list(outputs_of(result))
+        converted = outputs if isinstance(x, Tensor) else [output.numpy() for output in outputs]
+        return converted[0] if isinstance(result, Tensor) or len(outputs) == 1 else converted
+
+
+def existing(path: str | PathLike[str]) -> Path:
+    """Return the path of an exported file.
+
+    Raises:
+        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsUnavailableError(f"{path}: no such file; export the model first")
+    return path

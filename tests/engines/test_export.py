@@ -46,6 +46,13 @@ class Restless(Constant):
         return super().forward(x) + torch.rand_like(x[:, 0, 0, :3])
 
 
+class Nested(Constant):
+    """Returns what no file can."""
+
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
 class Branching(Constant):
     """Decides by the values of its input, which no graph can."""
 
@@ -107,7 +114,9 @@ def test_a_runner_takes_tensors_and_arrays(exported):
     images = torch.randn(2, 64, 64, 3).permute(0, 3, 1, 2)  # not contiguous
     by_tensor = runner(images)
     assert isinstance(by_tensor, torch.Tensor)
-    assert torch.equal(by_tensor, runner(images.numpy()))
+    by_array = runner(images.numpy())
+    assert isinstance(by_array, np.ndarray)
+    assert torch.equal(by_tensor, torch.from_numpy(by_array))
     with pytest.raises(InputSizeError, match=r"\(2, 3, 32, 64\)"):
         runner(images[:, :, :32])
     with pytest.raises(InputSizeError):
@@ -162,22 +171,28 @@ def test_a_model_that_cannot_be_exported_says_why(tmp_path):
 
 def test_what_is_not_supported_is_named(tmp_path):
     model = Constant()
-    with pytest.raises(UnsupportedError, match="'openvino' cannot be written yet; available: onnx"):
-        export(model, tmp_path / "m.xml")
     with pytest.raises(UnsupportedError, match="did you mean 'onnx'"):
         export(model, tmp_path / "m", format="onx")
     with pytest.raises(UnsupportedError, match="names no format"):
         export(model, tmp_path / "m.txt")
     with pytest.raises(UnsupportedError, match="no format takes FormatConfig"):
         export(model, tmp_path / "m", format=FormatConfig())
-    with pytest.raises(UnsupportedError, match="'int8' cannot be exported; available: fp32"):
+    with pytest.raises(UnsupportedError, match="'executorch' has no precision 'int8'; it has fp32"):
+        export(model, tmp_path / "m.pte", precision="int8")
+    with pytest.raises(ConfigError, match="no precision 'int4'"):
+        export(model, tmp_path / "m.onnx", precision="int4")
+    with pytest.raises(ConfigError, match="int8 needs images to calibrate on"):
         export(model, tmp_path / "m.onnx", precision="int8")
+    with pytest.raises(UnsupportedError, match="'height' cannot stay free; give input_size"):
+        export(model, tmp_path / "m.pte", dynamic=("height",))
     with pytest.raises(ConfigError, match="no dynamic dimension 'heigth'"):
         export(model, tmp_path / "m.onnx", dynamic=("heigth",))
     with pytest.raises(ConfigError, match="folder that exists"):
         export(model, tmp_path / "nowhere" / "m.onnx")
-    with pytest.raises(UnsupportedError, match="one tensor"):
-        export(small(features_only=True), tmp_path / "m.onnx", input_size=(3, 64, 64))
+    with pytest.raises(UnsupportedError, match="a tensor or a list of them"):
+        export(Nested(), tmp_path / "m.onnx", input_size=(3, 8, 8))
+    with pytest.raises(UnsupportedError, match="Constant has no stages"):
+        export(model, tmp_path / "m.onnx", input_size=(3, 8, 8), features=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,103 @@
+"""Where engine files are kept between processes: one folder for each model, by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["content_key", "default_folder", "read_choice", "write_choice"]
+
+VERSIONS = "torch timm onnx onnxscript onnxruntime openvino nncf executorch torchao numpy".split()
+
+
+def default_folder() -> Path:
+    """Return the folder ``backbones/engines`` in PyTorch's cache (`TORCH_HOME`)."""
+    return Path(torch.hub.get_dir()) / "backbones" / "engines"
+
+
+def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = None) -> str:
+    """Return a digest of all that a file depends on: weights, structure, code and versions."""
+    digest = hashlib.sha256()
+    facts = {
+        "structure": repr(model),
+        "config": repr(getattr(model, "config", None)),
+        "size": list(size),
+        "versions": versions(),
+        "machine": platform.machine(),
+        "code": code_digest(),
+    }
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(content_of(tensor))
+    if images is not None:
+        digest.update(content_of(images))
+    return digest.hexdigest()[:32]
+
+
+def content_of(tensor: Tensor) -> Any:
+    """Return a tensor's values as a buffer of bytes."""
+    values = tensor.detach().cpu().contiguous().flatten()
+    return values.view(torch.uint8).numpy() if len(values) else b""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that have a part in a file, as far as installed."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_digest() -> str:
+    """Return a digest of this package's own code, which changes between two versions of it."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def read_choice(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what was chosen before for the same question on this kind of processor."""
+    path = choice_path(folder, question)
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_choice(folder: Path, question: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
+    """Remember a choice."""
+    path = choice_path(folder, question)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary.write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def choice_path(folder: Path, question: Mapping[str, Any]) -> Path:
+    """Return the file of a question's answer."""
+    text = json.dumps({**question, "processor": processor()}, sort_keys=True)
+    return folder / f"choice-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"

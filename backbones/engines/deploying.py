@@ -1,0 +1,295 @@
+"""deploy(): the fastest form of a model on this machine, as one callable."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from backbones.engines.agreement import Agreement, compare, outputs_of
+from backbones.engines.cache import content_key, default_folder, read_choice, write_choice
+from backbones.engines.exporting import random_input, run
+from backbones.engines.images import Images, load_images
+from backbones.engines.metadata import input_size_of
+from backbones.engines.prepare import merged
+from backbones.engines.runners import Runner
+from backbones.engines.starting import ENGINES, Engine, Job, available_engines, find_engine, start
+from backbones.engines.timing import take_turns
+from backbones.errors import BackbonesError, ConfigError
+
+__all__ = ["Candidate", "DeployReport", "deploy"]
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+LEAST_AGREEMENT = 0.99  # of the top-1 classes, for a lower precision to be chosen by itself
+TIME_LIMIT = 180.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine and precision that was tried.
+
+    `median_ms` is None where it did not run, and `reason` then says why; a candidate with both ran
+    and is not to be chosen. `agreement` is with the model in float32.
+    """
+
+    engine: str
+    precision: str
+    layout: str = ""
+    median_ms: float | None = None
+    p90_ms: float | None = None
+    agreement: Agreement | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class DeployReport:
+    """What was tried, what was chosen, and where the files are.
+
+    `remembered` tells that the choice was made at an earlier time; `real_images` that agreement
+    was measured on the user's images.
+    """
+
+    engine: str
+    precision: str
+    candidates: tuple[Candidate, ...]
+    folder: Path
+    remembered: bool
+    real_images: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {**dataclasses.asdict(self), "folder": str(self.folder)}
+
+    def __str__(self) -> str:
+        lines = []
+        for one in sorted(self.candidates, key=lambda c: c.median_ms or float("inf")):
+            what = f"{one.engine} {one.precision}"
+            if one.median_ms is None:
+                lines.append(f"  {what}: {one.reason}")
+                continue
+            text = f"  {what}: {one.median_ms:.2f} ms (p90 {one.p90_ms:.2f} ms)"
+            if one.agreement is not None:
+                text += f", same top-1 for {one.agreement.top1_agreement:.1%}"
+            lines.append(text + (f"; {one.reason}" if one.reason else ""))
+        return "\n".join([f"chosen: {self.engine} {self.precision}", *lines])
+
+
+def deploy(
+    model: nn.Module,
+    *,
+    engine: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+    input_size: Sequence[int] | None = None,
+    batch_size: int = 1,
+    calibration: Images | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    time_limit: float = TIME_LIMIT,
+    progress: Callable[[str], None] | None = None,
+) -> Runner:
+    """Return a model as a callable that is fast here: merged, laid out, in the engine that wins.
+
+    ``auto`` starts every installed engine, lets them take turns, takes the one with the lowest
+    median and remembers it. fp32 is fp32: no engine may lower it. Files of engines are kept by the
+    content of the model, so that the next process starts at once.
+
+    Args:
+        model: images (B, C, H, W) to logits; stays as it is.
+        engine: ``auto``, ``onnxruntime``, ``openvino``, ``eager``, ``executorch`` or ``compile``.
+        precision: ``fp32``, ``bf16``, ``fp16``, ``int8``; or ``auto``: the fastest of those that
+            name the same class as fp32 for at least 99 % of `calibration`.
+        threads: threads of one call; None for PyTorch's number.
+        input_size: (channels, height, width) to measure and calibrate at; None for the model's.
+        batch_size: images of a call to measure at; other numbers work too.
+        calibration: real images: a folder, or a normalized batch (N, C, H, W). int8 and ``auto``
+            precision need them; others report agreement on them instead of on random images.
+        cache_dir: where files are kept; None for ``backbones/engines`` in PyTorch's cache.
+        time_limit: seconds after which ``auto`` starts no further engine; none is interrupted.
+        progress: takes a line before each engine.
+
+    Returns:
+        A runner, warm; ``runner.report`` is a :class:`DeployReport`. It may be called from several
+        threads, and takes tensors and arrays.
+
+    Raises:
+        UnsupportedError: no such engine, or it cannot do this precision.
+        MissingDependencyError: the engine's package is not installed.
+        ConfigError: no such precision, images are missing, or ``auto`` found no engine.
+        ExportError: the model cannot be converted, or does not compute the same there.
+    """
+    if precision not in (*PRECISIONS, "auto"):
+        raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}, auto")
+    if engine != "auto":
+        find_engine(engine)
+    if batch_size < 1 or (threads is not None and threads < 1):
+        raise ConfigError("threads and batch_size must be at least 1")
+    if calibration is None and precision in ("int8", "auto"):
+        raise ConfigError(
+            f"precision {precision!r} needs real images; pass calibration=FOLDER or a tensor"
+        )
+    size = input_size_of(model) if input_size is None else tuple(input_size)
+    data_config = {**resolve_model_data_config(model), "input_size": size}
+    images = None if calibration is None else load_images(calibration, data_config)
+    clone = merged(model)
+    folder = Path(cache_dir) if cache_dir is not None else default_folder()
+    job = Job(
+        model=clone,
+        size=size,
+        batch_size=batch_size,
+        precision=precision,
+        threads=threads or torch.get_num_threads(),
+        folder=folder / content_key(clone, size, images),
+        images=images,
+    )
+    job.folder.mkdir(parents=True, exist_ok=True)
+    say = progress or (lambda line: None)
+    question = {
+        "engine": engine,
+        "precision": precision,
+        "threads": job.threads,
+        "batch_size": batch_size,
+        "installed": available_engines(),
+    }
+    several = "auto" in (engine, precision)
+    answer = read_choice(job.folder, question) if several else None
+    if answer is not None:
+        chosen, report = resumed(job, answer)
+    else:
+        names = available_engines() if engine == "auto" else [engine]
+        precisions = PRECISIONS if precision == "auto" else (precision,)
+        tried = {
+            (name, p): dataclasses.replace(job, precision=p) for p in precisions for name in names
+        }
+        chosen, report = choose(tried, several, say, time_limit)
+        if several:
+            write_choice(job.folder, question, report.as_dict())
+    chosen.report = report
+    for _ in range(3):
+        chosen(example_of(job))
+    return chosen
+
+
+def choose(
+    jobs: dict[tuple[str, str], Job],
+    several: bool,
+    say: Callable[[str], None],
+    time_limit: float,
+) -> tuple[Runner, DeployReport]:
+    """Start candidates and take the fastest that computes what the model computes.
+
+    Raises:
+        BackbonesError: the only candidate does not start.
+        ConfigError: none of several does.
+    """
+    began = time.perf_counter()
+    job = next(iter(jobs.values()))
+    out: list[Candidate] = []
+    runners: dict[tuple[str, str], Runner] = {}
+    for (name, precision), one in jobs.items():
+        found = ENGINES[name]
+        if several and precision not in found.precisions:
+            continue
+        spent = time.perf_counter() - began
+        if several and runners and spent > share_of(found, time_limit):
+            reason = f"not tried, the time limit of {time_limit:.0f} s was near"
+            out.append(Candidate(name, precision, reason=reason))
+            continue
+        say(f"starting {name} in {precision}")
+        try:
+            runners[name, precision] = start(found, one)
+        except BackbonesError as error:
+            if not several:
+                raise
+            out.append(Candidate(name, precision, reason=str(error)))
+    if not runners:
+        reasons = "; ".join(f"{one.engine}: {one.reason}" for one in out)
+        raise ConfigError(f"no engine can run this model in the precision asked for: {reasons}")
+    say(f"measuring {len(runners)} candidates")
+    example = example_of(job)
+    names = {" ".join(key): runner for key, runner in runners.items()}
+    times = take_turns(names, example, warmup_s=0.2, seconds=1.0)
+    images = job.images if job.images is not None else random_input((8, *job.size))
+    expected = run(job.model, images)
+    measured = []
+    for key, runner in runners.items():
+        values = times[" ".join(key)]
+        agreement, problem = agreement_of(runner, images, expected)
+        if agreement is not None and agreement.top1_agreement < LEAST_AGREEMENT and several:
+            # On random images classes lie close together, and only fp32 is compared on them.
+            problem = f"names the class of fp32 for less than {LEAST_AGREEMENT:.0%} of images"
+        measured.append(
+            Candidate(
+                *key,
+                layout=runner.layout,
+                median_ms=float(np.median(values)),
+                p90_ms=float(np.percentile(values, 90)),
+                agreement=agreement,
+                reason=problem,
+            )
+        )
+    fit = [one for one in measured if one.reason is None or not several]
+    if not fit:
+        raise ConfigError(f"no candidate agrees with the model: {measured}")
+    best = min(fit, key=lambda one: one.median_ms or 0.0)
+    report = DeployReport(
+        engine=best.engine,
+        precision=best.precision,
+        candidates=(*measured, *out),
+        folder=job.folder,
+        remembered=False,
+        real_images=job.images is not None,
+    )
+    return runners[best.engine, best.precision], report
+
+
+def resumed(job: Job, answer: dict[str, Any]) -> tuple[Runner, DeployReport]:
+    """Start what was chosen at an earlier time."""
+    job = dataclasses.replace(job, precision=answer["precision"])
+    candidates = []
+    for one in answer["candidates"]:
+        agreement = one["agreement"]
+        if agreement is not None:
+            agreement = Agreement(**{**agreement, "worst": tuple(agreement["worst"])})
+        candidates.append(Candidate(**{**one, "agreement": agreement}))
+    report = DeployReport(
+        engine=answer["engine"],
+        precision=answer["precision"],
+        candidates=tuple(candidates),
+        folder=job.folder,
+        remembered=True,
+        real_images=answer["real_images"],
+    )
+    return start(ENGINES[answer["engine"]], job), report
+
+
+def agreement_of(
+    runner: Runner, images: Tensor, expected: Any
+) -> tuple[Agreement | None, str | None]:
+    """Return how well a runner agrees with the model, or why it cannot be told."""
+    parts = [outputs_of(runner(part)) for part in images.split(8)]
+    try:
+        return compare(expected, [torch.cat(outputs) for outputs in zip(*parts)]), None
+    except BackbonesError as error:
+        return None, str(error)
+
+
+def example_of(job: Job) -> Tensor:
+    """Return an input of the size that is measured."""
+    return random_input((job.batch_size, *job.size))
+
+
+def share_of(engine: Engine, time_limit: float) -> float:
+    """Return the seconds after which an engine is not started any more.
+
+    Compiling takes minutes and cannot be interrupted, so that it needs half of the time before it.
+    """
+    return time_limit / 2 if engine.name == "compile" else time_limit

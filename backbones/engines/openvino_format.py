@@ -1,0 +1,155 @@
+"""OpenVINO's intermediate representation: an ``.xml`` file of the graph, a ``.bin`` of weights."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
+from backbones.engines.onnx_format import OnnxConfig, write_onnx
+from backbones.engines.optional import optional_import
+from backbones.engines.runners import Runner, existing
+from backbones.errors import ExportError, UnsupportedError
+
+__all__ = ["OpenVinoConfig", "OpenVinoRunner", "to_openvino"]
+
+# What the engine computes in. It would choose a lower precision itself where it were faster.
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+NEEDS = {"bf16": "BF16", "fp16": "FP16"}  # the processor's capability, as OpenVINO calls it
+
+
+@dataclass(frozen=True)
+class OpenVinoConfig(FormatConfig):
+    """OpenVINO by way of ONNX."""
+
+
+def to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> None:
+    """Write ``<path>`` and, beside it, the weights as ``.bin``; metadata is ``rt_info/backbones``.
+
+    In fp16 the weights are stored in half precision; what is computed in is said when the file is
+    opened. In int8 NNCF quantizes weights and activations.
+
+    Raises:
+        MissingDependencyError: openvino, onnx or onnxscript is not installed; int8 needs nncf.
+        ExportError: a converter failed.
+    """
+    ov = optional_import("openvino", "openvino")
+    between = path.with_suffix(".onnx")
+    write_onnx(conversion, OnnxConfig(), between)
+    try:
+        model = ov.Core().read_model(str(between))
+        if conversion.precision == "int8":
+            from backbones.engines.quantization import quantize_openvino
+
+            model = quantize_openvino(model, conversion)
+        model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
+        ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
+    except RuntimeError as error:
+        raise ExportError(f"{path.name}: OpenVINO cannot convert it: {summary(error)}") from error
+    for file in path.parent.glob(f"{between.name}*"):
+        file.unlink()
+
+
+class OpenVinoRunner(Runner):
+    """An OpenVINO file on the CPU.
+
+    Args:
+        path: the ``.xml`` file; the ``.bin`` file must lie beside it.
+        threads: threads of one call; None for PyTorch's number.
+        precision: what to compute in; None for the precision that the file was written for, where
+            this processor has it, else fp32.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
+        UnsupportedError: this processor does not compute in the precision asked for.
+        ExportError: OpenVINO cannot load the file.
+    """
+
+    engine = "openvino"
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        threads: int | None = None,
+        precision: str | None = None,
+    ) -> None:
+        ov = optional_import("openvino", "openvino")
+        self.path = existing(path)
+        core = ov.Core()
+        try:
+            model = core.read_model(str(self.path))
+            self._metadata = (
+                json.loads(model.get_rt_info("backbones").value)
+                if model.has_rt_info("backbones")
+                else {}
+            )
+            written = self._metadata.get("precision", "fp32")
+            if precision is None:
+                precision = written if computes_in(written) else "fp32"
+            elif not computes_in(precision):
+                raise UnsupportedError(
+                    f"this processor has no {precision} instructions, and OpenVINO would compute"
+                    " in fp32; use precision='fp32' or 'int8'"
+                )
+            taken = model.inputs[0]
+            shape = [d.get_length() if d.is_static else None for d in taken.get_partial_shape()]
+            raw = taken.get_element_type() == ov.Type.u8
+            self._compiled = core.compile_model(
+                model,
+                "CPU",
+                {
+                    "INFERENCE_PRECISION_HINT": HINTS[precision],
+                    "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+                    "PERFORMANCE_HINT": "LATENCY",
+                },
+            )
+        except RuntimeError as error:
+            if isinstance(error, UnsupportedError):
+                raise
+            raise ExportError(f"{self.path}: OpenVINO cannot load it: {summary(error)}") from error
+        super().__init__(self.path, shape, threads=threads, raw=raw)
+        self.precision = precision
+        self._of_thread = threading.local()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
+        return self._metadata
+
+    def infer(self, x: Tensor) -> Sequence[Tensor]:
+        """Run this thread's own request: requests share the model, not the buffers."""
+        request = getattr(self._of_thread, "request", None)
+        if request is None:
+            request = self._of_thread.request = self._compiled.create_infer_request()
+        results = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        # The buffers are the request's and are written again by its next call.
+        return [torch.from_numpy(results[i].copy()) for i in range(len(results))]
+
+
+def computes_in(precision: str) -> bool:
+    """Tell whether OpenVINO computes in a precision on this processor, rather than emulate it."""
+    ov = optional_import("openvino", "openvino")
+    needed = NEEDS.get(precision)
+    return needed is None or needed in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+register(
+    Format(
+        "openvino",
+        ".xml",
+        OpenVinoConfig,
+        to_openvino,
+        OpenVinoRunner,
+        ("fp32", "fp16", "int8"),
+    )
+)
