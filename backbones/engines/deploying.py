@@ -86,7 +86,7 @@ class DeployReport:
 def deploy(
     model: nn.Module,
     *,
-    engine: str = "auto",
+    engine: str | Sequence[str] = "auto",
     precision: str = "fp32",
     threads: int | None = None,
     input_size: Sequence[int] | None = None,
@@ -104,7 +104,8 @@ def deploy(
 
     Args:
         model: images (B, C, H, W) to logits; stays as it is.
-        engine: ``auto``, ``onnxruntime``, ``openvino``, ``eager``, ``executorch`` or ``compile``.
+        engine: ``onnxruntime``, ``openvino``, ``eager``, ``executorch`` or ``compile``; several of
+            them to choose from; or ``auto`` for all that are installed.
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8``; or ``auto``: the fastest of those that
             name the same class as fp32 for at least 99 % of `calibration`.
         threads: threads of one call; None for PyTorch's number.
@@ -128,8 +129,9 @@ def deploy(
     """
     if precision not in (*PRECISIONS, "auto"):
         raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}, auto")
-    if engine != "auto":
-        find_engine(engine)
+    names = available_engines() if engine == "auto" else list_of(engine)
+    for name in names:
+        find_engine(name)
     if batch_size < 1 or (threads is not None and threads < 1):
         raise ConfigError("threads and batch_size must be at least 1")
     if calibration is None and precision in ("int8", "auto"):
@@ -153,18 +155,16 @@ def deploy(
     job.folder.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda line: None)
     question = {
-        "engine": engine,
+        "engines": names,
         "precision": precision,
         "threads": job.threads,
         "batch_size": batch_size,
-        "installed": available_engines(),
     }
-    several = "auto" in (engine, precision)
+    several = len(names) > 1 or precision == "auto"
     answer = read_choice(job.folder, question) if several else None
     if answer is not None:
         chosen, report = resumed(job, answer)
     else:
-        names = available_engines() if engine == "auto" else [engine]
         precisions = PRECISIONS if precision == "auto" else (precision,)
         tried = {
             (name, p): dataclasses.replace(job, precision=p) for p in precisions for name in names
@@ -176,6 +176,18 @@ def deploy(
     for _ in range(3):
         chosen(example_of(job))
     return chosen
+
+
+def list_of(engine: str | Sequence[str]) -> list[str]:
+    """Return one name or several as a list.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = [engine] if isinstance(engine, str) else list(engine)
+    if not names:
+        raise ConfigError("name at least one engine, or 'auto'")
+    return names
 
 
 def choose(

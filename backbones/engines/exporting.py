@@ -28,6 +28,7 @@ from backbones.engines.metadata import describe, input_size_of
 from backbones.engines.placement import put_in_place
 from backbones.engines.prepare import DTYPES, merged, prepared, unmerged
 from backbones.errors import ConfigError, ExportError, UnsupportedError
+from backbones.reparam import backbones_in
 
 __all__ = ["ExportReport", "export"]
 
@@ -141,6 +142,7 @@ def export(
         raise UnsupportedError("calibration images are normalized; leave preprocess out")
     wrap = {"preprocess": preprocess, "features": features}
     clone = merged(model) if merge else unmerged(model)
+    check_sizes(clone, [] if preprocess else dynamic)
     half = precision in DTYPES  # which changes the very model
     original = copy.deepcopy(clone) if half else clone
     reference = prepared(original, data_config, precision="fp32", **wrap)
@@ -218,6 +220,20 @@ def check_request(target: Format, dynamic: Sequence[str], precision: str, path: 
             )
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{path}: give a file in a folder that exists")
+
+
+def check_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
+    """Refuse a free image size where the graph would be wrong for other sizes than its own.
+
+    Raises:
+        UnsupportedError: the model's graph depends on the size.
+    """
+    for _, part in backbones_in(model):
+        if part.one_size and {"height", "width"} & set(dynamic):
+            raise UnsupportedError(
+                f"{type(part).__name__}: height and width cannot stay free, {part.one_size}; leave"
+                " them out of dynamic and export one file a size"
+            )
 
 
 def names_of(result: Any) -> tuple[str, ...]:

@@ -150,7 +150,6 @@ def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> A
         ExportError: the model cannot be recorded.
     """
     bounds = limits or {}
-    # DYNAMIC leaves the smallest size, the model's total stride, to the model's own checks.
     shapes: dict[int, Any] = {
         axis: torch.export.Dim(name, max=bounds[name])
         if name in bounds
@@ -160,7 +159,11 @@ def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> A
     try:
         with torch.no_grad():
             return torch.export.export(
-                conversion.model, (conversion.example,), dynamic_shapes=(shapes or None,)
+                conversion.model,
+                (conversion.example,),
+                dynamic_shapes=(shapes or None,),
+                # What cannot be decided for all sizes is checked when the program runs.
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
     except Exception as error:  # whatever a model's code raises while it is recorded
         raise ExportError(f"torch.export cannot record the model: {summary(error)}") from error

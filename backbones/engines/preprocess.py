@@ -27,7 +27,9 @@ CROP_MODES = ("center", "squash")
 class Preprocessed(nn.Module):
     """A model with its preprocessing before it: uint8 images (B, H, W, C) of any size.
 
-    The result differs from Pillow's by its rounding to whole gray levels only.
+    The result differs from Pillow's by its rounding to whole gray levels only; with ``squash``,
+    where one side shrinks while the other grows, some versions of Pillow also cut off overshoots
+    in the other order.
 
     Args:
         model: images (B, C, size, size) to outputs.

@@ -100,6 +100,7 @@ class LSNet(StagedBackbone):
     auxiliary_keys = (r"^head\.dist\.",)
     resizable_keys = (TABLE.pattern,)
     no_decay_patterns = (TABLE.pattern,)
+    one_size = "its attention biases are computed for the size of the map"
 
     def __init__(
         self,

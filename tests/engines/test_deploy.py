@@ -1,0 +1,221 @@
+"""deploy(): one callable for every engine, chosen by measurement, kept by content."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from small_models import small
+from torch import nn
+
+from backbones.engines import available_engines, deploy, starting
+from backbones.engines.cache import content_key
+from backbones.errors import ConfigError, InputSizeError, UnsupportedError
+
+pytest.importorskip("onnxruntime")
+SIZE = (3, 64, 64)
+QUICK = ("onnxruntime", "eager")
+
+
+def images(count=3, seed=4):
+    return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small()
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["onnxruntime", "openvino", "eager", pytest.param("executorch", marks=pytest.mark.slow)]
+    + [pytest.param("compile", marks=pytest.mark.slow)],
+)
+def test_every_engine_computes_what_the_model_computes(model, engine, tmp_path):
+    if engine not in available_engines():
+        pytest.skip(f"{engine} is not installed")
+    runner = deploy(model, engine=engine, threads=1, input_size=SIZE, cache_dir=tmp_path)
+    assert (runner.engine, runner.precision, runner.threads) == (engine, "fp32", 1)
+    x = images()
+    expected = outputs(model, x)
+    found = runner(x)
+    assert isinstance(found, torch.Tensor)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    by_array = runner(x.numpy())
+    assert isinstance(by_array, np.ndarray)
+    np.testing.assert_allclose(by_array, expected.numpy(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputSizeError):
+        runner(x[0])
+
+
+def test_several_threads_may_call_at_once(model, tmp_path):
+    for engine in (e for e in ("onnxruntime", "openvino", "eager") if e in available_engines()):
+        runner = deploy(model, engine=engine, threads=1, input_size=SIZE, cache_dir=tmp_path)
+        inputs = [images(seed=seed) for seed in range(8)]
+        expected = [outputs(model, x) for x in inputs]
+        worst = [0.0] * len(inputs)
+
+        def work(i, runner=runner, inputs=inputs, expected=expected, worst=worst):
+            for _ in range(10):
+                difference = float((runner(inputs[i]) - expected[i]).abs().max())
+                worst[i] = max(worst[i], difference)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(worst) < 1e-4, engine
+
+
+def test_the_fastest_is_chosen_and_remembered(model, tmp_path, monkeypatch):
+    began = []
+    first = deploy(
+        model, engine=QUICK, input_size=SIZE, cache_dir=tmp_path, threads=1, progress=began.append
+    )
+    report = first.report
+    assert began == [*(f"starting {name} in fp32" for name in QUICK), "measuring 2 candidates"]
+    assert not report.remembered
+    assert {one.engine for one in report.candidates} == set(QUICK)
+    best = min(report.candidates, key=lambda one: one.median_ms)
+    assert report.engine == first.engine == best.engine
+    assert all(one.agreement.relative_error < 1e-4 for one in report.candidates)
+    assert f"chosen: {best.engine} fp32" in str(report)
+    json.dumps(report.as_dict())
+
+    def refuse(*_):
+        raise AssertionError("nothing is to be exported again")
+
+    monkeypatch.setattr(starting, "export", refuse)
+    again = deploy(model, engine=QUICK, input_size=SIZE, cache_dir=tmp_path, threads=1)
+    assert again.report.remembered
+    assert again.engine == first.engine
+    assert again.report.candidates == report.candidates
+    x = images()
+    torch.testing.assert_close(again(x), outputs(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_files_are_kept_by_content(model, tmp_path):
+    one = deploy(model, engine="onnxruntime", input_size=SIZE, cache_dir=tmp_path)
+    same = deploy(small(), engine="onnxruntime", input_size=SIZE, cache_dir=tmp_path)
+    assert one.path == same.path
+    other = small()
+    with torch.no_grad():
+        other.get_classifier().bias[1] += 0.25
+    changed = deploy(other, engine="onnxruntime", input_size=SIZE, cache_dir=tmp_path)
+    assert changed.path != one.path
+    x = images()
+    torch.testing.assert_close(changed(x), outputs(other, x), rtol=1e-4, atol=1e-4)
+    assert content_key(model, SIZE) != content_key(model, (3, 96, 96))
+    assert content_key(model, SIZE, images()) != content_key(model, SIZE)
+
+
+class Sensitive(nn.Module):
+    """Its classes are a hair's breadth apart, so that half precision mistakes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.pretrained_cfg = {"input_size": (3, 8, 8)}
+
+    def forward(self, x):
+        mean = 100 + x.mean((1, 2, 3)) * self.scale
+        return torch.stack([mean, torch.full_like(mean, 100.0)], dim=1)
+
+
+def test_a_precision_that_breaks_is_not_chosen_by_itself(tmp_path):
+    real = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    runner = deploy(
+        Sensitive().eval(),
+        engine="eager",
+        precision="auto",
+        input_size=(3, 8, 8),
+        calibration=real,
+        cache_dir=tmp_path,
+    )
+    assert runner.precision == "fp32"
+    found = {one.precision: one for one in runner.report.candidates}
+    assert found["bf16"].agreement.top1_agreement < 0.99
+    assert "less than 99%" in found["bf16"].reason
+    assert found["fp32"].reason is None
+    assert runner.report.real_images
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close(model, precision, tmp_path):
+    runner = deploy(model, engine="eager", precision=precision, input_size=SIZE, cache_dir=tmp_path)
+    assert runner.precision == precision
+    x = images()
+    expected = outputs(model, x)
+    found = runner(x)
+    assert found.dtype == torch.float32
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert 1e-6 < error < 0.1
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_int8_is_calibrated_on_real_images(model, engine, tmp_path):
+    if engine not in available_engines():
+        pytest.skip(f"{engine} is not installed")
+    real = images(count=32)
+    runner = deploy(
+        model,
+        engine=engine,
+        precision="int8",
+        input_size=SIZE,
+        calibration=real,
+        cache_dir=tmp_path,
+    )
+    expected, found = outputs(model, real), runner(real)
+    error = float((found - expected).abs().mean() / expected.std())
+    assert 1e-4 < error < 0.2
+    plain = deploy(model, engine=engine, input_size=SIZE, cache_dir=tmp_path)
+    weights = ".onnx" if engine == "onnxruntime" else ".bin"
+    sizes = [r.path.with_suffix(weights).stat().st_size for r in (runner, plain)]
+    assert runner.precision == "int8"
+    assert sizes[0] < sizes[1]
+
+
+def test_what_cannot_be_is_said(model, tmp_path):
+    place = {"cache_dir": tmp_path, "input_size": SIZE}
+    with pytest.raises(UnsupportedError, match="no engine 'onnxruntme'; did you mean"):
+        deploy(model, engine="onnxruntme", **place)
+    with pytest.raises(ConfigError, match="no precision 'int4'"):
+        deploy(model, precision="int4", **place)
+    with pytest.raises(UnsupportedError, match="'eager' has no precision 'int8'; it has fp32"):
+        deploy(model, engine="eager", precision="int8", calibration=images(), **place)
+    with pytest.raises(ConfigError, match="'int8' needs real images"):
+        deploy(model, precision="int8", **place)
+    with pytest.raises(ConfigError, match="'auto' needs real images"):
+        deploy(model, precision="auto", **place)
+    with pytest.raises(ConfigError, match="at least one engine"):
+        deploy(model, engine=[], **place)
+    with pytest.raises(ConfigError, match="at least 1"):
+        deploy(model, threads=0, **place)
+    with pytest.raises(ConfigError, match="no such folder"):
+        deploy(model, precision="int8", calibration=tmp_path / "none", **place)
+
+
+def test_a_precision_the_processor_lacks_is_refused(model, tmp_path):
+    openvino_format = pytest.importorskip("backbones.engines.openvino_format")
+    pytest.importorskip("openvino")
+    for precision in ("bf16", "fp16"):
+        options = {"engine": "openvino", "precision": precision, "input_size": SIZE}
+        if openvino_format.computes_in(precision):
+            runner = deploy(model, cache_dir=tmp_path, **options)
+            assert runner.precision == precision
+            continue
+        with pytest.raises(UnsupportedError, match=f"no {precision} instructions"):
+            deploy(model, cache_dir=tmp_path, **options)
+
+
+def test_no_engine_in_time_is_left_out_with_the_reason(model, tmp_path):
+    report = deploy(model, engine=QUICK, input_size=SIZE, cache_dir=tmp_path, time_limit=0).report
+    assert [one.engine for one in report.candidates if one.median_ms] == [QUICK[0]]
+    assert "time limit" in report.candidates[-1].reason

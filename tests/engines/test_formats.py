@@ -1,0 +1,107 @@
+"""The export matrix: every family in every format, in its real engine, against the model.
+
+`export` itself compares at two batch sizes (and two image sizes where they are free) and refuses
+what is off by more than 1e-4; these tests compare once more, independently, on other values.
+"""
+
+import importlib
+
+import pytest
+import torch
+from tiers import by_size, smallest_of_each_family, smallest_size
+
+import backbones
+from backbones.engines import export, open_exported
+from backbones.errors import UnsupportedError
+
+SUFFIXES = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "pt2": ".pt2",
+    "aoti": ".aoti",
+    "executorch": ".pte",
+}
+ENGINES = {"onnx": "onnxruntime"}
+TOLERANCE = 1e-4
+# Compiling takes a minute a model, lowering half of one: one family by default, all if slow.
+QUICK = {"aoti": {"convnext_atto"}, "executorch": {"cpubone_nano"}}
+QUICK_SIZE = {"convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}}
+
+
+def cells():
+    for name in smallest_of_each_family():
+        for format in SUFFIXES:
+            slow = name not in QUICK.get(format, {name})
+            yield pytest.param(name, format, marks=[pytest.mark.slow] if slow else [])
+
+
+def model_of(name, **arguments):
+    torch.manual_seed(0)
+    return backbones.create_model(name, num_classes=7, **arguments).eval()
+
+
+def differences(model, runner, shape):
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = model(images)
+    found = runner(images)
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name, format", cells())
+def test_every_family_leaves_in_every_format(name, format, tmp_path):
+    pytest.importorskip({"openvino": "openvino", "executorch": "executorch"}.get(format, "onnx"))
+    arguments = QUICK_SIZE.get(name, {}) if format == "aoti" else {}
+    model = model_of(name, **arguments)
+    path = tmp_path / f"m{SUFFIXES[format]}"
+    report = export(model, path, input_size=(3, 64, 64))
+    assert report.engine == ENGINES.get(format, format)
+    assert [check.shape for check in report.checks] == [(1, 3, 64, 64), (5, 3, 64, 64)]
+    runner = open_exported(path)
+    for batch in (1, 3):
+        assert differences(model, runner, (batch, 3, 64, 64)) < TOLERANCE
+    assert runner.metadata["name"] == name
+    if format == "executorch":
+        assert 0.2 < report.notes["delegated_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *smallest_of_each_family(),
+        pytest.param("hornet_tiny_gf", marks=pytest.mark.slow),
+    ],
+)
+def test_height_and_width_stay_free_in_onnx(name, tmp_path):
+    model = model_of(name)
+    path = tmp_path / "m.onnx"
+    free = ("batch", "height", "width")
+    if type(model).one_size:
+        with pytest.raises(UnsupportedError, match="one file a size"):
+            export(model, path, input_size=(3, 64, 64), dynamic=free)
+        return
+    report = export(model, path, input_size=(3, 64, 64), dynamic=free)
+    assert [check.shape for check in report.checks][-1] == (1, 3, 96, 128)
+    runner = open_exported(path)
+    for size in ((128, 96), (72, 200), (32, 32), (225, 250)):
+        if min(size) >= smallest_size(model):
+            assert differences(model, runner, (2, 3, *size)) < TOLERANCE, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", by_size(0))
+def test_every_variant_leaves_as_onnx(name, tmp_path):
+    model = model_of(name)
+    side = max(64, smallest_size(model))
+    report = export(model, tmp_path / "m.onnx", input_size=(3, side, side))
+    assert max(check.agreement.relative_error for check in report.checks) < TOLERANCE
+
+
+def test_a_plain_model_of_timm_leaves_merged(tmp_path):
+    import timm
+
+    importlib.import_module("onnxruntime")
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    report = export(model, tmp_path / "m.onnx", input_size=(3, 64, 64))
+    assert report.checks
+    assert differences(model, open_exported(report.path), (2, 3, 64, 64)) < TOLERANCE
