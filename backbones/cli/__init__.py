@@ -13,7 +13,18 @@ from collections.abc import Sequence
 from huggingface_hub.utils import disable_progress_bars
 
 import backbones
-from backbones.cli import info, listing, predict, quickstart, reparam, train, validate, weights
+from backbones.cli import (
+    bench,
+    export,
+    info,
+    listing,
+    predict,
+    quickstart,
+    reparam,
+    train,
+    validate,
+    weights,
+)
 from backbones.errors import (
     BackbonesError,
     CheckpointError,
@@ -26,7 +37,7 @@ from backbones.train import DataError
 
 __all__ = ["main"]
 
-COMMANDS = (listing, info, predict, train, validate, reparam, weights, quickstart)
+COMMANDS = (listing, info, predict, train, validate, reparam, export, bench, weights, quickstart)
 BAD_INPUT = (
     CheckpointError,
     ConfigError,

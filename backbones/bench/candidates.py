@@ -1,0 +1,157 @@
+"""The ways to run a model that a benchmark compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from backbones.bench.subject import Subject
+from backbones.engines import available_engines
+from backbones.engines.starting import ENGINES
+from backbones.errors import ConfigError, MissingDependencyError, nearest
+
+__all__ = [
+    "ENGINES",
+    "PRECISIONS",
+    "PUBLISHED",
+    "Candidate",
+    "Conditions",
+    "choose",
+    "engine_named",
+]
+
+CHOICE_S = 20.0  # in which engines must have started for ``auto`` to choose among them
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine at a precision; `form` is ``published`` or ``merged`` (re-parameterized)."""
+
+    engine: str
+    precision: str
+    form: str
+
+    def __str__(self) -> str:
+        return "published" if self.form == "published" else f"{self.engine} {self.precision}"
+
+
+PUBLISHED = Candidate("eager", "fp32", "published")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is the same for all candidates.
+
+    `input_size` is (C, H, W), (H, W) with the model's channels, or None for the model's own.
+    """
+
+    batch_size: int
+    threads: int
+    input_size: Sequence[int] | None
+    calibration: str | None
+    warmup_s: float = 0.3
+
+    def check(self, precisions: Sequence[str], seconds: float) -> None:
+        """Refuse what no process can measure.
+
+        Raises:
+            ConfigError: a number out of range, an unknown precision, or no images for int8.
+        """
+        for name, value in (("batch_size", self.batch_size), ("threads", self.threads)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not seconds > 0:
+            raise ConfigError(f"seconds must be more than 0, got {seconds}")
+        size = self.input_size
+        if size is not None and (len(size) not in (2, 3) or min(size) < 1):
+            raise ConfigError(f"input_size must be ([channels,] height, width), got {tuple(size)}")
+        if not precisions:
+            raise ConfigError(f"no precisions; there are {', '.join(PRECISIONS)}")
+        for precision in precisions:
+            if precision not in PRECISIONS:
+                raise ConfigError(
+                    f"no precision {precision!r}{nearest(precision, PRECISIONS)}"
+                    f" (there are {', '.join(PRECISIONS)})"
+                )
+        if "int8" in precisions and self.calibration is None:
+            raise ConfigError(
+                "int8 needs images like those of later use to find its ranges; name a folder of"
+                " them (calibration=..., --calibration)"
+            )
+        if self.calibration is not None and not Path(self.calibration).is_dir():
+            raise ConfigError(f"{self.calibration}: no such folder of images for calibration")
+
+    def at(self, size: Sequence[int] | None) -> Conditions:
+        """Return the same conditions at `size`, unless they name a size of their own."""
+        return self if self.input_size is not None else replace(self, input_size=size)
+
+    def job(self, subject: Subject, candidate: Candidate, folder: Path) -> dict[str, Any]:
+        """Return the request that makes a worker load a candidate.
+
+        Engines keep their files in `folder`, which is to be removed afterwards: what is made of
+        random weights is of no use later, and fills a disk when there are many models.
+        """
+        return {
+            "do": "load",
+            "create": dict(subject.create),
+            "input": dict(subject.input),
+            "engine": candidate.engine,
+            "precision": candidate.precision,
+            "form": candidate.form,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+            "input_size": None if self.input_size is None else list(self.input_size),
+            "calibration": self.calibration,
+            "cache_dir": str(folder / "engines"),
+            "choice_s": CHOICE_S,
+            "warmup_s": self.warmup_s,
+        }
+
+
+def choose(engines: Sequence[str] | None, precisions: Sequence[str]) -> list[Candidate]:
+    """Return the candidates: the published form first, then each engine at each precision.
+
+    Args:
+        engines: which; ``published`` adds nothing. None for those that are installed.
+        precisions: of ``fp32``, ``bf16``, ``fp16`` and ``int8``.
+
+    Raises:
+        ConfigError: an unknown engine, or none.
+        MissingDependencyError: an engine that was named is not installed.
+    """
+    if isinstance(engines, str) or isinstance(precisions, str):
+        raise ConfigError("engines and precisions are lists: engines=['eager']")
+    if engines is None:
+        engines = available_engines()
+    else:
+        if not engines:
+            raise ConfigError("no engines to measure; leave engines out for all installed ones")
+        engines = [name for name in engines if engine_named(name) != "published"]
+    pairs = [(engine, precision) for engine in engines for precision in precisions]
+    return [PUBLISHED, *(Candidate(*pair, "merged") for pair in dict.fromkeys(pairs))]
+
+
+def engine_named(name: str, others: Sequence[str] = ()) -> str:
+    """Return the name of an engine that was asked for, once it is known to be installed.
+
+    Args:
+        name: the engine, or ``published``.
+        others: further names that are allowed.
+
+    Raises:
+        ConfigError: no such engine.
+        MissingDependencyError: it is not installed.
+    """
+    known = ("published", *ENGINES, *others)
+    if name not in known:
+        raise ConfigError(
+            f"no engine {name!r}{nearest(name, known)} (there are {', '.join(known)})"
+        )
+    if name in ENGINES and name not in available_engines():
+        raise MissingDependencyError(
+            f'engine {name!r} is not installed; pip install "backbones[{ENGINES[name].extra}]"'
+        )
+    return name
