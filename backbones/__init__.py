@@ -4,6 +4,7 @@
 computes, in plain PyTorch. Importing this package registers every model with timm.
 """
 
+from backbones.bench import BenchReport, benchmark
 from backbones.engines import DeployReport, ExportReport, deploy, export
 from backbones.errors import BackbonesError
 from backbones.factory import create_model, list_families, list_models, model_info
@@ -21,10 +22,12 @@ from backbones.weights import (
 __version__ = "0.1.0"
 __all__ = [
     "BackbonesError",
+    "BenchReport",
     "DeployReport",
     "ExportReport",
     "LoadReport",
     "ModelInfo",
+    "benchmark",
     "create_model",
     "deploy",
     "export",

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,17 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from torch import nn
 
 from backbones.bench import compare_latency
-from backbones.engines import OnnxRuntimeRunner, compare, export
+from backbones.engines import (
+    OnnxRuntimeRunner,
+    Runner,
+    available_engines,
+    compare,
+    deploy,
+    export,
+)
 from backbones.engines.optional import optional_import
 from backbones.errors import ConfigError, ExportError
 from backbones.factory import create_model, model_info
@@ -134,11 +143,14 @@ def run(
         f" for all {agreement.count}, largest difference of a logit {agreement.max_error:.1e}"
     )
     image = torch.randn(1, *data_config["input_size"])
-    latencies = compare_latency({"pytorch": model, "onnxruntime": runner}, image)
-    before, after = latencies["pytorch"], latencies["onnxruntime"]
-    say(f"[6/6] latency of one image before, PyTorch: {before}")
+    merged, best = deployed(model, config.threads)
+    latencies = compare_latency({"pytorch": model, "merged": merged, "best": best}, image)
+    before, middle, after = (latencies[name] for name in ("pytorch", "merged", "best"))
+    say(f"[6/6] latency of one image before, eager PyTorch: {before}")
+    say(f"      merged, still eager: {middle}, {before.median_ms / middle.median_ms:.1f}x as fast")
     say(
-        f"      and after, ONNX Runtime: {after}, {before.median_ms / after.median_ms:.1f}x as fast"
+        f"      the best engine, {best.engine}: {after},"
+        f" {before.median_ms / after.median_ms:.1f}x as fast"
     )
 
     title = f"{config.model}: {result.correct} of {result.count} right; mistakes first, in red"
@@ -158,6 +170,7 @@ def run(
         "min_top1": config.min_top1,
         "onnx_top1": by_file.top1,
         "agreement": dataclasses.asdict(agreement),
+        "best_engine": best.engine,
         "latency": {name: dataclasses.asdict(value) for name, value in latencies.items()},
         "mistakes": mistakes(val_set, result),
         "images": {"train": counts[0], "val": counts[1]},
@@ -170,6 +183,17 @@ def run(
     }
     write_json(output / "report.json", report)
     return report
+
+
+def deployed(model: nn.Module, threads: int | None) -> tuple[Runner, Runner]:
+    """Return the merged model in eager PyTorch, and in the fastest of the engines that start soon.
+
+    Their files are for this once and are not kept.
+    """
+    engines = [name for name in ("onnxruntime", "openvino") if name in available_engines()]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        merged = deploy(model, engine="eager", threads=threads, cache_dir=folder)
+        return merged, deploy(model, engine=engines, threads=threads, cache_dir=folder)
 
 
 def check(config: QuickstartConfig) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.bench.subject import Subject
-from backbones.engines import available_engines
-from backbones.engines.starting import ENGINES
+from backbones.engines import ENGINES, available_engines
 from backbones.errors import ConfigError, MissingDependencyError, nearest
 
 __all__ = [

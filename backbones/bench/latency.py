@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from backbones.engines.threads import torch_threads
+from backbones.engines.timing import take_turns
 from backbones.errors import ConfigError
 
 __all__ = ["Latency", "compare_latency", "measure"]
-
-RUNS_A_TURN = 5
 
 
 @dataclass(frozen=True)
@@ -72,21 +70,8 @@ def compare_latency(
         raise ConfigError("nothing to measure: no candidates")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
-    times: dict[str, list[float]] = {name: [] for name in candidates}
     with torch_threads(threads), torch.inference_mode():
-        for function in candidates.values():
-            end = time.perf_counter() + warmup_s
-            function(input)
-            function(input)
-            while time.perf_counter() < end:
-                function(input)
-        end = time.perf_counter() + seconds * len(candidates)
-        turns = 0
-        while turns < 2 or time.perf_counter() < end:
-            for name, function in candidates.items():
-                function(input)
-                times[name].extend(timed(function, input) for _ in range(RUNS_A_TURN))
-            turns += 1
+        times = take_turns(candidates, input, warmup_s=warmup_s, seconds=seconds)
         granted = torch.get_num_threads()
     return {
         name: Latency(
@@ -94,21 +79,3 @@ def compare_latency(
         )
         for name, values in times.items()
     }
-
-
-def timed(function: Callable[[Any], Any], input: Any) -> float:
-    """Return the milliseconds of one call."""
-    start = time.perf_counter()
-    function(input)
-    return (time.perf_counter() - start) * 1e3
-
-
-@contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Set PyTorch's number of threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

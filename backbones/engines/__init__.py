@@ -12,13 +12,15 @@ from backbones.engines.formats import (
     file_suffixes,
     open_exported,
 )
+from backbones.engines.metadata import input_size_of
 from backbones.engines.onnx_format import OnnxConfig, OnnxRuntimeRunner
 from backbones.engines.openvino_format import OpenVinoConfig
 from backbones.engines.runners import Runner
-from backbones.engines.starting import available_engines
+from backbones.engines.starting import ENGINES, available_engines
 from backbones.engines.torch_formats import AotiConfig, Pt2Config
 
 __all__ = [
+    "ENGINES",
     "Agreement",
     "AotiConfig",
     "Candidate",
@@ -37,5 +39,6 @@ __all__ = [
     "deploy",
     "export",
     "file_suffixes",
+    "input_size_of",
     "open_exported",
 ]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["take_turns"]
+__all__ = ["take_turns", "timed"]
 
 RUNS_A_TURN = 5
 

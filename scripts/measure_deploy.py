@@ -1,0 +1,211 @@
+"""Measures what deployment gains: the published form in the usual engines against `deploy`.
+
+python scripts/measure_deploy.py                             # ten models, fp32; about an hour
+python scripts/measure_deploy.py lsnet_t --precisions fp32 int8 --compile
+
+One image of the model's size, in milliseconds, all forms of a model in alternation in one process.
+"Plain" is what a user gets without this package's help: timm's class where timm has the model,
+else ours un-merged with reference operators; NCHW; PyTorch's ONNX exporter and the engines' default
+options but for the number of threads, in real float32. A form that fails says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones import ops
+from backbones.engines.runners import Runner
+from backbones.engines.timing import take_turns
+from backbones.errors import BackbonesError
+
+MODELS = (
+    "cpubone_s0 cpubone_b3 lsnet_t unireplknet_a hornet_tiny_7x7 hornet_tiny_gf spartan_t"
+    " overlock_xt inception_next_atto convnext_tiny"
+).split()
+ENGINES = ("onnxruntime", "openvino", "eager")
+
+
+def plain_forms(model: nn.Module, x: Tensor, folder: Path, threads: int) -> dict[str, Any]:
+    """Return callables by name; a string where a form cannot be made."""
+    forms: dict[str, Any] = {}
+
+    def in_reference(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(images: Tensor) -> Tensor:
+            with ops.use_reference():
+                return module(images)
+
+        return call
+
+    forms["eager"] = in_reference(model)
+    last = torch.channels_last
+    twin = copy.deepcopy(model).to(memory_format=last)  # type: ignore[call-overload]
+    call_last = in_reference(twin)
+    forms["eager channels_last"] = lambda images: call_last(images.contiguous(memory_format=last))
+    path = folder / "plain.onnx"
+    try:
+        with ops.use_reference():
+            program = torch.onnx.export(
+                model, (x,), dynamo=True, input_names=["input"], verbose=False
+            )
+        assert program is not None
+        program.save(path)
+    except Exception as error:
+        reason = f"{type(error).__name__}"
+        return {**forms, "onnxruntime": reason, "openvino": reason}
+    forms["onnxruntime"] = onnx_session(path, threads)
+    try:
+        forms["openvino"] = openvino_request(path, threads)
+        forms["openvino"](x)
+    except Exception as error:
+        forms["openvino"] = f"{type(error).__name__}"
+    return forms
+
+
+def onnx_session(path: Path, threads: int) -> Callable[[Tensor], Any]:
+    """Return an ONNX Runtime session with its default options."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"input": images.numpy()})
+
+
+def openvino_request(path: Path, threads: int) -> Callable[[Tensor], Any]:
+    """Return OpenVINO's model with its default options, in real float32."""
+    import openvino
+
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    return lambda images: compiled(images.numpy())
+
+
+def calibration_images(size: tuple[int, ...]) -> Tensor:
+    """Return sixteen pieces of scikit-learn's two photographs, normalized."""
+    from sklearn.datasets import load_sample_images
+
+    pieces = []
+    for photo in load_sample_images().images:
+        image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255
+        for i in range(8):
+            part = image[:, 20 * i : 20 * i + 240, 40 * i : 40 * i + 240]
+            pieces.append((part - 0.45) / 0.225)
+    return nn.functional.interpolate(torch.stack(pieces), size[1:], mode="bilinear")
+
+
+def deployed(
+    name: str, model: nn.Module, precisions: list[str], threads: int, folder: Path, compile: bool
+) -> dict[str, Runner | str]:
+    """Return our runners by engine and precision; a string where one cannot be had."""
+    found: dict[str, Runner | str] = {}
+    size = backbones.engines.input_size_of(model)
+    for precision in precisions:
+        for engine in (*ENGINES, *(["compile"] if compile else [])):
+            if precision not in backbones.engines.ENGINES[engine].precisions:
+                continue
+            try:
+                found[f"{engine} {precision}"] = backbones.deploy(
+                    model,
+                    engine=engine,
+                    precision=precision,
+                    threads=threads,
+                    calibration=calibration_images(size) if precision == "int8" else None,
+                    cache_dir=folder,
+                )
+            except BackbonesError as error:
+                found[f"{engine} {precision}"] = str(error)
+            print(f"  {name}: {engine} {precision} is ready", file=sys.stderr)
+    return found
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Return the median milliseconds of each form of a model; what fails goes to stderr."""
+    model = backbones.create_model(name).eval()
+    size = backbones.engines.input_size_of(model)
+    x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    published = timm.create_model(name).eval()  # its own where it has the model, else ours
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        forms = plain_forms(published, x, place, options.threads)
+        if options.compile:
+            compiled = torch.compile(published)
+            with torch.no_grad(), ops.use_reference():
+                compiled(x)
+            forms["compile"] = compiled
+        forms = {f"plain {key}": form for key, form in forms.items()}
+        forms |= deployed(name, model, options.precisions, options.threads, place, options.compile)
+        running = {}
+        for key, form in forms.items():
+            if isinstance(form, str):
+                print(f"  {name}: no {key}: {form}", file=sys.stderr)
+            else:
+                running[key] = form
+        with torch.inference_mode():
+            times = take_turns(running, x, warmup_s=0.5, seconds=options.seconds)
+    return {key: float(np.median(values)) for key, values in times.items()}
+
+
+def best(found: dict[str, float], start: str = "", end: str = "") -> tuple[str, float]:
+    """Return the fastest form whose name starts and ends so."""
+    fit = {k: v for k, v in found.items() if k.startswith(start) and k.endswith(end)}
+    if not start:
+        fit = {k: v for k, v in fit.items() if not k.startswith("plain")}
+    return min(fit.items(), key=lambda item: item[1]) if fit else ("none", float("nan"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help="default: ten models")
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], help="(default: fp32)")
+    parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each form (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well; slow")
+    parser.add_argument("--all", action="store_true", help="print every form besides the table")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lower = [p for p in options.precisions if p != "fp32"]
+    print(
+        "| model | published, eager | merged, eager | best plain fp32 | deploy fp32 | against best"
+        " plain | against plain ONNX Runtime |" + "".join(f" {p} |" for p in lower)
+    )
+    print("|---|---|---|---|---|---|---|" + "---|" * len(lower), flush=True)
+    for name in options.models or MODELS:
+        found = measure(name, options)
+        plain, plain_ms = best(found, "plain")
+        ours, ours_ms = best(found, end="fp32")
+        runtime = found.get("plain onnxruntime", float("nan"))
+        cells = [
+            f"`{name}`",
+            f"{found['plain eager']:.1f}",
+            f"{found.get('eager fp32', float('nan')):.1f}",
+            f"{plain_ms:.1f} ({plain.removeprefix('plain ')})",
+            f"{ours_ms:.1f} ({ours.removesuffix(' fp32')})",
+            f"{plain_ms / ours_ms:.2f}x",
+            f"{runtime / ours_ms:.2f}x",
+        ]
+        for precision in lower:
+            engine, ms = best(found, end=precision)
+            cells.append("-" if ms != ms else f"{ms:.1f} ({engine.removesuffix(' ' + precision)})")
+        print("| " + " | ".join(cells) + " |", flush=True)
+        if options.all:
+            for key, ms in sorted(found.items(), key=lambda item: item[1]):
+                print(f"    {key}: {ms:.2f} ms", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
