@@ -225,3 +225,54 @@ def test_compare_measures_and_refuses():
         compare(reference, output[:1])
     with pytest.raises(ExportError, match="exported file's output has values that are not finite"):
         compare(reference, output / 0 * 0)
+
+
+def test_weights_beyond_the_limit_go_to_a_second_file(tmp_path, monkeypatch):
+    from backbones.engines import onnx_format
+
+    monkeypatch.setattr(onnx_format, "LARGEST", 1000)
+    model = small()
+    report = export(model, tmp_path / "m.onnx", input_size=(3, 64, 64))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert (tmp_path / "m.onnx.data").stat().st_size > (tmp_path / "m.onnx").stat().st_size / 4
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.eval()(images)
+    assert compare(expected, OnnxRuntimeRunner(report.path)(images)).relative_error < 1e-4
+
+
+def test_a_failed_export_leaves_neither_of_two_files(tmp_path, monkeypatch):
+    from backbones.engines import onnx_format
+
+    monkeypatch.setattr(onnx_format, "LARGEST", 8)
+    with pytest.raises(ExportError, match="does not compute"):
+        export(Restless(), tmp_path / "m.onnx", input_size=(3, 8, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pyramid_leaves_as_several_outputs(tmp_path):
+    model = small(features_only=True)
+    classifier = small()
+    for source, options in ((model, {}), (classifier, {"features": True})):
+        report = export(source, tmp_path / "m.onnx", input_size=(3, 64, 64), **options)
+        runner = OnnxRuntimeRunner(report.path)
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            expected = model.eval()(images)
+        assert runner.metadata["outputs"] == [f"features_{i}" for i in range(4)]
+        found = runner(images)
+        assert [tuple(f.shape) for f in found] == [tuple(e.shape) for e in expected]
+        assert compare(expected, found).relative_error < 1e-4
+
+
+def test_exported_models_are_merged_unless_told_otherwise(tmp_path):
+    import onnx
+
+    counts = []
+    for merge in (True, False):
+        model = backbones.create_model("unireplknet_a", num_classes=3, depths=[1, 1, 1, 1])
+        path = export(model, tmp_path / "m.onnx", input_size=(3, 64, 64), merge=merge).path
+        counts.append(sum(node.op_type == "Conv" for node in onnx.load(path).graph.node))
+    assert counts[0] < counts[1]
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())

@@ -23,15 +23,23 @@ SUFFIXES = {
 }
 ENGINES = {"onnx": "onnxruntime"}
 TOLERANCE = 1e-4
-# Compiling takes a minute a model, lowering half of one: one family by default, all if slow.
-QUICK = {"aoti": {"convnext_atto"}, "executorch": {"cpubone_nano"}}
+# Every family as ONNX by default, and the quick ones as what else is quick; compiling takes a
+# minute a model, lowering half of one. All cells if slow.
+LIGHT = {"convnext_atto", "cpubone_nano", "inception_next_atto"}
+QUICK = {
+    "onnx": set(smallest_of_each_family()),
+    "openvino": LIGHT,
+    "pt2": LIGHT,
+    "aoti": {"convnext_atto"},
+    "executorch": {"cpubone_nano"},
+}
 QUICK_SIZE = {"convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}}
 
 
 def cells():
     for name in smallest_of_each_family():
         for format in SUFFIXES:
-            slow = name not in QUICK.get(format, {name})
+            slow = name not in QUICK[format]
             yield pytest.param(name, format, marks=[pytest.mark.slow] if slow else [])
 
 
@@ -68,8 +76,8 @@ def test_every_family_leaves_in_every_format(name, format, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *smallest_of_each_family(),
-        pytest.param("hornet_tiny_gf", marks=pytest.mark.slow),
+        pytest.param(name, marks=[] if name in LIGHT | {"lsnet_t"} else [pytest.mark.slow])
+        for name in [*smallest_of_each_family(), "hornet_tiny_gf"]
     ],
 )
 def test_height_and_width_stay_free_in_onnx(name, tmp_path):
