@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Sequence
@@ -56,7 +57,11 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
     batch = config.max_batch if free else conversion.example.shape[0]
     shape = [batch, *conversion.example.shape[1:]]
     facts = {**conversion.metadata, "shape": shape, "free_batch": free}
-    program = traced(conversion, {"batch": config.max_batch})
+    # Where lowering loses the bound of a size, memory is planned for the example's.
+    largest = conversion.example[:1].expand(*shape).contiguous()
+    program = traced(
+        dataclasses.replace(conversion, example=largest), {"batch": config.max_batch}
+    )
     try:
         lowered = exir.to_edge_transform_and_lower(
             program,
@@ -111,7 +116,7 @@ class ExecuTorchRunner(Runner):
                 f" {summary(error)}"
             ) from error
         batch, *rest = self._metadata["shape"]
-        self.max_batch = batch
+        self.max_batch = int(self._method.metadata.input_tensor_meta(0).sizes()[0])
         free = self._metadata["free_batch"]
         super().__init__(
             self.path,
