@@ -100,10 +100,15 @@ def test_an_interruption_ends_every_child(scripted, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        thread.start()
-        measured(scripted(script), "a", "b")
-    thread.join()
+    # Processes that were started in the background, as those of pytest-xdist, ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            thread.start()
+            measured(scripted(script), "a", "b")
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     pids = {event[2] for event in events(log)}
     assert len(pids) == 2
     assert all(is_gone(pid) for pid in pids)
