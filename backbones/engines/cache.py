@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = N
         "versions": versions(),
         "machine": platform.machine(),
         "code": code_digest(),
+        "classes": sources(model),
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -69,6 +72,24 @@ def code_digest() -> str:
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def sources(model: nn.Module) -> dict[str, str]:
+    """Return the code of the classes that a user's model is made of, by name.
+
+    The packages' own are known by their versions. A class whose code cannot be read, as one typed
+    into a session, gets a name that no other has, so that its files are never taken for another's.
+    """
+    found = {}
+    for kind in {type(module) for module in model.modules()}:
+        if kind.__module__.partition(".")[0] in ("torch", "timm", "backbones", "torchvision"):
+            continue
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        try:
+            found[name] = inspect.getsource(kind)
+        except (OSError, TypeError):
+            found[name] = secrets.token_hex(16)
+    return found
 
 
 def processor() -> str:

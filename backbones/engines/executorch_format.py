@@ -59,9 +59,7 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
     facts = {**conversion.metadata, "shape": shape, "free_batch": free}
     # Where lowering loses the bound of a size, memory is planned for the example's.
     largest = conversion.example[:1].expand(*shape).contiguous()
-    program = traced(
-        dataclasses.replace(conversion, example=largest), {"batch": config.max_batch}
-    )
+    program = traced(dataclasses.replace(conversion, example=largest), {"batch": config.max_batch})
     try:
         lowered = exir.to_edge_transform_and_lower(
             program,

@@ -107,9 +107,9 @@ def export(
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, as far as the format has it.
         verify: False leaves the comparison out.
         merge: False leaves the model as it is, un-merged.
-        preprocess: the file takes decoded images, uint8 (B, H, W, C) of any size, and resizes,
-            crops and normalizes them itself; with ``height`` and ``width`` in `dynamic` (always
-            added, where the format has it) images of all sizes, else those of `input_size`.
+        preprocess: the file takes decoded images, uint8 (B, H, W, C), and resizes, crops and
+            normalizes them itself: images of any size, or of `input_size` where the format cannot
+            leave sizes free.
         features: the file gives the maps of all stages instead of logits.
         calibration: for int8, and for agreement figures on real images: a folder of images, or a
             batch (N, C, H, W) that is normalized.
@@ -140,14 +140,14 @@ def export(
     real = None if calibration is None else load_images(calibration, data_config)
     if preprocess and real is not None:
         raise UnsupportedError("calibration images are normalized; leave preprocess out")
-    wrap = {"preprocess": preprocess, "features": features}
     clone = merged(model) if merge else unmerged(model)
     check_sizes(clone, [] if preprocess else dynamic)
+    wrap = {"preprocess": preprocess, "features": features}
     half = precision in DTYPES  # which changes the very model
-    original = copy.deepcopy(clone) if half else clone
-    reference = prepared(original, data_config, precision="fp32", **wrap)
-    count = 2 if "batch" in dynamic else 1
-    example = random_input((count, *size), raw=preprocess)
+    reference = prepared(
+        copy.deepcopy(clone) if half else clone, data_config, precision="fp32", **wrap
+    )
+    example = random_input((2 if "batch" in dynamic else 1, *size), raw=preprocess)
     outputs = names_of(run(reference, example))
     conversion = Conversion(
         model=prepared(clone, data_config, precision=precision, **wrap) if half else reference,
@@ -168,19 +168,10 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         file = Path(folder) / path.name
         notes = target.convert(conversion, config, file)
-        engine, checks = None, []
-        if verify:
-            runner = target.open(file)
-            engine = runner.engine
-            inputs = []
-            if precision != "int8":
-                inputs += [(random_input(s, raw=preprocess), False) for s in shapes(conversion)]
-            if real is not None:
-                inputs += [(real, True)] if "batch" in dynamic else [(real[:1], True)]
-            for x, is_real in inputs:
-                agreement = check(reference, runner, x, TOLERANCE[precision], path)
-                checks.append(Check(tuple(x.shape), agreement, is_real))
-            del runner  # some systems do not move a file that is open
+        # The runner is gone before the file moves: some systems do not move a file that is open.
+        engine, checks = (
+            verified(reference, target, file, conversion, path) if verify else (None, ())
+        )
         written = put_in_place(file, path)
     return ExportReport(
         path=path,
@@ -191,8 +182,34 @@ def export(
         bytes=written,
         seconds=time.perf_counter() - start,
         engine=engine,
-        checks=tuple(checks),
+        checks=checks,
         notes=notes or {},
+    )
+
+
+def verified(
+    reference: nn.Module, target: Format, file: Path, conversion: Conversion, path: Path
+) -> tuple[str, tuple[Check, ...]]:
+    """Run a file in its engine and compare it with the model.
+
+    Returns:
+        The engine's name, and the comparisons.
+
+    Raises:
+        ExportError: the file cannot be opened, or does not compute what the model computes.
+    """
+    runner = target.open(file)
+    inputs: list[tuple[Tensor, bool]] = []
+    if conversion.precision != "int8":
+        random = [random_input(shape, raw=conversion.raw) for shape in shapes(conversion)]
+        inputs += [(x, False) for x in random]
+    if conversion.calibration is not None:
+        real = conversion.calibration
+        inputs.append((real if "batch" in conversion.dynamic else real[:1], True))
+    tolerance = TOLERANCE[conversion.precision]
+    return runner.engine, tuple(
+        Check(tuple(x.shape), check(reference, runner, x, tolerance, path), real)
+        for x, real in inputs
     )
 
 

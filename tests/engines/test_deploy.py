@@ -116,6 +116,35 @@ def test_files_are_kept_by_content(model, tmp_path):
     assert content_key(model, SIZE, images()) != content_key(model, SIZE)
 
 
+def twins():
+    """Two classes of one name, equal in all but what they compute."""
+
+    def one():
+        class Twin(Sensitive):
+            def forward(self, x):
+                return super().forward(x)
+
+        return Twin
+
+    def other():
+        class Twin(Sensitive):
+            def forward(self, x):
+                return -super().forward(x)
+
+        return Twin
+
+    return one(), other()
+
+
+def test_files_of_other_code_are_not_taken():
+    one, other = (kind() for kind in twins())
+    assert repr(one) == repr(other)
+    assert content_key(one, (3, 8, 8)) == content_key(type(one)(), (3, 8, 8))
+    assert content_key(one, (3, 8, 8)) != content_key(other, (3, 8, 8))
+    unreadable = type("Typed", (Sensitive,), {})
+    assert content_key(unreadable(), (3, 8, 8)) != content_key(unreadable(), (3, 8, 8))
+
+
 class Sensitive(nn.Module):
     """Its classes are a hair's breadth apart, so that half precision mistakes them."""
 
