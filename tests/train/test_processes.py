@@ -104,6 +104,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(options, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        # A shell that runs tests in the background has them, and their children, ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in worker.stdout:
         if "epoch 2/40" in line:
