@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -86,6 +87,8 @@ class OnnxRuntimeRunner(Runner):
     Args:
         path: the file.
         threads: threads of one call; None for PyTorch's number.
+        batch_size: number of images that calls mostly have. The session for it knows all shapes
+            and is faster; calls with another number get a session of their own.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -95,25 +98,40 @@ class OnnxRuntimeRunner(Runner):
 
     engine = "onnxruntime"
 
-    def __init__(self, path: str | PathLike[str], *, threads: int | None = None) -> None:
-        ort = optional_import("onnxruntime", "onnx")
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        threads: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
         self.path = existing(path)
+        self._threads = threads or torch.get_num_threads()
+        self._session = self._start(batch_size)
+        self._batch_size = batch_size
+        self._any: Any = None
+        self._lock = threading.Lock()
+        taken = self._session.get_inputs()[0]
+        # The session for one number of images says that number in place of the free dimension.
+        shape = taken.shape if batch_size is None else [None, *taken.shape[1:]]
+        super().__init__(self.path, shape, threads=threads, raw=taken.type == "tensor(uint8)")
+        self._name = taken.name
+        self.precision = self.metadata.get("precision", "fp32")
+
+    def _start(self, batch_size: int | None) -> Any:
+        ort = optional_import("onnxruntime", "onnx")
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if batch_size is not None:
+            options.add_free_dimension_override_by_name("batch", batch_size)
         # Idle threads that spin would take the cores from whatever runs between two calls.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session = ort.InferenceSession(
-                str(self.path), options, providers=["CPUExecutionProvider"]
-            )
+            return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common public class
             raise ExportError(f"{self.path}: ONNX Runtime cannot load it: {error}") from error
-        taken = self._session.get_inputs()[0]
-        super().__init__(self.path, taken.shape, threads=threads, raw=taken.type == "tensor(uint8)")
-        self._name = taken.name
-        self.precision = self.metadata.get("precision", "fp32")
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -122,8 +140,13 @@ class OnnxRuntimeRunner(Runner):
         return json.loads(found) if found else {}
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
-        """Run the session."""
-        return [torch.from_numpy(one) for one in self._session.run(None, {self._name: x.numpy()})]
+        """Run the session for this number of images."""
+        session = self._session
+        if self._batch_size not in (None, len(x)):
+            with self._lock:
+                self._any = self._any or self._start(None)
+            session = self._any
+        return [torch.from_numpy(one) for one in session.run(None, {self._name: x.numpy()})]
 
 
 register(Format("onnx", ".onnx", OnnxConfig, to_onnx, OnnxRuntimeRunner, ("fp32", "fp16", "int8")))

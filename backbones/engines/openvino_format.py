@@ -64,6 +64,8 @@ class OpenVinoRunner(Runner):
     Args:
         path: the ``.xml`` file; the ``.bin`` file must lie beside it.
         threads: threads of one call; None for PyTorch's number.
+        batch_size: number of images that calls mostly have. The model compiled for it knows all
+            shapes and is faster; calls with another number get one compiled of their own.
         precision: what to compute in; None for the precision that the file was written for, where
             this processor has it, else fp32.
 
@@ -81,10 +83,12 @@ class OpenVinoRunner(Runner):
         path: str | PathLike[str],
         *,
         threads: int | None = None,
+        batch_size: int | None = None,
         precision: str | None = None,
     ) -> None:
         ov = optional_import("openvino", "openvino")
         self.path = existing(path)
+        self._lock = threading.Lock()
         core = ov.Core()
         try:
             model = core.read_model(str(self.path))
@@ -104,15 +108,21 @@ class OpenVinoRunner(Runner):
             taken = model.inputs[0]
             shape = [d.get_length() if d.is_static else None for d in taken.get_partial_shape()]
             raw = taken.get_element_type() == ov.Type.u8
-            self._compiled = core.compile_model(
-                model,
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": HINTS[precision],
-                    "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-                    "PERFORMANCE_HINT": "LATENCY",
-                },
-            )
+            options = {
+                "INFERENCE_PRECISION_HINT": HINTS[precision],
+                "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+                "PERFORMANCE_HINT": "LATENCY",
+            }
+            place = str(self.path)
+            self._compile = lambda: core.compile_model(core.read_model(place), "CPU", options)
+            self._compiled: dict[int | None, Any] = {}
+            if batch_size is not None and shape[0] is None:
+                dimensions = taken.get_partial_shape()
+                dimensions[0] = batch_size
+                model.reshape(dimensions)
+                self._compiled[batch_size] = core.compile_model(model, "CPU", options)
+            else:
+                self._compiled[None] = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             if isinstance(error, UnsupportedError):
                 raise
@@ -128,9 +138,14 @@ class OpenVinoRunner(Runner):
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run this thread's own request: requests share the model, not the buffers."""
-        request = getattr(self._of_thread, "request", None)
+        size = len(x) if len(x) in self._compiled else None
+        requests = self._of_thread.__dict__.setdefault("requests", {})
+        request = requests.get(size)
         if request is None:
-            request = self._of_thread.request = self._compiled.create_infer_request()
+            with self._lock:
+                if size not in self._compiled:
+                    self._compiled[size] = self._compile()
+            request = requests[size] = self._compiled[size].create_infer_request()
         results = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
         # The buffers are the request's and are written again by its next call.
         return [torch.from_numpy(results[i].copy()) for i in range(len(results))]

@@ -117,7 +117,7 @@ def start_onnxruntime(job: Job) -> Runner:
     """Export to ONNX and run it in ONNX Runtime."""
     path = job.folder / f"{job.precision}.onnx"
     _export_once(job, path, job.precision)
-    return OnnxRuntimeRunner(path, threads=job.threads)
+    return OnnxRuntimeRunner(path, threads=job.threads, batch_size=job.batch_size)
 
 
 def start_openvino(job: Job) -> Runner:
@@ -130,7 +130,9 @@ def start_openvino(job: Job) -> Runner:
     written = job.precision if job.precision == "int8" else "fp32"
     path = job.folder / f"{written}.xml"
     _export_once(job, path, written)
-    return OpenVinoRunner(path, threads=job.threads, precision=job.precision)
+    return OpenVinoRunner(
+        path, threads=job.threads, batch_size=job.batch_size, precision=job.precision
+    )
 
 
 def start_executorch(job: Job) -> Runner:

@@ -248,3 +248,13 @@ def test_no_engine_in_time_is_left_out_with_the_reason(model, tmp_path):
     report = deploy(model, engine=QUICK, input_size=SIZE, cache_dir=tmp_path, time_limit=0).report
     assert [one.engine for one in report.candidates if one.median_ms] == [QUICK[0]]
     assert "time limit" in report.candidates[-1].reason
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_other_numbers_of_images_work_beside_the_one_measured(model, engine, tmp_path):
+    if engine not in available_engines():
+        pytest.skip(f"{engine} is not installed")
+    runner = deploy(model, engine=engine, input_size=SIZE, batch_size=2, cache_dir=tmp_path)
+    for count in (2, 5, 2, 1, 5):
+        x = images(count, seed=count)
+        torch.testing.assert_close(runner(x), outputs(model, x), rtol=1e-4, atol=1e-4)
