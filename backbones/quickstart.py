@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
 import shutil
 import tempfile
@@ -19,7 +17,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from backbones.bench import compare_latency
+from backbones.bench import compare_latency, write_json
 from backbones.engines import (
     OnnxRuntimeRunner,
     Runner,
@@ -258,10 +256,3 @@ def versions() -> dict[str, str]:
     found = {name: optional_import(name, "quickstart").__version__ for name in names}
     machine = {"python": platform.python_version(), "machine": platform.machine()}
     return {"torch": str(torch.__version__), "timm": timm.__version__, **found, **machine}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -17,6 +16,7 @@ import torch
 
 import backbones
 from backbones.bench.child import WORKER, Child
+from backbones.engines.cache import processor, versions
 
 __all__ = ["Machine", "examine", "matmul_peak", "peak_memory_mib", "usable_cpus"]
 
@@ -98,7 +98,7 @@ def examine(
         threads=threads,
         matmul_gmacs=found["gmacs"],
         matmul_cores=found["cores"],
-        versions=versions(),
+        versions={"backbones": backbones.__version__, **versions(LIBRARIES)},
     )
 
 
@@ -132,29 +132,11 @@ def matmul_peak(kinds: Sequence[str], seconds: float = 0.4) -> dict[str, Any]:
     return {"gmacs": gmacs, "cores": cores}
 
 
-def processor() -> str:
-    """Return the name of the processor, as far as the system tells."""
-    with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1].strip()
-    return platform.processor() or platform.machine() or "unknown processor"
-
-
 def usable_cpus() -> int:
     """Return how many CPUs this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of this package and of the engines' that are installed."""
-    found = {"backbones": backbones.__version__}
-    for name in LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def peak_memory_mib() -> float | None:

@@ -8,15 +8,17 @@ import inspect
 import json
 import os
 import platform
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["content_key", "default_folder", "read_choice", "write_choice"]
+__all__ = ["content_key", "default_folder", "processor", "read_choice", "versions", "write_choice"]
 
 VERSIONS = "torch timm onnx onnxscript onnxruntime openvino nncf executorch torchao numpy".split()
 
@@ -33,7 +35,7 @@ def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = N
         "structure": repr(model),
         "config": repr(getattr(model, "config", None)),
         "size": list(size),
-        "versions": versions(),
+        "versions": versions(VERSIONS),
         "machine": platform.machine(),
         "code": code_digest(),
         "classes": sources(model),
@@ -53,14 +55,12 @@ def content_of(tensor: Tensor) -> Any:
     return values.view(torch.uint8).numpy() if len(values) else b""
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that have a part in a file, as far as installed."""
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of packages, as far as they are installed."""
     found = {}
-    for name in VERSIONS:
-        try:
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -93,13 +93,12 @@ def sources(model: nn.Module) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """Return the name of the processor, as far as the system tells."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "unknown processor"
 
 
 def read_choice(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | None:

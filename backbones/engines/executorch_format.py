@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,29 +105,24 @@ class ExecuTorchRunner(Runner):
         self.path = existing(path)
         try:
             self._program = runtime.Runtime.get().load_program(str(self.path))
-            self._metadata = json.loads(self._program.load_method("backbones").execute([])[0])
+            facts = json.loads(self._program.load_method("backbones").execute([])[0])
             self._method = self._program.load_method("forward")
         except Exception as error:  # the runtime's errors have no common public class
             raise ExportError(
                 f"{self.path}: cannot be loaded as an ExecuTorch program that this package wrote:"
                 f" {summary(error)}"
             ) from error
-        batch, *rest = self._metadata["shape"]
+        batch, *rest = facts["shape"]
         self.max_batch = int(self._method.metadata.input_tensor_meta(0).sizes()[0])
-        free = self._metadata["free_batch"]
+        free = facts["free_batch"]
         super().__init__(
             self.path,
             [None if free else batch, *rest],
             threads=threads,
-            raw=self._metadata["preprocess"],
+            raw=facts["preprocess"],
+            metadata=facts,
         )
-        self.precision = self._metadata["precision"]
         self._turn = threading.Lock()
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
-        return self._metadata
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run the method, in parts where there are more images than memory was planned for."""

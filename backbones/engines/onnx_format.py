@@ -114,9 +114,15 @@ class OnnxRuntimeRunner(Runner):
         taken = self._session.get_inputs()[0]
         # The session for one number of images says that number in place of the free dimension.
         shape = taken.shape if batch_size is None else [None, *taken.shape[1:]]
-        super().__init__(self.path, shape, threads=threads, raw=taken.type == "tensor(uint8)")
+        found = self._session.get_modelmeta().custom_metadata_map.get("backbones")
+        super().__init__(
+            self.path,
+            shape,
+            threads=threads,
+            raw=taken.type == "tensor(uint8)",
+            metadata=json.loads(found) if found else {},
+        )
         self._name = taken.name
-        self.precision = self.metadata.get("precision", "fp32")
 
     def _start(self, batch_size: int | None) -> Any:
         ort = optional_import("onnxruntime", "onnx")
@@ -132,12 +138,6 @@ class OnnxRuntimeRunner(Runner):
             return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common public class
             raise ExportError(f"{self.path}: ONNX Runtime cannot load it: {error}") from error
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
-        found = self._session.get_modelmeta().custom_metadata_map.get("backbones")
-        return json.loads(found) if found else {}
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run the session for this number of images."""

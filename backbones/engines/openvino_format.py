@@ -92,12 +92,12 @@ class OpenVinoRunner(Runner):
         core = ov.Core()
         try:
             model = core.read_model(str(self.path))
-            self._metadata = (
+            facts = (
                 json.loads(model.get_rt_info("backbones").value)
                 if model.has_rt_info("backbones")
                 else {}
             )
-            written = self._metadata.get("precision", "fp32")
+            written = facts.get("precision", "fp32")
             if precision is None:
                 precision = written if computes_in(written) else "fp32"
             elif not computes_in(precision):
@@ -127,14 +127,9 @@ class OpenVinoRunner(Runner):
             if isinstance(error, UnsupportedError):
                 raise
             raise ExportError(f"{self.path}: OpenVINO cannot load it: {summary(error)}") from error
-        super().__init__(self.path, shape, threads=threads, raw=raw)
+        super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
         self.precision = precision
         self._of_thread = threading.local()
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
-        return self._metadata
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run this thread's own request: requests share the model, not the buffers."""

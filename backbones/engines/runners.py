@@ -29,6 +29,7 @@ class Runner(ABC):
         layout: memory layout of its convolutions; ``engine`` where the engine chooses.
         threads: threads of one call.
         shape: sizes of the input's dimensions; those that are no numbers are free.
+        metadata: what `export` wrote into the file: name, license, classes, input, ...; else empty.
         report: what `deploy` tried and chose, where the runner comes from it.
         raw: True where the input is uint8 images (B, H, W, C) as decoded, which the file itself
             resizes and normalizes; False for normalized images (B, C, H, W).
@@ -38,7 +39,13 @@ class Runner(ABC):
     layout = "engine"
 
     def __init__(
-        self, what: object, shape: Shape, *, threads: int | None = None, raw: bool = False
+        self,
+        what: object,
+        shape: Shape,
+        *,
+        threads: int | None = None,
+        raw: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads must be at least 1, got {threads}")
@@ -46,13 +53,9 @@ class Runner(ABC):
         self.shape = tuple(shape)
         self.threads = threads or torch.get_num_threads()
         self.raw = raw
-        self.precision = "fp32"
+        self.metadata = metadata or {}
+        self.precision: str = self.metadata.get("precision", "fp32")
         self.report: Any = None
-
-    @property
-    @abstractmethod
-    def metadata(self) -> dict[str, Any]:
-        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
 
     @abstractmethod
     def infer(self, x: Tensor) -> Tensor | Sequence[Tensor]:

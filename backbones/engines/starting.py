@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.engines.exporting import export, random_input
+from backbones.engines.formats import summary
 from backbones.engines.layouts import choose_layout
 from backbones.engines.onnx_format import OnnxRuntimeRunner
 from backbones.engines.openvino_format import OpenVinoRunner, computes_in
@@ -70,11 +71,6 @@ class ModuleRunner(Runner):
         self._last = layout.startswith("channels_last")
         self._turn = threading.Lock()
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Nothing: the model is in memory, and says itself what it is."""
-        return {}
-
     def infer(self, x: Tensor) -> Tensor | Sequence[Tensor]:
         """Run the module."""
         if self._last:
@@ -100,8 +96,7 @@ def start_compiled(job: Job) -> Runner:
     try:
         runner(random_input((job.batch_size, *job.size)))
     except Exception as error:  # whatever the compiler's many stages raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.compile failed: {reason[0]}") from error
+        raise ExportError(f"torch.compile failed: {summary(error)}") from error
     return runner
 
 

@@ -100,20 +100,14 @@ class Pt2Runner(Runner):
         found = {METADATA: ""}
         try:
             self._run = torch.export.load(self.path, extra_files=found).module()
-            self._metadata = json.loads(found[METADATA])
+            facts = json.loads(found[METADATA])
         except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ExportError(
                 f"{self.path}: cannot be loaded as a program of torch.export that this package"
                 f" wrote: {summary(error)}"
             ) from error
-        shape, raw = self._metadata["shape"], self._metadata["preprocess"]
-        super().__init__(self.path, shape, threads=threads, raw=raw)
-        self.precision = self._metadata["precision"]
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
-        return self._metadata
+        shape, raw = facts["shape"], facts["preprocess"]
+        super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
 
     def infer(self, x: Tensor) -> Tensor | Sequence[Tensor]:
         """Run the program."""
@@ -139,21 +133,15 @@ class AotiRunner(Runner):
         self.path = existing(path)
         try:
             self._run = inductor().aoti_load_package(str(self.path))
-            self._metadata = json.loads(self._run.loader.get_metadata()["backbones"])
+            facts = json.loads(self._run.loader.get_metadata()["backbones"])
         except Exception as error:  # the loader's errors have no common public class
             raise ExportError(
                 f"{self.path}: cannot be loaded as a package of AOTInductor that this package"
                 f" wrote for this kind of processor: {summary(error)}"
             ) from error
-        shape, raw = self._metadata["shape"], self._metadata["preprocess"]
-        super().__init__(self.path, shape, threads=threads, raw=raw)
-        self.precision = self._metadata["precision"]
+        shape, raw = facts["shape"], facts["preprocess"]
+        super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
         self._turn = threading.Lock()
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What `export` wrote into the file: name, license, classes, input, ...; else empty."""
-        return self._metadata
 
     def infer(self, x: Tensor) -> Tensor | Sequence[Tensor]:
         """Run the package."""
