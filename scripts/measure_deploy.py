@@ -3,7 +3,7 @@
 python scripts/measure_deploy.py                             # ten models, fp32; about an hour
 python scripts/measure_deploy.py lsnet_t --precisions fp32 int8 --compile
 
-One image of the model's size, in milliseconds, all forms of a model in alternation in one process.
+One image of 224x224 (or `--size`), in milliseconds; all forms of a model take turns in one process.
 "Plain" is what a user gets without this package's help: timm's class where timm has the model,
 else ours un-merged with reference operators; NCHW; PyTorch's ONNX exporter and the engines' default
 options but for the number of threads, in real float32. A form that fails says so.
@@ -106,13 +106,12 @@ def calibration_images(size: tuple[int, ...]) -> Tensor:
 
 
 def deployed(
-    name: str, model: nn.Module, precisions: list[str], threads: int, folder: Path, compile: bool
+    name: str, model: nn.Module, size: tuple[int, ...], folder: Path, options: argparse.Namespace
 ) -> dict[str, Runner | str]:
     """Return our runners by engine and precision; a string where one cannot be had."""
     found: dict[str, Runner | str] = {}
-    size = backbones.engines.input_size_of(model)
-    for precision in precisions:
-        for engine in (*ENGINES, *(["compile"] if compile else [])):
+    for precision in options.precisions:
+        for engine in (*ENGINES, *(["compile"] if options.compile else [])):
             if precision not in backbones.engines.ENGINES[engine].precisions:
                 continue
             try:
@@ -120,7 +119,8 @@ def deployed(
                     model,
                     engine=engine,
                     precision=precision,
-                    threads=threads,
+                    threads=options.threads,
+                    input_size=size,
                     calibration=calibration_images(size) if precision == "int8" else None,
                     cache_dir=folder,
                 )
@@ -133,7 +133,7 @@ def deployed(
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Return the median milliseconds of each form of a model; what fails goes to stderr."""
     model = backbones.create_model(name).eval()
-    size = backbones.engines.input_size_of(model)
+    size = (3, options.size, options.size)
     x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     published = timm.create_model(name).eval()  # its own where it has the model, else ours
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
                 compiled(x)
             forms["compile"] = compiled
         forms = {f"plain {key}": form for key, form in forms.items()}
-        forms |= deployed(name, model, options.precisions, options.threads, place, options.compile)
+        forms |= deployed(name, model, size, place, options)
         running = {}
         for key, form in forms.items():
             if isinstance(form, str):
@@ -171,6 +171,7 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="*", help="default: ten models")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], help="(default: fp32)")
+    parser.add_argument("--size", type=int, default=224, help="height and width (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each form (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well; slow")

@@ -16,7 +16,7 @@ PACKAGE = Path(backbones.__file__).parent
 # Each room imports only from those before it (families do not know one another).
 ROOMS = (
     "errors schema merge ops config manifest layers stages skeleton families reparam weights "
-    "registry foreign info factory engines bench train quickstart cli"
+    "registry foreign info factory lowering engines bench train quickstart cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -17,6 +17,7 @@ from backbones.engines.formats import Conversion, Format, FormatConfig, register
 from backbones.engines.optional import optional_import
 from backbones.engines.runners import Runner, existing
 from backbones.errors import ExportError
+from backbones.lowering import lowered
 
 __all__ = ["OnnxConfig", "OnnxRuntimeRunner", "to_onnx", "write_onnx"]
 
@@ -53,11 +54,13 @@ def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
         file.unlink()
 
 
-def write_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
-    """Write the ONNX file of a model in the precision that it has."""
+def write_onnx(
+    conversion: Conversion, config: OnnxConfig, path: Path, target: str = "onnx"
+) -> None:
+    """Write the ONNX file of a model in the precision that it has, for the engine `target`."""
     optional_import("onnx", "onnx")
     optional_import("onnxscript", "onnx")
-    model = conversion.model
+    model = lowered(conversion.model, target)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
     try:

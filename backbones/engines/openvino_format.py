@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
 from backbones.engines.onnx_format import OnnxConfig, write_onnx
+from backbones.engines.openvino_kernels import widen_depthwise
 from backbones.engines.optional import optional_import
 from backbones.engines.runners import Runner, existing
 from backbones.errors import ExportError, UnsupportedError
@@ -43,7 +44,7 @@ def to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> N
     """
     ov = optional_import("openvino", "openvino")
     between = path.with_suffix(".onnx")
-    write_onnx(conversion, OnnxConfig(), between)
+    write_onnx(conversion, OnnxConfig(), between, target="openvino")
     try:
         model = ov.Core().read_model(str(between))
         if conversion.precision == "int8":
@@ -65,7 +66,8 @@ class OpenVinoRunner(Runner):
         path: the ``.xml`` file; the ``.bin`` file must lie beside it.
         threads: threads of one call; None for PyTorch's number.
         batch_size: number of images that calls mostly have. The model compiled for it knows all
-            shapes and is faster; calls with another number get one compiled of their own.
+            shapes, has its depthwise kernels fitted to the processor, and is faster; calls with
+            another number get one compiled of their own.
         precision: what to compute in; None for the precision that the file was written for, where
             this processor has it, else fp32.
 
@@ -120,6 +122,7 @@ class OpenVinoRunner(Runner):
                 dimensions = taken.get_partial_shape()
                 dimensions[0] = batch_size
                 model.reshape(dimensions)
+                widen_depthwise(model, options)
                 self._compiled[batch_size] = core.compile_model(model, "CPU", options)
             else:
                 self._compiled[None] = core.compile_model(model, "CPU", options)

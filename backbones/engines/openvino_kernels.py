@@ -1,0 +1,115 @@
+"""Depthwise kernels that OpenVINO computes faster when they are padded with zeros.
+
+oneDNN unrolls small depthwise kernels and loops over large ones. Just below the limit the unrolled
+code is too long for the processor's caches: here a kernel of 13x13 takes three to four times as
+long as one of 15x15. Where the limit lies depends on processor and version, so each shape is
+measured once where it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from backbones.engines.optional import optional_import
+
+__all__ = ["milliseconds", "widen_depthwise"]
+
+NARROW = (9, 11, 13)
+WIDE = 15
+ROUNDS = 20
+
+
+def widen_depthwise(model: Any, options: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Pad depthwise kernels of an OpenVINO model with zeros where that is faster, in place.
+
+    Args:
+        model: an ``openvino.Model`` whose shapes are known.
+        options: what it will be compiled with.
+
+    Returns:
+        The (channels, height, width, kernel) that were widened.
+    """
+    found: dict[tuple[int, ...], list[tuple[Any, np.ndarray]]] = {}
+    for node, weights in _narrow(model):
+        _, channels, height, width = node.input(0).get_shape()
+        found.setdefault((channels, height, width, weights.shape[-1]), []).append((node, weights))
+    widened = []
+    for shape, nodes in found.items():
+        # By a tenth at least, as it is measured alone, with warm caches.
+        if milliseconds(shape, WIDE, options) < 0.9 * milliseconds(shape, shape[-1], options):
+            for node, weights in nodes:
+                _widen(node, weights)
+            widened.append(shape)
+    return widened
+
+
+def _narrow(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield the depthwise convolutions with a narrow square kernel, and their weights."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "GroupConvolution":
+            continue
+        weights = _constant(node.input_value(1).get_node())
+        if weights is None or not node.input(0).get_partial_shape().is_static:
+            continue
+        attributes = node.get_attributes()
+        plain = all(
+            set(attributes[name]) == {value}
+            for name, value in (
+                ("strides", 1),
+                ("dilations", 1),
+                ("pads_begin", weights.shape[-1] // 2),
+            )
+        )
+        depthwise = weights.shape[1:3] == (1, 1) and weights.shape[-1] == weights.shape[-2]
+        same = attributes["pads_begin"] == attributes["pads_end"]
+        if plain and same and depthwise and weights.shape[-1] in NARROW:
+            yield node, weights
+
+
+def _constant(node: Any) -> np.ndarray | None:
+    """Return a constant in float32, reshaped and converted as the graph does; None for others."""
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return node.get_data().astype(np.float32)
+    if kind in ("Reshape", "Convert"):
+        values = _constant(node.input_value(0).get_node())
+        return None if values is None else values.reshape(node.get_output_shape(0))
+    return None
+
+
+def _widen(node: Any, weights: np.ndarray) -> None:
+    ops = optional_import("openvino.opset8", "openvino")
+    wide = ops.constant(_padded(weights, WIDE))
+    pads = [WIDE // 2] * 2
+    other = ops.group_convolution(node.input_value(0), wide, [1, 1], pads, pads, [1, 1])
+    other.set_friendly_name(node.get_friendly_name())
+    node.output(0).replace(other.output(0))
+
+
+def _padded(weights: np.ndarray, size: int) -> np.ndarray:
+    more = (size - weights.shape[-1]) // 2
+    return np.pad(weights, ((0, 0),) * 3 + ((more, more),) * 2)
+
+
+def milliseconds(shape: tuple[int, ...], kernel: int, options: dict[str, Any]) -> float:
+    """Return the least time of a few runs, which other processes disturb least."""
+    ov = optional_import("openvino", "openvino")
+    ops = optional_import("openvino.opset8", "openvino")
+    channels, height, width, _ = shape
+    generator = np.random.default_rng(0)
+    x = ops.parameter([1, channels, height, width], np.float32)
+    weights = generator.standard_normal((channels, 1, 1, kernel, kernel), dtype=np.float32)
+    pads = [kernel // 2] * 2
+    y = ops.group_convolution(x, ops.constant(weights), [1, 1], pads, pads, [1, 1])
+    request = ov.Core().compile_model(ov.Model([y], [x]), "CPU", options).create_infer_request()
+    images = generator.standard_normal((1, channels, height, width), dtype=np.float32)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        request.infer([images], share_inputs=True, share_outputs=True)
+        best = min(best, time.perf_counter() - start)
+    return best * 1e3

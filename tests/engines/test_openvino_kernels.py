@@ -1,0 +1,82 @@
+"""Depthwise kernels are widened only where that is faster, and compute the same."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from backbones.engines import openvino_kernels
+from backbones.engines.openvino_kernels import WIDE, milliseconds, widen_depthwise
+
+ov = pytest.importorskip("openvino")
+
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2}
+
+
+@pytest.fixture(params=["faster", "slower"])
+def wide_is(request, monkeypatch):
+    """Decide the measurement, which depends on the processor."""
+    wide = 1.0 if request.param == "faster" else 3.0
+    times = {WIDE: wide}
+    monkeypatch.setattr(
+        openvino_kernels, "milliseconds", lambda shape, kernel, options: times.get(kernel, 2.0)
+    )
+    return request.param
+
+
+def depthwise(kernel, **given):
+    arguments = {"groups": 16, **given}
+    arguments.setdefault("padding", 0 if isinstance(kernel, tuple) else kernel // 2)
+    return nn.Conv2d(16, 16, kernel, **arguments)
+
+
+def converted(module, folder, shape=(1, 16, 20, 18)):
+    path = folder / "m.onnx"
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.onnx.export(module.eval(), (x,), str(path), dynamo=True, verbose=False)
+    return ov.Core().read_model(str(path)), x
+
+
+def kernels(model):
+    return [
+        node.input_value(1).get_shape()[-1]
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "GroupConvolution"
+    ]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel", [9, 11, 13])
+def test_widened_kernels_compute_the_same(kernel, bias, wide_is, tmp_path):
+    module = nn.Sequential(depthwise(kernel, bias=bias), nn.ReLU(), depthwise(kernel, bias=bias))
+    model, x = converted(module, tmp_path)
+    widened = widen_depthwise(model, OPTIONS)
+    assert widened == ([(16, 20, 18, kernel)] if wide_is == "faster" else [])
+    assert kernels(model) == [WIDE if wide_is == "faster" else kernel] * 2
+    found = ov.Core().compile_model(model, "CPU", OPTIONS)(x.numpy())[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, module(x).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("wide_is", ["faster"], indirect=True)
+@pytest.mark.parametrize(
+    "module",
+    [
+        depthwise(7),
+        depthwise(13, stride=2),
+        depthwise(11, padding=3),
+        depthwise(9, dilation=2, padding=8),
+        depthwise((1, 11), padding=(0, 5)),
+        nn.Conv2d(16, 16, 13, padding=6, groups=4),
+    ],
+    ids=["small", "strided", "padded otherwise", "dilated", "a row", "grouped"],
+)
+def test_other_convolutions_are_left_alone(module, wide_is, tmp_path):
+    model, _ = converted(module, tmp_path)
+    before = kernels(model)
+    assert widen_depthwise(model, OPTIONS) == []
+    assert kernels(model) == before
+
+
+def test_the_measurement_measures():
+    assert 0 < milliseconds((16, 20, 18, 13), 13, OPTIONS) < 1000

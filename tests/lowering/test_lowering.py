@@ -1,0 +1,134 @@
+"""The forms for graph engines compute what the merged model computes."""
+
+import pytest
+import torch
+from randomized import randomize
+from tiers import families_by_default
+from torch import nn
+
+import backbones
+from backbones.families import hornet, spartan
+from backbones.lowering import TARGETS, lowered
+from backbones.lowering.pairs import PairMixer
+from backbones.lowering.parts import SeparateGates, depthwise, inputs_of, outputs_of
+
+
+def merged(name, **arguments):
+    model = backbones.create_model(name, num_classes=4, dtype=torch.float64, **arguments)
+    return backbones.reparameterize(randomize(model).eval())
+
+
+def images(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def relative(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def kinds(model):
+    return {type(module) for module in model.modules()}
+
+
+NAMES = [*families_by_default(), "hornet_tiny_gf", "convnextv2_atto", "convnext_dcls_tiny"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_function_stays_the_same(name, target):
+    model = merged(name)
+    other = lowered(model, target)
+    for size in ((2, 3, 64, 64), (1, 3, 96, 64)):
+        x = images(*size)
+        with torch.no_grad():
+            assert relative(other(x), model(x)) < 1e-12
+            _, expected = model.forward_intermediates(x)
+            _, found = other.forward_intermediates(x)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert relative(ours, theirs) < 1e-12
+
+
+def rules():
+    return [pytest.param(t, k, id=f"{t}-{k.__name__}") for t in TARGETS for k in TARGETS[t]]
+
+
+@pytest.mark.parametrize("target, kind", rules())
+def test_every_rule_finds_its_blocks(target, kind):
+    """A rule for a class that was renamed or is never met would do nothing, unseen."""
+    names = ("convnext_atto", "hornet_tiny_7x7", "spartan_t", "cpubone_nano")
+    models = [backbones.create_model(name, deploy=True).eval() for name in names]
+    assert any(kind in kinds(model) for model in models)
+    after = set().union(*(kinds(lowered(model, target)) for model in models))
+    assert kind not in after or kind.__module__ == "backbones.families.convnext"
+
+
+def test_channels_stay_where_they_are():
+    model = lowered(merged("convnext_atto"), "openvino")
+    program = torch.export.export(model, (images(1, 3, 64, 64),))
+    moves = [n for n in program.graph.nodes if "permute" in str(n.target)]
+    assert len(moves) == 0
+    assert not any(isinstance(module, nn.Linear) for module in model.stages.modules())
+
+
+def test_gates_are_not_split():
+    model = lowered(merged("hornet_tiny_7x7"), "onnx")
+    program = torch.export.export(model, (images(1, 3, 64, 64),))
+    assert not [n for n in program.graph.nodes if "split" in str(n.target)]
+    assert SeparateGates in kinds(model) and hornet.GatedConv not in kinds(model)
+
+
+def test_the_global_filter_keeps_its_split():
+    model = lowered(merged("hornet_tiny_gf"), "onnx")
+    assert {SeparateGates, hornet.GatedConv} <= kinds(model)
+
+
+@pytest.mark.parametrize("elementary", [False, True])
+def test_ties_for_the_strongest_channel_go_to_the_first(elementary):
+    mixer = spartan.ChannelMixer(8, 16, groups=8).double()
+    for module in (mixer, *mixer.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    randomize(mixer).eval().reparameterize()
+    other = PairMixer.of(mixer, elementary)
+    x = torch.randint(0, 3, (2, 8, 5, 5), generator=torch.Generator().manual_seed(0)).double()
+    assert (x == x.amax(1, keepdim=True)).sum(1).max() > 1
+    with torch.no_grad():
+        assert relative(other(x), mixer(x)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [256, 320])
+def test_the_strongest_channel_is_found_in_half_precision(dtype, dim):
+    mixer = spartan.ChannelMixer(dim, 2 * dim, groups=dim)
+    randomize(mixer).eval().reparameterize()
+    other = PairMixer.of(mixer, elementary=True).to(dtype)
+    x = torch.zeros(1, dim, 1, dim)
+    x[0, range(dim), 0, range(dim)] = 1  # position i has its strongest channel at i
+    token = torch.randn(1, 2 * dim, 1, dim).to(dtype)
+    assert torch.equal(other.picked(token, x.to(dtype)), other.gathered(token, x.to(dtype)))
+
+
+def test_other_groups_keep_their_convolution():
+    mixer = spartan.ChannelMixer(8, 32, groups=8)  # four channels to four
+    randomize(mixer).eval().reparameterize()
+    assert PairMixer.of(mixer) is None
+
+
+@pytest.mark.parametrize("name", ["hornet_tiny_7x7", "spartan_t"])
+def test_models_that_are_not_merged_are_left_alone(name):
+    model = backbones.create_model(name, num_classes=4).eval()
+    assert lowered(model, "onnx") is model
+
+
+def test_parts_of_convolutions():
+    conv = randomize(nn.Conv2d(4, 6, 3, stride=2, padding=1).double())
+    order = torch.tensor([5, 0, 3])
+    x = images(1, 4, 9, 9)
+    with torch.no_grad():
+        assert relative(outputs_of(conv, order)(x), conv(x)[:, order]) < 1e-12
+        turned = torch.tensor([2, 3, 1, 0])
+        assert relative(inputs_of(conv, turned)(x[:, turned]), conv(x)) < 1e-12
+        each = randomize(nn.Conv2d(6, 6, 3, padding=1, groups=6).double())
+        y = images(1, 6, 9, 9)
+        assert relative(outputs_of(each, order)(y[:, order]), each(y)[:, order]) < 1e-12
+        assert relative(depthwise(each, each.weight, each.bias)(y), each(y)) < 1e-12
