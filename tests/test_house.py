@@ -15,8 +15,8 @@ import backbones
 PACKAGE = Path(backbones.__file__).parent
 # Each room imports only from those before it (families do not know one another).
 ROOMS = (
-    "errors schema merge ops config manifest layers stages skeleton families reparam weights "
-    "registry foreign info factory lowering engines bench train quickstart cli"
+    "errors schema merge ops config manifest layers lowering stages skeleton families reparam "
+    "weights registry foreign info factory engines bench train quickstart cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
 from backbones.engines.optional import optional_import
+from backbones.engines.prepare import in_graph_form
 from backbones.engines.runners import Runner, existing
 from backbones.errors import ExportError
-from backbones.lowering import lowered
 
 __all__ = ["OnnxConfig", "OnnxRuntimeRunner", "to_onnx", "write_onnx"]
 
@@ -60,7 +60,7 @@ def write_onnx(
     """Write the ONNX file of a model in the precision that it has, for the engine `target`."""
     optional_import("onnx", "onnx")
     optional_import("onnxscript", "onnx")
-    model = lowered(conversion.model, target)
+    model = in_graph_form(conversion.model, target)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
     try:

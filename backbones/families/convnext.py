@@ -29,6 +29,7 @@ from backbones.config import PerStage
 from backbones.errors import CheckpointError, ConfigError
 from backbones.layers import Chain, ChannelMlp, Head, SpacedConv, norm_conv_downsample
 from backbones.layers.convnext_names import CONVNEXT_LAYOUT, TRANSFORMERS_LAYOUT
+from backbones.lowering import mlp_on_maps, norm_on_maps
 from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -109,6 +110,12 @@ class Block(nn.Module):
         self.norm = merge.norm_into_next(self.norm, self.mlp.fc1)
         merge.scale_into_previous(self.mlp.fc2, self.gamma)
         self.gamma = None
+
+    def graph_form(self, target: str) -> nn.Module:
+        if self.channels_last:
+            self.channels_last = False
+            self.norm, self.mlp = norm_on_maps(self.norm), mlp_on_maps(self.mlp)
+        return self
 
 
 class SpacedStage(Stage):

@@ -19,6 +19,7 @@ from backbones.errors import ConfigError
 from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample, statistics_dtype
 from backbones.layers.convnext_names import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
 from backbones.layers.tracing import fx_leaf
+from backbones.lowering import MapBlock, SeparateGates, mlp_on_maps, norm_on_maps
 from backbones.ops import resize_filter, spectral_filter
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
@@ -123,6 +124,11 @@ class GatedConv(nn.Module):
         else:
             self.scale = merge.factor_into_norm(self.mixer.post_norm, self.scale)
 
+    def graph_form(self, target: str) -> nn.Module:
+        if isinstance(self.mixer, GlobalLocalFilter):
+            return self  # it takes all gates at once
+        return SeparateGates(self.proj_in, self.mixer, self.dims, self.pws, self.proj_out)
+
 
 class Block(nn.Module):
     """``x + gamma1 * gnconv(norm1(x))``, then ``x + gamma2 * mlp(norm2(x))`` (figure 2)."""
@@ -155,6 +161,9 @@ class Block(nn.Module):
         merge.scale_into_previous(self.gnconv.proj_out, self.gamma1)
         merge.scale_into_previous(self.mlp.fc2, self.gamma2)
         self.gamma1 = self.gamma2 = None
+
+    def graph_form(self, target: str) -> nn.Module:
+        return MapBlock(self.norm1, self.gnconv, norm_on_maps(self.norm2), mlp_on_maps(self.mlp))
 
 
 class HorNet(StagedBackbone):

@@ -20,6 +20,7 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import Chain, Head, conv_norm
+from backbones.lowering import PairMixer
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -109,6 +110,13 @@ class ChannelMixer(nn.Module):
         if isinstance(self.theta, nn.Conv2d):
             self.proj = merge.stack_maps(self.proj, self.theta)
             self.theta = nn.Identity()
+
+    def graph_form(self, target: str) -> nn.Module:
+        conv, act = self.conv.get_submodule("conv"), self.conv.get_submodule("act")
+        if not isinstance(conv, nn.Conv2d) or not PairMixer.fits(conv):
+            return self
+        parts = (self.proj, self.act, conv, act, self.se, self.proj_out)
+        return PairMixer(*parts, elementary=target == "openvino")
 
 
 class Block(nn.Module):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from backbones.families import convnext, hornet
 from backbones.layers import ChannelMlp, GlobalResponseNorm
 
-__all__ = ["MapBlock", "gated_block_on_maps", "on_maps"]
+__all__ = ["MapBlock", "mlp_on_maps", "norm_on_maps"]
 
 
 class MapBlock(nn.Module):
@@ -23,20 +22,6 @@ class MapBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-def on_maps(block: convnext.Block) -> convnext.Block:
-    """Let a ConvNeXt block compute on maps throughout, in place."""
-    if block.channels_last:
-        block.channels_last = False
-        block.norm = norm_on_maps(block.norm)
-        mlp_on_maps(block.mlp)
-    return block
-
-
-def gated_block_on_maps(block: hornet.Block) -> MapBlock:
-    """Return a merged HorNet block, which has no layer scales, as one that computes on maps."""
-    return MapBlock(block.norm1, block.gnconv, norm_on_maps(block.norm2), mlp_on_maps(block.mlp))
 
 
 def norm_on_maps(norm: nn.Module) -> LayerNorm2d:

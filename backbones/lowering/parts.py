@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-
-from backbones.families import hornet
 
 __all__ = ["SeparateGates", "depthwise", "inputs_of", "outputs_of"]
 
@@ -54,40 +53,33 @@ def _conv(
 
 
 class SeparateGates(nn.Module):
-    """A merged gated convolution (HorNet) whose projection is not split: each part has its own.
+    """HorNet's gated convolution without splits: a projection and mixer for each gate.
 
     Args:
-        first: gives the first factor.
-        gates: give each gate, mixer included.
+        proj_in: gives the first factor and all gates; dense.
+        mixer: mixes all gates; depthwise.
+        dims: channels of the gates; the first factor has as many as the first gate.
         pws: projections from each gate to the next.
         proj_out: the last projection.
     """
 
     def __init__(
         self,
-        first: nn.Module,
-        gates: Sequence[nn.Module],
+        proj_in: nn.Conv2d,
+        mixer: nn.Conv2d,
+        dims: Sequence[int],
         pws: nn.ModuleList,
         proj_out: nn.Module,
     ) -> None:
         super().__init__()
-        self.first, self.gates = first, nn.ModuleList(gates)
+        self.first = outputs_of(proj_in, slice(0, dims[0]))
+        rest = outputs_of(proj_in, slice(dims[0], None))
+        ends = list(itertools.accumulate(dims))
+        parts = [slice(end - dim, end) for dim, end in zip(dims, ends)]
+        self.gates = nn.ModuleList(
+            nn.Sequential(outputs_of(rest, part), outputs_of(mixer, part)) for part in parts
+        )
         self.pws, self.proj_out = pws, proj_out
-
-    @classmethod
-    def of(cls, block: hornet.GatedConv) -> SeparateGates | None:
-        """Return the form of a gated convolution; None where its mixer takes all gates at once."""
-        if not isinstance(block.mixer, nn.Conv2d) or block.scale != 1:
-            return None
-        start = block.dims[0]
-        first = outputs_of(block.proj_in, slice(0, start))
-        rest = outputs_of(block.proj_in, slice(start, None))
-        gates, place = [], 0
-        for dim in block.dims:
-            part = slice(place, place + dim)
-            gates.append(nn.Sequential(outputs_of(rest, part), outputs_of(block.mixer, part)))
-            place += dim
-        return cls(first, gates, block.pws, block.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x) * self.gates[0](x)

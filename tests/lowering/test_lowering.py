@@ -7,10 +7,10 @@ from tiers import families_by_default
 from torch import nn
 
 import backbones
+from backbones.engines.prepare import in_graph_form
 from backbones.families import hornet, spartan
-from backbones.lowering import TARGETS, lowered
-from backbones.lowering.pairs import PairMixer
-from backbones.lowering.parts import SeparateGates, depthwise, inputs_of, outputs_of
+from backbones.lowering import TARGETS, MapBlock, PairMixer, SeparateGates
+from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 
 
 def merged(name, **arguments):
@@ -37,7 +37,7 @@ NAMES = [*families_by_default(), "hornet_tiny_gf", "convnextv2_atto", "convnext_
 @pytest.mark.parametrize("name", NAMES)
 def test_the_function_stays_the_same(name, target):
     model = merged(name)
-    other = lowered(model, target)
+    other = in_graph_form(model, target)
     for size in ((2, 3, 64, 64), (1, 3, 96, 64)):
         x = images(*size)
         with torch.no_grad():
@@ -48,22 +48,20 @@ def test_the_function_stays_the_same(name, target):
                 assert relative(ours, theirs) < 1e-12
 
 
-def rules():
-    return [pytest.param(t, k, id=f"{t}-{k.__name__}") for t in TARGETS for k in TARGETS[t]]
-
-
-@pytest.mark.parametrize("target, kind", rules())
-def test_every_rule_finds_its_blocks(target, kind):
-    """A rule for a class that was renamed or is never met would do nothing, unseen."""
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_form_is_met(target):
+    """A form that no model has would stand there unused; what is replaced must be gone."""
     names = ("convnext_atto", "hornet_tiny_7x7", "spartan_t", "cpubone_nano")
     models = [backbones.create_model(name, deploy=True).eval() for name in names]
-    assert any(kind in kinds(model) for model in models)
-    after = set().union(*(kinds(lowered(model, target)) for model in models))
-    assert kind not in after or kind.__module__ == "backbones.families.convnext"
+    replaced = {hornet.Block, hornet.GatedConv, spartan.ChannelMixer, *TARGETS[target]}
+    assert replaced <= set().union(*map(kinds, models))
+    after = set().union(*(kinds(in_graph_form(model, target)) for model in models))
+    assert not replaced & after
+    assert {MapBlock, SeparateGates, PairMixer} <= after
 
 
 def test_channels_stay_where_they_are():
-    model = lowered(merged("convnext_atto"), "openvino")
+    model = in_graph_form(merged("convnext_atto"), "openvino")
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     moves = [n for n in program.graph.nodes if "permute" in str(n.target)]
     assert len(moves) == 0
@@ -71,25 +69,28 @@ def test_channels_stay_where_they_are():
 
 
 def test_gates_are_not_split():
-    model = lowered(merged("hornet_tiny_7x7"), "onnx")
+    model = in_graph_form(merged("hornet_tiny_7x7"), "onnx")
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     assert not [n for n in program.graph.nodes if "split" in str(n.target)]
     assert SeparateGates in kinds(model) and hornet.GatedConv not in kinds(model)
 
 
 def test_the_global_filter_keeps_its_split():
-    model = lowered(merged("hornet_tiny_gf"), "onnx")
+    model = in_graph_form(merged("hornet_tiny_gf"), "onnx")
     assert {SeparateGates, hornet.GatedConv} <= kinds(model)
 
 
-@pytest.mark.parametrize("elementary", [False, True])
-def test_ties_for_the_strongest_channel_go_to_the_first(elementary):
-    mixer = spartan.ChannelMixer(8, 16, groups=8).double()
-    for module in (mixer, *mixer.modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    randomize(mixer).eval().reparameterize()
-    other = PairMixer.of(mixer, elementary)
+def merged_mixer(dim, hidden):
+    mixer = randomize(spartan.ChannelMixer(dim, hidden, groups=dim)).eval()
+    mixer.reparameterize()
+    return mixer
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ties_for_the_strongest_channel_go_to_the_first(target):
+    mixer = merged_mixer(8, 16).double()
+    other = mixer.graph_form(target)
+    assert isinstance(other, PairMixer)
     x = torch.randint(0, 3, (2, 8, 5, 5), generator=torch.Generator().manual_seed(0)).double()
     assert (x == x.amax(1, keepdim=True)).sum(1).max() > 1
     with torch.no_grad():
@@ -99,9 +100,7 @@ def test_ties_for_the_strongest_channel_go_to_the_first(elementary):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [256, 320])
 def test_the_strongest_channel_is_found_in_half_precision(dtype, dim):
-    mixer = spartan.ChannelMixer(dim, 2 * dim, groups=dim)
-    randomize(mixer).eval().reparameterize()
-    other = PairMixer.of(mixer, elementary=True).to(dtype)
+    other = merged_mixer(dim, 2 * dim).graph_form("openvino").to(dtype)
     x = torch.zeros(1, dim, 1, dim)
     x[0, range(dim), 0, range(dim)] = 1  # position i has its strongest channel at i
     token = torch.randn(1, 2 * dim, 1, dim).to(dtype)
@@ -109,15 +108,14 @@ def test_the_strongest_channel_is_found_in_half_precision(dtype, dim):
 
 
 def test_other_groups_keep_their_convolution():
-    mixer = spartan.ChannelMixer(8, 32, groups=8)  # four channels to four
-    randomize(mixer).eval().reparameterize()
-    assert PairMixer.of(mixer) is None
+    mixer = merged_mixer(8, 32)  # four channels to four
+    assert mixer.graph_form("onnx") is mixer
 
 
 @pytest.mark.parametrize("name", ["hornet_tiny_7x7", "spartan_t"])
 def test_models_that_are_not_merged_are_left_alone(name):
     model = backbones.create_model(name, num_classes=4).eval()
-    assert lowered(model, "onnx") is model
+    assert in_graph_form(model, "onnx") is model
 
 
 def test_parts_of_convolutions():
