@@ -20,7 +20,7 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import Chain, Head, conv_norm
-from backbones.lowering import PairMixer
+from backbones.lowering import PairMixer, side_by_side
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -43,6 +43,7 @@ class SpatialMixer(nn.Module):
         )
         self.se_h = SqueezeExcite(half, rd_channels=dim // 8)
         self.se_l = SqueezeExcite(half, rd_channels=dim // 8)
+        self.se: nn.Module = nn.Identity()  # both, in the form for graph engines
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class SpatialMixer(nn.Module):
             x = self.proj_in(x)
             x = x + self.gamma.view(1, -1, 1, 1) * (x - x.mean((2, 3), keepdim=True))
         mixed = self.se_h(self.conv_h(x)), self.se_l(self.conv_l(x))
-        return self.proj_out(torch.cat(mixed, dim=1))
+        return self.proj_out(self.se(torch.cat(mixed, dim=1)))
 
     def reparameterize(self) -> None:
         """Fold the norms, and the contrast: with W' = (1 + g) W, minus g W on the mean."""
@@ -61,6 +62,12 @@ class SpatialMixer(nn.Module):
         if self.gamma is not None:
             self.contrast = merge.split_contrast(self.proj_in, self.gamma)
             self.gamma = None
+
+    def graph_form(self, target: str) -> nn.Module:
+        if isinstance(self.se, nn.Identity):
+            self.se = side_by_side(self.se_h, self.se_l)
+            self.se_h = self.se_l = nn.Identity()
+        return self
 
 
 class ChannelMixer(nn.Module):

@@ -9,6 +9,7 @@ only, which returns the form (and may use up the block) or the block itself.
 from backbones.lowering.maps import MapBlock, mlp_on_maps, norm_on_maps
 from backbones.lowering.pairs import PairMixer
 from backbones.lowering.parts import SeparateGates
+from backbones.lowering.squeeze import side_by_side
 from backbones.lowering.walk import TARGETS, lowered
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "lowered",
     "mlp_on_maps",
     "norm_on_maps",
+    "side_by_side",
 ]

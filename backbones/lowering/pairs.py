@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
+from backbones.lowering.squeeze import in_order
 
 __all__ = ["PairMixer"]
 
@@ -89,11 +88,3 @@ class PairMixer(nn.Module):
         is_strongest = x == x.amax(dim=1, keepdim=True)
         first = torch.where(is_strongest, self.indices, self.dim).amin(dim=1, keepdim=True)
         return torch.where(self.original == first, token, 0).sum(dim=1, keepdim=True)
-
-
-def in_order(se: SqueezeExcite, order: Tensor) -> SqueezeExcite:
-    """Return a squeeze and excitation of the channels in another order."""
-    twin = copy.deepcopy(se)
-    twin.fc1 = inputs_of(se.fc1, order)
-    twin.fc2 = outputs_of(se.fc2, order)
-    return twin

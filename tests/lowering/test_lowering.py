@@ -4,12 +4,13 @@ import pytest
 import torch
 from randomized import randomize
 from tiers import families_by_default
+from timm.layers import SqueezeExcite
 from torch import nn
 
 import backbones
 from backbones.engines.prepare import in_graph_form
 from backbones.families import hornet, spartan
-from backbones.lowering import TARGETS, MapBlock, PairMixer, SeparateGates
+from backbones.lowering import TARGETS, MapBlock, PairMixer, SeparateGates, side_by_side
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 
 
@@ -130,3 +131,13 @@ def test_parts_of_convolutions():
         y = images(1, 6, 9, 9)
         assert relative(outputs_of(each, order)(y[:, order]), each(y)[:, order]) < 1e-12
         assert relative(depthwise(each, each.weight, each.bias)(y), each(y)) < 1e-12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_squeeze_and_excitations_side_by_side(bias):
+    first, second = (randomize(SqueezeExcite(8, rd_channels=c, bias=bias)).double() for c in (2, 3))
+    joined = side_by_side(first, second)
+    x, y = images(2, 8, 5, 5), images(2, 8, 5, 5).flip(0)
+    with torch.no_grad():
+        expected = torch.cat((first(x), second(y)), dim=1)
+        assert relative(joined(torch.cat((x, y), dim=1)), expected) < 1e-12
