@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.engines import openvino_kernels
+from backbones.engines import openvino_format, openvino_kernels
+from backbones.engines.openvino_format import OpenVinoRunner
 from backbones.engines.openvino_kernels import WIDE, milliseconds, widen_depthwise
 
 ov = pytest.importorskip("openvino")
@@ -65,7 +66,7 @@ def test_widened_kernels_compute_the_same(kernel, bias, wide_is, tmp_path):
         depthwise(7),
         depthwise(13, stride=2),
         depthwise(11, padding=3),
-        depthwise(9, dilation=2, padding=8),
+        depthwise(9, dilation=2, padding=4),
         depthwise((1, 11), padding=(0, 5)),
         nn.Conv2d(16, 16, 13, padding=6, groups=4),
     ],
@@ -80,3 +81,29 @@ def test_other_convolutions_are_left_alone(module, wide_is, tmp_path):
 
 def test_the_measurement_measures():
     assert 0 < milliseconds((16, 20, 18, 13), 13, OPTIONS) < 1000
+
+
+@pytest.mark.parametrize("batch_size, widened", [(1, 1), (None, 0)])
+def test_only_models_of_known_shapes_are_fitted(batch_size, widened, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        openvino_format, "widen_depthwise", lambda *given: calls.append(widen_depthwise(*given))
+    )
+    module = depthwise(13)
+    x = torch.randn(1, 16, 20, 18)
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(
+        module.eval(),
+        (x.repeat(2, 1, 1, 1),),
+        tmp_path / "m.onnx",
+        dynamic_shapes=shapes,
+        dynamo=True,
+        verbose=False,
+    )
+    model = ov.Core().read_model(tmp_path / "m.onnx")
+    ov.save_model(model, tmp_path / "m.xml", compress_to_fp16=False)
+    runner = OpenVinoRunner(tmp_path / "m.xml", threads=2, batch_size=batch_size)
+    assert len(calls) == widened
+    for images in (x, x.repeat(3, 1, 1, 1)):
+        with torch.no_grad():
+            torch.testing.assert_close(runner(images), module(images), atol=1e-5, rtol=1e-5)
