@@ -8,13 +8,14 @@ is measured once, with the conversions that changing the layout there would cost
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from backbones.engines.timing import least
 
 __all__ = ["InOtherLayout", "choose_layout"]
 
@@ -64,11 +65,11 @@ def choose_layout(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     results: list[tuple[float, torch.memory_format, set[tuple[Any, ...]]]] = []
     for outer in (torch.contiguous_format, torch.channels_last):
         model.to(memory_format=outer)  # type: ignore[call-overload]
-        results.append((_seconds(model, x), outer, set()))
+        results.append((_milliseconds(model, x), outer, set()))
         wrapped = {key for key, name in shapes.items() if _other_is_faster(model, name, key, outer)}
         if wrapped:
             undo = _wrap(model, shapes, wrapped, outer)
-            results.append((_seconds(model, x), outer, wrapped))
+            results.append((_milliseconds(model, x), outer, wrapped))
             undo()
     _, outer, wrapped = min(results, key=lambda result: result[0])
     model.to(memory_format=outer)  # type: ignore[call-overload]
@@ -118,7 +119,7 @@ def _other_is_faster(
     conv: Any = model.get_submodule(names[0])
     x = torch.randn(key[0]).to(conv.weight.dtype).contiguous(memory_format=outer)
     # By a tenth at least, as it is measured alone, with warm caches.
-    return _seconds(InOtherLayout.of(conv, outer), x) < 0.9 * _seconds(conv, x)
+    return _milliseconds(InOtherLayout.of(conv, outer), x) < 0.9 * _milliseconds(conv, x)
 
 
 def _wrap(
@@ -142,13 +143,6 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     owner._modules[child] = module  # also where the owner is a list
 
 
-def _seconds(function: Callable[[Tensor], Any], x: Tensor) -> float:
-    """Return the least seconds of a few calls, which other processes disturb least."""
+def _milliseconds(function: Callable[[Tensor], Any], x: Tensor) -> float:
     with torch.inference_mode():
-        function(x)
-        best = float("inf")
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            function(x)
-            best = min(best, time.perf_counter() - start)
-    return best
+        return least(function, x, ROUNDS)

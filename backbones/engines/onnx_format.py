@@ -55,12 +55,12 @@ def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
 
 
 def write_onnx(
-    conversion: Conversion, config: OnnxConfig, path: Path, target: str = "onnx"
+    conversion: Conversion, config: OnnxConfig, path: Path, elementary: bool = False
 ) -> None:
-    """Write the ONNX file of a model in the precision that it has, for the engine `target`."""
+    """Write the ONNX file of a model in its precision; `elementary` as for `lowered`."""
     optional_import("onnx", "onnx")
     optional_import("onnxscript", "onnx")
-    model = in_graph_form(conversion.model, target)
+    model = in_graph_form(conversion.model, elementary)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
     try:

@@ -8,13 +8,13 @@ measured once where it runs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from backbones.engines.optional import optional_import
+from backbones.engines.timing import least
 
 __all__ = ["milliseconds", "widen_depthwise"]
 
@@ -82,34 +82,31 @@ def _constant(node: Any) -> np.ndarray | None:
 
 
 def _widen(node: Any, weights: np.ndarray) -> None:
-    ops = optional_import("openvino.opset8", "openvino")
-    wide = ops.constant(_padded(weights, WIDE))
-    pads = [WIDE // 2] * 2
-    other = ops.group_convolution(node.input_value(0), wide, [1, 1], pads, pads, [1, 1])
+    more = (WIDE - weights.shape[-1]) // 2
+    wide = np.pad(weights, ((0, 0),) * 3 + ((more, more),) * 2)
+    other = _convolution(node.input_value(0), wide)
     other.set_friendly_name(node.get_friendly_name())
     node.output(0).replace(other.output(0))
 
 
-def _padded(weights: np.ndarray, size: int) -> np.ndarray:
-    more = (size - weights.shape[-1]) // 2
-    return np.pad(weights, ((0, 0),) * 3 + ((more, more),) * 2)
+def _convolution(x: Any, weights: np.ndarray) -> Any:
+    """Return the node of a depthwise convolution that keeps the size."""
+    ops = optional_import("openvino.opset8", "openvino")
+    pads = [weights.shape[-1] // 2] * 2
+    return ops.group_convolution(x, ops.constant(weights), [1, 1], pads, pads, [1, 1])
 
 
 def milliseconds(shape: tuple[int, ...], kernel: int, options: dict[str, Any]) -> float:
-    """Return the least time of a few runs, which other processes disturb least."""
+    """Return how long one convolution takes, compiled alone."""
     ov = optional_import("openvino", "openvino")
     ops = optional_import("openvino.opset8", "openvino")
     channels, height, width, _ = shape
     generator = np.random.default_rng(0)
     x = ops.parameter([1, channels, height, width], np.float32)
     weights = generator.standard_normal((channels, 1, 1, kernel, kernel), dtype=np.float32)
-    pads = [kernel // 2] * 2
-    y = ops.group_convolution(x, ops.constant(weights), [1, 1], pads, pads, [1, 1])
-    request = ov.Core().compile_model(ov.Model([y], [x]), "CPU", options).create_infer_request()
+    model = ov.Model([_convolution(x, weights)], [x])
+    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
     images = generator.standard_normal((1, channels, height, width), dtype=np.float32)
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        request.infer([images], share_inputs=True, share_outputs=True)
-        best = min(best, time.perf_counter() - start)
-    return best * 1e3
+    return least(
+        lambda x: request.infer([x], share_inputs=True, share_outputs=True), images, ROUNDS
+    )

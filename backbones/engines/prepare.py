@@ -57,15 +57,15 @@ def merged(model: nn.Module) -> nn.Module:
     return reparameterize(clone) if known else clone
 
 
-def in_graph_form(model: nn.Module, target: str) -> nn.Module:
-    """Return a copy of a merged model in the form that an engine prefers (see `lowering`).
+def in_graph_form(model: nn.Module, elementary: bool = False) -> nn.Module:
+    """Return a copy of a merged model in the form that graph engines prefer (see `lowering`).
 
     A model that is not merged, or holds no backbone of this package, is returned as it is.
     """
     parts = [part for _, part in backbones_in(model)]
     if not parts or not all(part.deployed for part in parts):
         return model
-    return lowered(copy.deepcopy(model), target)
+    return lowered(copy.deepcopy(model), elementary)
 
 
 def unmerged(model: nn.Module) -> nn.Module:

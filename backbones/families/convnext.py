@@ -111,7 +111,7 @@ class Block(nn.Module):
         merge.scale_into_previous(self.mlp.fc2, self.gamma)
         self.gamma = None
 
-    def graph_form(self, target: str) -> nn.Module:
+    def graph_form(self, elementary: bool) -> nn.Module:
         if self.channels_last:
             self.channels_last = False
             self.norm, self.mlp = norm_on_maps(self.norm), mlp_on_maps(self.mlp)

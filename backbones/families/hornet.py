@@ -124,7 +124,7 @@ class GatedConv(nn.Module):
         else:
             self.scale = merge.factor_into_norm(self.mixer.post_norm, self.scale)
 
-    def graph_form(self, target: str) -> nn.Module:
+    def graph_form(self, elementary: bool) -> nn.Module:
         if isinstance(self.mixer, GlobalLocalFilter):
             return self  # it takes all gates at once
         return SeparateGates(self.proj_in, self.mixer, self.dims, self.pws, self.proj_out)
@@ -162,7 +162,7 @@ class Block(nn.Module):
         merge.scale_into_previous(self.mlp.fc2, self.gamma2)
         self.gamma1 = self.gamma2 = None
 
-    def graph_form(self, target: str) -> nn.Module:
+    def graph_form(self, elementary: bool) -> nn.Module:
         return MapBlock(self.norm1, self.gnconv, norm_on_maps(self.norm2), mlp_on_maps(self.mlp))
 
 

@@ -63,7 +63,7 @@ class SpatialMixer(nn.Module):
             self.contrast = merge.split_contrast(self.proj_in, self.gamma)
             self.gamma = None
 
-    def graph_form(self, target: str) -> nn.Module:
+    def graph_form(self, elementary: bool) -> nn.Module:
         if isinstance(self.se, nn.Identity):
             self.se = side_by_side(self.se_h, self.se_l)
             self.se_h = self.se_l = nn.Identity()
@@ -118,12 +118,12 @@ class ChannelMixer(nn.Module):
             self.proj = merge.stack_maps(self.proj, self.theta)
             self.theta = nn.Identity()
 
-    def graph_form(self, target: str) -> nn.Module:
+    def graph_form(self, elementary: bool) -> nn.Module:
         conv, act = self.conv.get_submodule("conv"), self.conv.get_submodule("act")
         if not isinstance(conv, nn.Conv2d) or not PairMixer.fits(conv):
             return self
         parts = (self.proj, self.act, conv, act, self.se, self.proj_out)
-        return PairMixer(*parts, elementary=target == "openvino")
+        return PairMixer(*parts, elementary=elementary)
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from backbones.layers.tracing import fx_leaf
 
-__all__ = ["CenteredNorm2d", "GlobalResponseNorm", "statistics_dtype"]
+__all__ = ["CenteredNorm2d", "GlobalResponseNorm", "statistics_dtype", "to_unit_variance"]
 
 
 @fx_leaf
@@ -61,8 +61,15 @@ class CenteredNorm2d(nn.Module):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        variance = x.to(statistics_dtype(x)).square().mean(1, keepdim=True)
-        x = x * (variance + self.eps).rsqrt().to(x.dtype)
-        if self.weight is not None:
-            x = x * self.weight.view(1, -1, 1, 1)
-        return x if self.bias is None else x + self.bias.view(1, -1, 1, 1)
+        return to_unit_variance(x, (1,), self.eps, self.weight, self.bias)
+
+
+def to_unit_variance(
+    x: Tensor, axes: tuple[int, ...], eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Scale maps (B, C, H, W) of zero mean over `axes` to variance 1, then each channel."""
+    variance = x.to(statistics_dtype(x)).square().mean(axes, keepdim=True)
+    x = x * (variance + eps).rsqrt().to(x.dtype)
+    if weight is not None:
+        x = x * weight.view(1, -1, 1, 1)
+    return x if bias is None else x + bias.view(1, -1, 1, 1)

@@ -2,18 +2,18 @@
 
 `reparameterize` leaves what PyTorch runs best. ONNX Runtime and OpenVINO differ: they lose more to
 a split, a change of layout or an operation they have no kernel for than to one convolution more.
-A block that has such a form says so by a method ``graph_form(target)``, called on merged blocks
-only, which returns the form (and may use up the block) or the block itself.
+A block that has such a form says so by a method ``graph_form(elementary)``, called on merged
+blocks only, which returns the form (and may use up the block) or the block itself.
 """
 
 from backbones.lowering.maps import MapBlock, mlp_on_maps, norm_on_maps
 from backbones.lowering.pairs import PairMixer
 from backbones.lowering.parts import SeparateGates
 from backbones.lowering.squeeze import side_by_side
-from backbones.lowering.walk import TARGETS, lowered
+from backbones.lowering.walk import NORMS, lowered
 
 __all__ = [
-    "TARGETS",
+    "NORMS",
     "MapBlock",
     "PairMixer",
     "SeparateGates",

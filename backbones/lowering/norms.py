@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from timm.layers import GroupNorm1, LayerNorm2d
 from torch import Tensor, nn
 
-__all__ = ["ElementaryGroupNorm1", "ElementaryLayerNorm2d"]
+from backbones.layers.norm import to_unit_variance
+
+__all__ = ["ElementaryNorm2d"]
 
 
-class ElementaryLayerNorm2d(nn.Module):
-    """Layer norm over the channels of maps (B, C, H, W), without moving the channels to the end.
+class ElementaryNorm2d(nn.Module):
+    """A norm of maps (B, C, H, W) over the channels, or over channels and positions.
 
-    It takes over the parameters of the layer norm `norm`.
+    It takes over the parameters of `norm`, and moves no channels to the end.
     """
 
-    def __init__(self, norm: LayerNorm2d) -> None:
+    def __init__(self, norm: LayerNorm2d | GroupNorm1) -> None:
         super().__init__()
+        self.axes = (1,) if isinstance(norm, LayerNorm2d) else (1, 2, 3)
         self.eps = norm.eps
         self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalized(x, (1,), self.eps, self.weight, self.bias)
-
-
-class ElementaryGroupNorm1(nn.Module):
-    """Group norm with one group: over all channels and positions of maps (B, C, H, W).
-
-    It takes over the parameters of the group norm `norm`.
-    """
-
-    def __init__(self, norm: GroupNorm1) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        self.weight, self.bias = norm.weight, norm.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normalized(x, (1, 2, 3), self.eps, self.weight, self.bias)
-
-
-def normalized(
-    x: Tensor, axes: tuple[int, ...], eps: float, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Return maps normalized over `axes`, then scaled and shifted a channel."""
-    centered = x - x.mean(axes, keepdim=True)
-    x = centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
-    if weight is not None:
-        x = x * weight.view(1, -1, 1, 1)
-    return x if bias is None else x + bias.view(1, -1, 1, 1)
+        centered = x - x.mean(self.axes, keepdim=True)
+        return to_unit_variance(centered, self.axes, self.eps, self.weight, self.bias)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["SeparateGates", "depthwise", "inputs_of", "outputs_of"]
+from backbones import merge
+
+__all__ = ["SeparateGates", "depthwise", "inputs_of", "outputs_of", "with_values"]
 
 
 def outputs_of(conv: nn.Conv2d, channels: slice | Tensor) -> nn.Conv2d:
@@ -17,39 +20,30 @@ def outputs_of(conv: nn.Conv2d, channels: slice | Tensor) -> nn.Conv2d:
         conv: dense, or depthwise with as many outputs as inputs, of which it takes those channels.
         channels: which, in which order.
     """
-    return _conv(conv, conv.weight[channels], None if conv.bias is None else conv.bias[channels])
+    weight = conv.weight[channels]
+    bias = None if conv.bias is None else conv.bias[channels]
+    return with_values(conv, weight, bias, 1 if conv.groups == 1 else len(weight))
 
 
 def inputs_of(conv: nn.Conv2d, order: Tensor) -> nn.Conv2d:
     """Return a dense convolution that takes its input channels in another order."""
-    return _conv(conv, conv.weight[:, order], conv.bias)
+    return with_values(conv, conv.weight[:, order], conv.bias)
 
 
 def depthwise(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """Return a depthwise convolution with the geometry of `conv` and kernels (C, 1, k, k)."""
-    return _conv(conv, weight, bias, groups=len(weight))
+    return with_values(conv, weight, bias, len(weight))
 
 
-def _conv(
-    like: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int | None = None
-) -> nn.Conv2d:
-    if groups is None:
-        groups = 1 if like.groups == 1 else len(weight)
-    conv = nn.Conv2d(
-        weight.shape[1] * groups,
-        len(weight),
-        like.kernel_size,  # type: ignore[arg-type]
-        like.stride,  # type: ignore[arg-type]
-        like.padding,  # type: ignore[arg-type]
-        like.dilation,  # type: ignore[arg-type]
-        groups,
-        bias is not None,
-        device="meta",
-    )
-    conv.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.detach().clone())
-    return conv.train(like.training)
+@torch.no_grad()
+def with_values(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int = 1) -> nn.Conv2d:
+    """Return a convolution with the geometry of `conv` and copies of these values."""
+    channels = weight.shape[1] * groups, len(weight)
+    fresh = merge.like(conv, *channels, groups, bias=bias is not None)
+    fresh.weight.copy_(weight)
+    if fresh.bias is not None and bias is not None:
+        fresh.bias.copy_(bias)
+    return fresh
 
 
 class SeparateGates(nn.Module):

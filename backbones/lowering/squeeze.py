@@ -8,7 +8,7 @@ import torch
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
-from backbones.lowering.parts import inputs_of, outputs_of
+from backbones.lowering.parts import inputs_of, outputs_of, with_values
 
 __all__ = ["in_order", "side_by_side"]
 
@@ -31,14 +31,11 @@ def side_by_side(first: SqueezeExcite, second: SqueezeExcite) -> SqueezeExcite:
 
 def block_diagonal(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     """Return the dense 1x1 convolution that applies one to each part of the channels."""
-    with torch.no_grad():
-        weight = torch.block_diag(first.weight.flatten(1), second.weight.flatten(1))
-        bias = torch.cat((bias_of(first), bias_of(second)))
-    conv = nn.Conv2d(weight.shape[1], len(weight), 1, device="meta")
-    conv.weight, conv.bias = nn.Parameter(weight[..., None, None]), nn.Parameter(bias)
-    return conv
+    weight = torch.block_diag(first.weight.flatten(1), second.weight.flatten(1))
+    bias = torch.cat((bias_of(first), bias_of(second)))
+    return with_values(first, weight[..., None, None], bias)
 
 
 def bias_of(conv: nn.Conv2d) -> Tensor:
     """Return a convolution's bias, zeros where it has none."""
-    return torch.zeros_like(conv.weight[:, 0, 0, 0]) if conv.bias is None else conv.bias
+    return conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias

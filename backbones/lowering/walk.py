@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.layers import GroupNorm1, LayerNorm2d
 from torch import nn
 
-from backbones.lowering.norms import ElementaryGroupNorm1, ElementaryLayerNorm2d
+from backbones.lowering.norms import ElementaryNorm2d
 
-__all__ = ["TARGETS", "lowered"]
+__all__ = ["NORMS", "lowered"]
 
-# The forms of timm's layers. ONNX Runtime has a kernel for layer norm; OpenVINO moves the data into
-# other layouts for it.
-TARGETS: Mapping[str, Mapping[type[nn.Module], Callable[[Any], nn.Module]]] = {
-    "onnx": {},
-    "openvino": {GroupNorm1: ElementaryGroupNorm1, LayerNorm2d: ElementaryLayerNorm2d},
-}
+NORMS = (GroupNorm1, LayerNorm2d)
 
 
-def lowered(model: nn.Module, target: str) -> nn.Module:
+def lowered(model: nn.Module, elementary: bool) -> nn.Module:
     """Replace, in place, what an engine runs slowly by what computes the same faster.
 
     Args:
         model: a merged model in eval mode.
-        target: ``onnx`` (for ONNX Runtime) or ``openvino``.
+        elementary: compute norms and the like in elementary operations. OpenVINO would move the
+            data into other layouts for them; ONNX Runtime has fast kernels.
     """
     for name, child in model.named_children():
         block: Any = child
         if hasattr(child, "graph_form"):
-            child = block.graph_form(target)
-        elif type(child) in TARGETS[target]:
-            child = TARGETS[target][type(child)](child)
+            child = block.graph_form(elementary)
+        elif elementary and type(child) in NORMS:
+            child = ElementaryNorm2d(block)
         model._modules[name] = child
-        lowered(child, target)
+        lowered(child, elementary)
     return model

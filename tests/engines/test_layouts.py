@@ -30,7 +30,7 @@ def slow_in(monkeypatch, slow):
         others = any(isinstance(m, InOtherLayout) for m in function.modules())
         return (1.0 if last else 2.0) - (0.5 if others else 0.0)
 
-    monkeypatch.setattr(layouts, "_seconds", seconds)
+    monkeypatch.setattr(layouts, "_milliseconds", seconds)
 
 
 def test_the_result_is_the_same(monkeypatch):

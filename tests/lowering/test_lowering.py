@@ -10,7 +10,7 @@ from torch import nn
 import backbones
 from backbones.engines.prepare import in_graph_form
 from backbones.families import hornet, spartan
-from backbones.lowering import TARGETS, MapBlock, PairMixer, SeparateGates, side_by_side
+from backbones.lowering import NORMS, MapBlock, PairMixer, SeparateGates, side_by_side
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 
 
@@ -34,11 +34,11 @@ def kinds(model):
 NAMES = [*families_by_default(), "hornet_tiny_gf", "convnextv2_atto", "convnext_dcls_tiny"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("elementary", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_function_stays_the_same(name, target):
+def test_the_function_stays_the_same(name, elementary):
     model = merged(name)
-    other = in_graph_form(model, target)
+    other = in_graph_form(model, elementary)
     for size in ((2, 3, 64, 64), (1, 3, 96, 64)):
         x = images(*size)
         with torch.no_grad():
@@ -49,20 +49,25 @@ def test_the_function_stays_the_same(name, target):
                 assert relative(ours, theirs) < 1e-12
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_form_is_met(target):
+@pytest.mark.parametrize("elementary", [False, True])
+def test_every_form_is_met(elementary):
     """A form that no model has would stand there unused; what is replaced must be gone."""
     names = ("convnext_atto", "hornet_tiny_7x7", "spartan_t", "cpubone_nano")
     models = [backbones.create_model(name, deploy=True).eval() for name in names]
-    replaced = {hornet.Block, hornet.GatedConv, spartan.ChannelMixer, *TARGETS[target]}
+    replaced = {
+        hornet.Block,
+        hornet.GatedConv,
+        spartan.ChannelMixer,
+        *(NORMS if elementary else ()),
+    }
     assert replaced <= set().union(*map(kinds, models))
-    after = set().union(*(kinds(in_graph_form(model, target)) for model in models))
+    after = set().union(*(kinds(in_graph_form(model, elementary)) for model in models))
     assert not replaced & after
     assert {MapBlock, SeparateGates, PairMixer} <= after
 
 
 def test_channels_stay_where_they_are():
-    model = in_graph_form(merged("convnext_atto"), "openvino")
+    model = in_graph_form(merged("convnext_atto"), elementary=True)
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     moves = [n for n in program.graph.nodes if "permute" in str(n.target)]
     assert len(moves) == 0
@@ -70,14 +75,14 @@ def test_channels_stay_where_they_are():
 
 
 def test_gates_are_not_split():
-    model = in_graph_form(merged("hornet_tiny_7x7"), "onnx")
+    model = in_graph_form(merged("hornet_tiny_7x7"))
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     assert not [n for n in program.graph.nodes if "split" in str(n.target)]
     assert SeparateGates in kinds(model) and hornet.GatedConv not in kinds(model)
 
 
 def test_the_global_filter_keeps_its_split():
-    model = in_graph_form(merged("hornet_tiny_gf"), "onnx")
+    model = in_graph_form(merged("hornet_tiny_gf"))
     assert {SeparateGates, hornet.GatedConv} <= kinds(model)
 
 
@@ -87,10 +92,10 @@ def merged_mixer(dim, hidden):
     return mixer
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_ties_for_the_strongest_channel_go_to_the_first(target):
+@pytest.mark.parametrize("elementary", [False, True])
+def test_ties_for_the_strongest_channel_go_to_the_first(elementary):
     mixer = merged_mixer(8, 16).double()
-    other = mixer.graph_form(target)
+    other = mixer.graph_form(elementary)
     assert isinstance(other, PairMixer)
     x = torch.randint(0, 3, (2, 8, 5, 5), generator=torch.Generator().manual_seed(0)).double()
     assert (x == x.amax(1, keepdim=True)).sum(1).max() > 1
@@ -101,7 +106,7 @@ def test_ties_for_the_strongest_channel_go_to_the_first(target):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [256, 320])
 def test_the_strongest_channel_is_found_in_half_precision(dtype, dim):
-    other = merged_mixer(dim, 2 * dim).graph_form("openvino").to(dtype)
+    other = merged_mixer(dim, 2 * dim).graph_form(elementary=True).to(dtype)
     x = torch.zeros(1, dim, 1, dim)
     x[0, range(dim), 0, range(dim)] = 1  # position i has its strongest channel at i
     token = torch.randn(1, 2 * dim, 1, dim).to(dtype)
@@ -110,13 +115,13 @@ def test_the_strongest_channel_is_found_in_half_precision(dtype, dim):
 
 def test_other_groups_keep_their_convolution():
     mixer = merged_mixer(8, 32)  # four channels to four
-    assert mixer.graph_form("onnx") is mixer
+    assert mixer.graph_form(elementary=False) is mixer
 
 
 @pytest.mark.parametrize("name", ["hornet_tiny_7x7", "spartan_t"])
 def test_models_that_are_not_merged_are_left_alone(name):
     model = backbones.create_model(name, num_classes=4).eval()
-    assert in_graph_form(model, "onnx") is model
+    assert in_graph_form(model) is model
 
 
 def test_parts_of_convolutions():
