@@ -17,10 +17,11 @@ OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2}
 @pytest.fixture(params=["faster", "slower"])
 def wide_is(request, monkeypatch):
     """Decide the measurement, which depends on the processor."""
-    wide = 1.0 if request.param == "faster" else 3.0
-    times = {WIDE: wide}
+    times = {WIDE: 1.0 if request.param == "faster" else 3.0}
     monkeypatch.setattr(
-        openvino_kernels, "milliseconds", lambda shape, kernel, options: times.get(kernel, 2.0)
+        openvino_kernels,
+        "milliseconds",
+        lambda shape, kernels, options: [times.get(kernel, 2.0) for kernel in kernels],
     )
     return request.param
 
@@ -80,7 +81,8 @@ def test_other_convolutions_are_left_alone(module, wide_is, tmp_path):
 
 
 def test_the_measurement_measures():
-    assert 0 < milliseconds((16, 20, 18, 13), 13, OPTIONS) < 1000
+    times = milliseconds((16, 20, 18, 13), (13, WIDE), OPTIONS)
+    assert len(times) == 2 and all(0 < time < 1000 for time in times)
 
 
 @pytest.mark.parametrize("batch_size, widened", [(1, 1), (None, 0)])
@@ -107,3 +109,16 @@ def test_only_models_of_known_shapes_are_fitted(batch_size, widened, tmp_path, m
     for images in (x, x.repeat(3, 1, 1, 1)):
         with torch.no_grad():
             torch.testing.assert_close(runner(images), module(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_images_are_handed_over_as_convolutions_read_them(channels, tmp_path):
+    module = nn.Sequential(nn.Conv2d(channels, 16, 3, stride=2), nn.Flatten(2))
+    model, x = converted(module, tmp_path, (2, channels, 20, 18))
+    ov.save_model(model, tmp_path / "m.xml", compress_to_fp16=False)
+    runner = OpenVinoRunner(tmp_path / "m.xml", threads=2)
+    for images in (x, x + 1, x.to(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            torch.testing.assert_close(runner(images), module(images), atol=1e-5, rtol=1e-5)
+    compiled = runner._compiled[None]
+    assert list(compiled.input(0).get_shape()) == [2, 20, 18, channels]
