@@ -134,6 +134,7 @@ def hub(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_training_starts_from_weights_of_a_hub_that_answers(hub, tmp_path):
     address, weights = hub
     argv = ["quickstart", "--output", tmp_path / "out", *SHORT, "--lr", "1e-9", "--min-top1", "0"]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiers import by_size, representatives, smallest_size
+from tiers import by_size, representatives, shallow, smallest_size
 
 import backbones
 from backbones.errors import InputSizeError
@@ -55,7 +55,7 @@ def test_forward_and_backward_reach_every_parameter(name):
 @STRUCTURES
 @torch.no_grad()
 def test_deterministic_in_eval_and_independent_of_the_batch(name):
-    model = build(name)
+    model = build(name, **shallow(name))
     x = image(model, 3)
     together = model(x)
     torch.testing.assert_close(model(x), together, rtol=0, atol=0)
@@ -66,7 +66,7 @@ def test_deterministic_in_eval_and_independent_of_the_batch(name):
 @STRUCTURES
 @torch.no_grad()
 def test_any_size_from_the_total_stride_up(name):
-    model = build(name, num_classes=5)
+    model = build(name, **shallow(name), num_classes=5)
     least = smallest_size(model)
     sizes = [(side, side) for side in range(least, 97, 8)]
     sizes += [(192, 256), (384, 128), (225, 250), (least, least + 1), (least + 3, least)]
@@ -114,7 +114,7 @@ def test_intermediates_and_pruning_agree_with_the_whole_model(name):
 @STRUCTURES
 def test_pruned_models_have_no_unused_parameters(name):
     for index in range(3):
-        model = build(name, features_only=True, out_indices=[index]).train()
+        model = build(name, **shallow(name), features_only=True, out_indices=[index]).train()
         side = 2 * 64
         sum(m.square().mean() for m in model(torch.randn(2, 3, side, side))).backward()
         unused = [key for key, p in model.named_parameters() if p.grad is None]
@@ -124,12 +124,14 @@ def test_pruned_models_have_no_unused_parameters(name):
 @STRUCTURES
 @torch.no_grad()
 def test_features_only_by_negative_and_reordered_indices(name):
-    model = build(name)
+    model = build(name, **shallow(name))
     x = image(model)
     taps = model.forward_intermediates(x, intermediates_only=True)
     state = model.state_dict()
     for indices in ((-2, -1), (3, 1), (0,)):
-        getter = backbones.create_model(name, features_only=True, out_indices=indices).eval()
+        getter = backbones.create_model(
+            name, **shallow(name), features_only=True, out_indices=indices
+        ).eval()
         backbones.load_checkpoint(getter, state)
         wanted = sorted(i % len(taps) for i in indices)
         maps = getter(x)
@@ -164,7 +166,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     results = []
     for enable in (False, True):
         torch.manual_seed(0)
-        model = build(name, num_classes=3)
+        model = build(name, **shallow(name), num_classes=3)
         # eval: batch statistics would be taken twice, which changes the running ones only
         model.set_grad_checkpointing(enable)
         output = model(image(model, 2))
@@ -214,9 +216,9 @@ def test_layer_groups_follow_the_order_of_execution(name):
 
 @STRUCTURES
 def test_drop_path_acts_in_training_only(name):
-    with_drop = build(name, drop_path_rate=0.5, num_classes=3)
+    with_drop = build(name, **shallow(name), drop_path_rate=0.5, num_classes=3)
     torch.manual_seed(0)
-    without = backbones.create_model(name, num_classes=3).eval()
+    without = backbones.create_model(name, **shallow(name), num_classes=3).eval()
     without.load_state_dict(with_drop.state_dict())
     x = image(with_drop, 2, 64, 64)
     with torch.no_grad():
@@ -229,7 +231,7 @@ def test_drop_path_acts_in_training_only(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @torch.no_grad()
 def test_half_types_after_a_forward_in_float32(name, dtype):
-    model = build(name)
+    model = build(name, **shallow(name))
     x = image(model, 1, 64, 96)
     expected = model(x)
     half = model.to(dtype)(x.to(dtype))
@@ -244,7 +246,7 @@ def test_half_types_after_a_forward_in_float32(name, dtype):
 @STRUCTURES
 @torch.no_grad()
 def test_channels_last_gives_the_same(name):
-    model = build(name)
+    model = build(name, **shallow(name))
     x = image(model, 2)
     expected = model(x)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -255,7 +257,7 @@ def test_channels_last_gives_the_same(name):
 @STRUCTURES
 @torch.no_grad()
 def test_deepcopy_is_independent(name):
-    model = build(name, num_classes=3)
+    model = build(name, **shallow(name), num_classes=3)
     x = image(model)
     expected = model(x)
     twin = copy.deepcopy(model)
@@ -269,7 +271,7 @@ def test_deepcopy_is_independent(name):
 @STRUCTURES
 @torch.no_grad()
 def test_compiles_as_one_graph(name):
-    model = build(name, num_classes=3)
+    model = build(name, **shallow(name), num_classes=3)
     x = image(model, 2)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -279,7 +281,7 @@ def test_compiles_as_one_graph(name):
 @STRUCTURES
 @torch.no_grad()
 def test_exports_with_dynamic_batch(name):
-    model = build(name, num_classes=3)
+    model = build(name, **shallow(name), num_classes=3)
     x = image(model, 2)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))

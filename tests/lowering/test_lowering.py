@@ -3,7 +3,7 @@
 import pytest
 import torch
 from randomized import randomize
-from tiers import families_by_default
+from tiers import families_by_default, shallow
 from timm.layers import SqueezeExcite
 from torch import nn
 
@@ -37,7 +37,7 @@ NAMES = [*families_by_default(), "hornet_tiny_gf", "convnextv2_atto", "convnext_
 @pytest.mark.parametrize("elementary", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_function_stays_the_same(name, elementary):
-    model = merged(name)
+    model = merged(name, **shallow(name))
     other = in_graph_form(model, elementary)
     for size in ((2, 3, 64, 64), (1, 3, 96, 64)):
         x = images(*size)

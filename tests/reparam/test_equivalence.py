@@ -9,7 +9,7 @@ import pytest
 import timm.models
 import torch
 from randomized import randomize
-from tiers import by_size, families_by_default, parameters_of, smallest_size
+from tiers import by_size, families_by_default, parameters_of, shallow, smallest_size
 from torch import nn
 
 import backbones
@@ -110,7 +110,7 @@ def test_the_meta_device_gives_the_same_names_and_shapes(pair):
 
 @pytest.mark.parametrize("name", families_by_default())
 def test_timm_walks_to_the_same(name):
-    model = make(name, num_classes=3)
+    model = make(name, **shallow(name), num_classes=3)
     theirs = timm.models.reparameterize_model(model)
     ours = backbones.reparameterize(model, verify=False)
     assert theirs.deployed
@@ -130,10 +130,10 @@ def test_the_native_size_gives_the_same(name):
 @pytest.mark.parametrize("name", families_by_default())
 def test_parts_of_models_and_other_types_and_layouts(name):
     """features_only, pruned, inside another module, in float32 and channels_last, all at once."""
-    model = make(name, features_only=True, out_indices=(1, 2))
+    model = make(name, **shallow(name), features_only=True, out_indices=(1, 2))
     merged = backbones.reparameterize(nn.Sequential(nn.Identity(), model), inplace=True)
     assert merged[1] is model  # in place
-    twin = make(name, features_only=True, out_indices=(1, 2))
+    twin = make(name, **shallow(name), features_only=True, out_indices=(1, 2))
     twin = twin.to(memory_format=torch.channels_last).float()
     side = 2 * smallest_size(backbones.create_model(name, device="meta"))
     x = torch.randn(1, 3, side, side, dtype=torch.float64)
@@ -148,7 +148,9 @@ def test_parts_of_models_and_other_types_and_layouts(name):
 
 @pytest.mark.parametrize("name", families_by_default())
 def test_half_types_keep_their_type(name):
-    model = backbones.create_model(name, num_classes=3, dtype=torch.bfloat16).eval()
+    model = backbones.create_model(
+        name, **shallow(name), num_classes=3, dtype=torch.bfloat16
+    ).eval()
     merged = backbones.reparameterize(model)
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     side = smallest_size(model)
@@ -159,7 +161,7 @@ def test_half_types_keep_their_type(name):
 @pytest.mark.parametrize("name", families_by_default())
 @torch.no_grad()
 def test_the_deploy_form_compiles_and_exports(name):
-    model = backbones.create_model(name, num_classes=3, deploy=True)
+    model = backbones.create_model(name, **shallow(name), num_classes=3, deploy=True)
     side = smallest_size(model)
     x = torch.randn(3, 3, side, side)
     expected = model(x)
