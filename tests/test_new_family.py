@@ -101,7 +101,7 @@ def test_one_file_and_one_yaml_are_enough(tmp_path):
     used = run(tmp_path, str(tmp_path / "use.py"))
     assert used.stdout == "used\n", used.stderr
     contract = run(
-        tmp_path, "-m", "pytest", "-qn0", "-p", "toy_plugin", "tests/contract", "-k", "toy_t"
+        tmp_path, "-m", "pytest", "-q", "-n0", "-p", "toy_plugin", "tests/contract", "-k", "toy_t"
     )
     assert contract.returncode == 0, contract.stdout[-3000:]
     passed = int(contract.stdout.splitlines()[-1].split()[0])

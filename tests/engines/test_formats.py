@@ -8,7 +8,7 @@ import importlib
 
 import pytest
 import torch
-from tiers import by_size, smallest_of_each_family, smallest_size
+from tiers import by_size, shallow, smallest_of_each_family, smallest_size
 
 import backbones
 from backbones.engines import export, open_exported
@@ -23,24 +23,26 @@ SUFFIXES = {
 }
 ENGINES = {"onnx": "onnxruntime"}
 TOLERANCE = 1e-4
-# Most families as ONNX by default, and the quick ones as what else is quick; compiling takes a
-# minute a model, lowering half of one. All cells if slow.
+# By default shallow models: all families as ONNX, and the quick ones as what else is quick;
+# compiling takes a minute a model, lowering half of one. All cells with whole models if slow.
 LIGHT = {"convnext_atto", "cpubone_nano", "inception_next_atto"}
 QUICK = {
-    "onnx": set(smallest_of_each_family()) - {"overlock_xt"},
+    "onnx": set(smallest_of_each_family()),
     "openvino": LIGHT,
     "pt2": LIGHT,
     "aoti": {"convnext_atto"},
     "executorch": {"cpubone_nano"},
 }
-QUICK_SIZE = {"convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}}
+QUICK_SIZE = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}  # of convnext_atto, to compile
 
 
 def cells():
     for name in smallest_of_each_family():
         for format in SUFFIXES:
-            slow = name not in QUICK[format]
-            yield pytest.param(name, format, marks=[pytest.mark.slow] if slow else [])
+            yield pytest.param(name, format, {}, marks=pytest.mark.slow, id=f"{name}-{format}")
+            if name in QUICK[format]:
+                arguments = QUICK_SIZE if format == "aoti" else shallow(name)
+                yield pytest.param(name, format, arguments, id=f"{name}-{format}-shallow")
 
 
 def model_of(name, **arguments):
@@ -56,10 +58,9 @@ def differences(model, runner, shape):
     return float((expected - found).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("name, format", cells())
-def test_every_family_leaves_in_every_format(name, format, tmp_path):
+@pytest.mark.parametrize("name, format, arguments", cells())
+def test_every_family_leaves_in_every_format(name, format, arguments, tmp_path):
     pytest.importorskip({"openvino": "openvino", "executorch": "executorch"}.get(format, "onnx"))
-    arguments = QUICK_SIZE.get(name, {}) if format == "aoti" else {}
     model = model_of(name, **arguments)
     path = tmp_path / f"m{SUFFIXES[format]}"
     report = export(model, path, input_size=(3, 64, 64))
