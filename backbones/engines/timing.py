@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["least", "take_turns", "timed"]
+__all__ = ["RUNS_A_TURN", "least", "take_turns", "timed"]
 
 RUNS_A_TURN = 5
 
