@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import ops
+from backbones.bench.spread import Times
 from backbones.engines.runners import Runner
-from backbones.engines.timing import RUNS_A_TURN, take_turns, timed
+from backbones.engines.timing import take_turns, timed
 from backbones.errors import BackbonesError
 
 MODELS = (
@@ -133,8 +134,8 @@ def deployed(
     return found
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the milliseconds of the calls of each form of a model; what fails goes to stderr."""
+def measure(name: str, options: argparse.Namespace) -> dict[str, Times]:
+    """Return the times of each form of a model; what fails goes to stderr."""
     model = backbones.create_model(name).eval()
     size = (3, options.size, options.size)
     x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
@@ -155,7 +156,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
                 print(f"  {name}: no {key}: {form}", file=sys.stderr)
             else:
                 running[key] = form
-        times: dict[str, list[float]] = {}
+        times: dict[str, list[list[float]]] = {}
         with torch.inference_mode():
             for form in running.values():
                 form(x)
@@ -164,32 +165,31 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
             for group in (running.keys() - slow, slow):
                 forms = {key: form for key, form in running.items() if key in group}
                 if forms:
-                    times |= take_turns(forms, x, warmup_s=0.5, seconds=options.seconds)
-    return times
+                    times |= take_turns(forms, x, warmup_s=0.5, seconds=2 * options.seconds)
+    return {key: Times(turns) for key, turns in times.items()}
 
 
-def speedup(slow: list[float], fast: list[float]) -> float:
+def speedup(slow: Times, fast: Times) -> float:
     """Return how many times faster the second is: by turns if both took the same, else overall."""
-    if len(slow) != len(fast):
-        return float(np.median(slow) / np.median(fast))
-    turns = [np.median(np.reshape(times, (-1, RUNS_A_TURN)), axis=1) for times in (slow, fast)]
-    return float(np.median(turns[0] / turns[1]))
+    if len(slow.turns) != len(fast.turns):
+        return slow.median / fast.median
+    return float(np.median(np.divide(slow.turn_medians, fast.turn_medians)))
 
 
-def best(found: dict[str, list[float]], start: str = "", end: str = "") -> str | None:
+def best(found: dict[str, Times], start: str = "", end: str = "") -> str | None:
     """Return the fastest form whose name starts and ends so."""
     fit = {k: v for k, v in found.items() if k.startswith(start) and k.endswith(end)}
     if not start:
         fit = {k: v for k, v in fit.items() if not k.startswith("plain")}
-    return min(fit, key=lambda key: float(np.median(fit[key]))) if fit else None
+    return min(fit, key=lambda key: fit[key].median) if fit else None
 
 
-def cell(found: dict[str, list[float]], form: str | None, engine: bool = True) -> str:
+def cell(found: dict[str, Times], form: str | None, engine: bool = True) -> str:
     """Return a form's median, with the engine's name; "-" for none."""
     if form is None or form not in found:
         return "-"
     name = form.removeprefix("plain ") if form.startswith("plain ") else form.split()[0]
-    return f"{np.median(found[form]):.1f}" + (f" ({name})" if engine else "")
+    return f"{found[form].median:.1f}" + (f" ({name})" if engine else "")
 
 
 def main() -> int:
@@ -227,8 +227,8 @@ def main() -> int:
         cells += [cell(found, best(found, end=precision)) for precision in lower]
         print("| " + " | ".join(cells) + " |", flush=True)
         if options.all:
-            for key in sorted(found, key=lambda key: float(np.median(found[key]))):
-                print(f"    {key}: {np.median(found[key]):.2f} ms", file=sys.stderr)
+            for key in sorted(found, key=lambda key: found[key].median):
+                print(f"    {key}: {found[key].median:.2f} ms", file=sys.stderr)
     return 0
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from backbones.bench.spread import Times
 from backbones.engines.threads import torch_threads
 from backbones.engines.timing import take_turns
 from backbones.errors import ConfigError
@@ -53,15 +53,16 @@ def compare_latency(
 ) -> dict[str, Latency]:
     """Measure several callables on the same input, taking turns.
 
-    What else happens on the machine then falls on all alike. The first call of a turn refills the
-    caches and is not counted. Modules are measured as they are: the caller chooses eval mode.
+    What else happens on the machine then falls on all alike. The first tenth of a second of a
+    turn, which refills the caches, is not counted. Modules are measured as they are: the caller
+    chooses eval mode.
 
     Args:
         candidates: callables by name.
         input: what each is called with.
         threads: PyTorch's threads meanwhile; other engines fix theirs when they are made.
-        warmup_s: seconds of unmeasured calls of each candidate, at least two calls.
-        seconds: seconds of measurement of each candidate, at least two turns.
+        warmup_s: seconds of unmeasured calls of each candidate before the first turn.
+        seconds: seconds of the turns of each candidate, at least two turns.
 
     Raises:
         ConfigError: no candidates, or fewer than one thread.
@@ -73,9 +74,8 @@ def compare_latency(
     with torch_threads(threads), torch.inference_mode():
         times = take_turns(candidates, input, warmup_s=warmup_s, seconds=seconds)
         granted = torch.get_num_threads()
+    found = {name: Times(turns) for name, turns in times.items()}
     return {
-        name: Latency(
-            float(np.median(values)), float(np.percentile(values, 90)), len(values), granted
-        )
-        for name, values in times.items()
+        name: Latency(times.median, times.p90, len(times.calls), granted)
+        for name, times in found.items()
     }

@@ -5,8 +5,8 @@ request says what to do:
 
 ``{"do": "load", ...}``
     Load a candidate (the fields are those of `backbones.bench.candidates.job`), warm it up and
-    answer with facts. Then ``{"do": "turn", "seconds": s, "calls": n}`` makes one call that refills
-    the caches and then timed calls, at least n and for at least s seconds; the answer holds their
+    answer with facts. Then ``{"do": "turn", "seconds": s, "calls": n}`` makes calls that refill the
+    caches and then timed calls, at least n and for at least s seconds; the answer holds their
     milliseconds. Any number of turns may follow.
 ``{"do": "matmul", "threads": t, "kinds": [...]}``
     Measure matrix products (`backbones.bench.machine.matmul_peak`).
@@ -31,7 +31,7 @@ from backbones import ops
 from backbones.bench.machine import matmul_peak, peak_memory_mib, usable_cpus
 from backbones.bench.protocol import Channel
 from backbones.engines import deploy, input_size_of
-from backbones.engines.timing import timed
+from backbones.engines.timing import settle, timed_for
 from backbones.errors import BackbonesError, UnsupportedError
 from backbones.factory import create_model
 from backbones.info import count_macs, count_parameters
@@ -135,20 +135,14 @@ def _macs(model: nn.Module, size: tuple[int, ...]) -> int | None:
 
 def _warm_up(call: Call, images: Tensor, seconds: float) -> float:
     """Call at least three times; return the milliseconds of the quickest call but the first."""
-    end = time.perf_counter() + seconds
     call(images)
-    times = [timed(call, images), timed(call, images)]
-    while time.perf_counter() < end:
-        times.append(timed(call, images))
-    return min(times)
+    return min(timed_for(call, images, seconds, 2))
 
 
 def _turn(call: Call, images: Tensor, seconds: float, calls: int) -> dict[str, Any]:
-    call(images)
-    times: list[float] = []
+    settle(call, images)
     start, busy = time.perf_counter(), time.process_time()
-    while len(times) < calls or time.perf_counter() - start < seconds:
-        times.append(timed(call, images))
+    times = timed_for(call, images, seconds, calls)
     wall, cpu = time.perf_counter() - start, time.process_time() - busy
     return {"ms": times, "wall_s": wall, "cpu_s": cpu}
 

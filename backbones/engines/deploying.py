@@ -233,7 +233,7 @@ def choose(
     expected = run(job.model, images)
     measured = []
     for key, runner in runners.items():
-        values = times[" ".join(key)]
+        values = [ms for turn in times[" ".join(key)] for ms in turn]
         agreement, problem = agreement_of(runner, images, expected)
         if agreement is not None and agreement.top1_agreement < LEAST_AGREEMENT and several:
             # On random images classes lie close together, and only fp32 is compared on them.

@@ -1,4 +1,9 @@
-"""Milliseconds of callables that take turns, so that what else runs falls on all alike."""
+"""Milliseconds of callables that take turns, so that what else runs falls on all alike.
+
+A callable that has just got its turn is slow at first: it has to fill the caches with its weights
+again, and threads of the engine before it may still spin, waiting for more work. A turn therefore
+begins with calls that are not counted.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["RUNS_A_TURN", "least", "take_turns", "timed"]
+__all__ = ["SETTLE_S", "least", "settle", "take_turns", "timed", "timed_for"]
 
-RUNS_A_TURN = 5
+SETTLE_S = 0.1  # about twice what small models need to reach their speed again
+TURN_S, CALLS = 0.1, 5  # counted seconds and calls of a turn, at least
 
 
 def take_turns(
@@ -17,30 +23,42 @@ def take_turns(
     *,
     warmup_s: float,
     seconds: float,
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each call of each callable.
+) -> dict[str, list[list[float]]]:
+    """Return the milliseconds of each call of each callable, turn by turn.
 
     Args:
         candidates: callables by name; all are called on `input`.
         input: what each is called with.
-        warmup_s: seconds of uncounted calls of each, at least two calls.
-        seconds: seconds of counted calls of each, at least two turns of five calls. The first call
-            of a turn, which refills the caches, is not counted.
+        warmup_s: seconds of uncounted calls of each before the first turn.
+        seconds: seconds of turns of each, at least two turns; half of a turn is not counted.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    turns: dict[str, list[list[float]]] = {name: [] for name in candidates}
     for function in candidates.values():
-        end = time.perf_counter() + warmup_s
         function(input)
-        function(input)
-        while time.perf_counter() < end:
-            function(input)
+        settle(function, input, warmup_s)
     end = time.perf_counter() + seconds * len(candidates)
-    turns = 0
-    while turns < 2 or time.perf_counter() < end:
+    rounds = 0
+    while rounds < 2 or time.perf_counter() < end:
         for name, function in candidates.items():
-            function(input)
-            times[name].extend(timed(function, input) for _ in range(RUNS_A_TURN))
-        turns += 1
+            settle(function, input)
+            turns[name].append(timed_for(function, input, TURN_S, CALLS))
+        rounds += 1
+    return turns
+
+
+def settle(function: Callable[[Any], Any], input: Any, seconds: float = SETTLE_S) -> list[float]:
+    """Call for some seconds, once at least, and return the milliseconds of the calls."""
+    return timed_for(function, input, seconds, 1)
+
+
+def timed_for(
+    function: Callable[[Any], Any], input: Any, seconds: float, calls: int
+) -> list[float]:
+    """Return the milliseconds of calls, for so many seconds and so many calls at least."""
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < calls or time.perf_counter() - start < seconds:
+        times.append(timed(function, input))
     return times
 
 

@@ -1,5 +1,6 @@
 """Measured latencies."""
 
+import itertools
 import time
 
 import pytest
@@ -24,12 +25,18 @@ def test_the_slower_of_two_is_told():
     assert found["short"].median_ms < found["long"].median_ms
 
 
-def test_candidates_take_turns_after_warm_up():
+def test_candidates_take_turns_after_warm_up(monkeypatch):
+    clock = itertools.count(step=0.01)  # a hundredth of a second from look to look
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     calls = []
     candidates = {name: lambda _, name=name: calls.append(name) for name in "ab"}
     found = compare_latency(candidates, None, warmup_s=0, seconds=0)
-    assert "".join(calls) == "aabb" + ("a" * 6 + "b" * 6) * 2
-    assert found["a"].runs == 10  # the first call of a turn is not counted
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(calls)]
+    assert [name for name, _ in runs] == list("ab" * 3)  # warm-up, then two turns each
+    assert [count for _, count in runs[:2]] == [2, 2]
+    counted = found["a"].runs // 2
+    assert counted >= 5
+    assert all(count > counted + 1 for _, count in runs[2:])  # others settle the caches first
 
 
 def test_threads_are_set_meanwhile_only():
