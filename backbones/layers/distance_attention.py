@@ -17,7 +17,7 @@ from backbones.layers.conv_norm import conv_norm
 from backbones.layers.norm import statistics_dtype
 from backbones.layers.tracing import fx_leaf
 
-__all__ = ["DistanceAttention", "distance_bias", "resize_tables"]
+__all__ = ["DistanceAttention", "attend", "distance_bias", "resize_tables"]
 
 HEADS, KEY_DIM = 4, 16
 DENSE_SIZE = 14  # side of the maps that LSNet's dense models hold biases for
@@ -57,6 +57,17 @@ def distance_bias(x: Tensor, tables: Tensor) -> Tensor:
     return matrix
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, scale: float) -> Tensor:
+    """Return the map (B, C, H, W) of values `v` that queries and keys choose at each position."""
+    bias = distance_bias(v, tables)
+    shape = v.shape
+    q, k, v = (part.flatten(2).unflatten(1, (HEADS, -1)) for part in (q, k, v))
+    q = q if scale == 1 else q * scale
+    logits = q.transpose(-2, -1) @ k
+    attention = (logits + bias.to(logits.dtype)).softmax(-1)
+    return (v @ attention.transpose(-2, -1)).flatten(1, 2).view(shape)
+
+
 class DistanceAttention(nn.Module):
     """``x + proj(relu(attention(x)))`` with a bias for every distance and convolved queries.
 
@@ -80,11 +91,7 @@ class DistanceAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).split(self.split, dim=1)
-        q, k, v = (part.flatten(2).unflatten(1, (HEADS, -1)) for part in (self.q_dw(q), k, v))
-        q = q if self.scale == 1 else q * self.scale
-        logits = q.transpose(-2, -1) @ k
-        attention = (logits + distance_bias(x, self.attention_biases).to(logits.dtype)).softmax(-1)
-        mixed = (v @ attention.transpose(-2, -1)).flatten(1, 2).view_as(x)
+        mixed = attend(self.q_dw(q), k, v, self.attention_biases, self.scale)
         return x + self.drop_path(self.proj(self.act(mixed)))
 
     def reparameterize(self) -> None:

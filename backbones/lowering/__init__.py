@@ -6,6 +6,7 @@ A block that has such a form says so by a method ``graph_form(elementary)``, cal
 blocks only, which returns the form (and may use up the block) or the block itself.
 """
 
+from backbones.lowering.attention import SeparateProjections
 from backbones.lowering.maps import MapBlock, mlp_on_maps, norm_on_maps
 from backbones.lowering.pairs import PairMixer
 from backbones.lowering.parts import SeparateGates
@@ -17,6 +18,7 @@ __all__ = [
     "MapBlock",
     "PairMixer",
     "SeparateGates",
+    "SeparateProjections",
     "lowered",
     "mlp_on_maps",
     "norm_on_maps",

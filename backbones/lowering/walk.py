@@ -7,6 +7,8 @@ from typing import Any
 from timm.layers import GroupNorm1, LayerNorm2d
 from torch import nn
 
+from backbones.layers.distance_attention import DistanceAttention
+from backbones.lowering.attention import SeparateProjections
 from backbones.lowering.norms import ElementaryNorm2d
 
 __all__ = ["NORMS", "lowered"]
@@ -26,6 +28,8 @@ def lowered(model: nn.Module, elementary: bool) -> nn.Module:
         block: Any = child
         if hasattr(child, "graph_form"):
             child = block.graph_form(elementary)
+        elif type(child) is DistanceAttention:
+            child = SeparateProjections(block)
         elif elementary and type(child) in NORMS:
             child = ElementaryNorm2d(block)
         model._modules[name] = child

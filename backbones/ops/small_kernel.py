@@ -90,17 +90,24 @@ def _reference(x: Tensor, weight: Tensor, k: int) -> Tensor:
 
 
 def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
-    """One multiply-add per tap on slices of the padded map; height and width may be symbolic."""
-    pad = k // 2
-    height, width = x.shape[2:]
-    padded = F.pad(x, (pad, pad, pad, pad)).unflatten(1, (-1, weight.shape[1]))
+    """The eager path in operations that graphs have; height and width may be symbolic."""
+    (height, width), pad = x.shape[2:], k // 2
+    columns = (
+        torch.arange(width, device=x.device) + torch.arange(-pad, pad + 1, device=x.device)[:, None]
+    )
+    inside = (columns >= 0) & (columns < width)  # (column of the kernel, column of the map)
+    mask = inside.to(weight.dtype)[None, :, None].expand(k, k, height, width).flatten(0, 1)
+    taps = (weight * mask).flatten(3)
+    edge = pad * (width + 1)
+    flat = F.pad(x.flatten(2), (edge, edge)).unflatten(1, (-1, weight.shape[1]))
     out = None
     for tap in range(k * k):
         row, col = divmod(tap, k)
-        term = padded[..., row : row + height, col : col + width] * weight[:, None, :, tap]
+        start = row * width + col
+        term = flat[..., start : start + height * width] * taps[:, None, :, tap]
         out = term if out is None else out + term
     assert out is not None  # k >= 1
-    return out.flatten(1, 2)
+    return out.flatten(1, 2).view_as(x)
 
 
 def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:

@@ -10,7 +10,15 @@ from torch import nn
 import backbones
 from backbones.engines.prepare import in_graph_form
 from backbones.families import hornet, spartan
-from backbones.lowering import NORMS, MapBlock, PairMixer, SeparateGates, side_by_side
+from backbones.layers.distance_attention import DistanceAttention
+from backbones.lowering import (
+    NORMS,
+    MapBlock,
+    PairMixer,
+    SeparateGates,
+    SeparateProjections,
+    side_by_side,
+)
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 
 
@@ -52,18 +60,19 @@ def test_the_function_stays_the_same(name, elementary):
 @pytest.mark.parametrize("elementary", [False, True])
 def test_every_form_is_met(elementary):
     """A form that no model has would stand there unused; what is replaced must be gone."""
-    names = ("convnext_atto", "hornet_tiny_7x7", "spartan_t", "cpubone_nano")
+    names = ("convnext_atto", "hornet_tiny_7x7", "spartan_t", "cpubone_nano", "lsnet_t")
     models = [backbones.create_model(name, deploy=True).eval() for name in names]
     replaced = {
         hornet.Block,
         hornet.GatedConv,
         spartan.ChannelMixer,
+        DistanceAttention,
         *(NORMS if elementary else ()),
     }
     assert replaced <= set().union(*map(kinds, models))
     after = set().union(*(kinds(in_graph_form(model, elementary)) for model in models))
     assert not replaced & after
-    assert {MapBlock, SeparateGates, PairMixer} <= after
+    assert {MapBlock, SeparateGates, PairMixer, SeparateProjections} <= after
 
 
 def test_channels_stay_where_they_are():
@@ -74,11 +83,11 @@ def test_channels_stay_where_they_are():
     assert not any(isinstance(module, nn.Linear) for module in model.stages.modules())
 
 
-def test_gates_are_not_split():
-    model = in_graph_form(merged("hornet_tiny_7x7"))
+@pytest.mark.parametrize("name", ["hornet_tiny_7x7", "lsnet_t"])
+def test_projections_are_not_split(name):
+    model = in_graph_form(merged(name))
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     assert not [n for n in program.graph.nodes if "split" in str(n.target)]
-    assert SeparateGates in kinds(model) and hornet.GatedConv not in kinds(model)
 
 
 def test_the_global_filter_keeps_its_split():
