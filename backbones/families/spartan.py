@@ -20,7 +20,7 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import Chain, Head, conv_norm
-from backbones.lowering import PairMixer, side_by_side
+from backbones.lowering import PairMixer, RotatedMixer, side_by_side
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -123,6 +123,8 @@ class ChannelMixer(nn.Module):
         if not isinstance(conv, nn.Conv2d) or not PairMixer.fits(conv):
             return self
         parts = (self.proj, self.act, conv, act, self.se, self.proj_out)
+        if elementary and RotatedMixer.fits(conv):
+            return RotatedMixer(*parts)
         return PairMixer(*parts, elementary=elementary)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,14 +63,22 @@ class CenteredNorm2d(nn.Module):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return to_unit_variance(x, (1,), self.eps, self.weight, self.bias)
+        return to_unit_variance(x, self.mean, self.eps, self.weight, self.bias)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean over channels, (B, 1, H, W)."""
+        return x.mean(1, keepdim=True)
 
 
 def to_unit_variance(
-    x: Tensor, axes: tuple[int, ...], eps: float, weight: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    mean: Callable[[Tensor], Tensor],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    """Scale maps (B, C, H, W) of zero mean over `axes` to variance 1, then each channel."""
-    variance = x.to(statistics_dtype(x)).square().mean(axes, keepdim=True)
+    """Scale maps (B, C, H, W) whose `mean` is zero to variance 1, then each channel."""
+    variance = mean(x.to(statistics_dtype(x)).square())
     x = x * (variance + eps).rsqrt().to(x.dtype)
     if weight is not None:
         x = x * weight.view(1, -1, 1, 1)

@@ -8,15 +8,18 @@ blocks only, which returns the form (and may use up the block) or the block itse
 
 from backbones.lowering.attention import SeparateProjections
 from backbones.lowering.maps import MapBlock, mlp_on_maps, norm_on_maps
+from backbones.lowering.norms import NORMS
 from backbones.lowering.pairs import PairMixer
 from backbones.lowering.parts import SeparateGates
+from backbones.lowering.rotation import RotatedMixer
 from backbones.lowering.squeeze import side_by_side
-from backbones.lowering.walk import NORMS, lowered
+from backbones.lowering.walk import lowered
 
 __all__ = [
     "NORMS",
     "MapBlock",
     "PairMixer",
+    "RotatedMixer",
     "SeparateGates",
     "SeparateProjections",
     "lowered",

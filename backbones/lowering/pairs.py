@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 from backbones.lowering.squeeze import in_order
+from backbones.lowering.strongest import channel_numbers
 
 __all__ = ["PairMixer"]
 
@@ -59,11 +60,8 @@ class PairMixer(nn.Module):
         self.conv_act = conv_act
         self.se = in_order(se, order)
         self.proj_out = inputs_of(proj_out, order)
-        # Numbers above 256 need integers, which are slower: bfloat16 cannot tell 257 from 256.
-        kind = torch.float32 if dim <= 256 else torch.int32
-        indices = torch.arange(dim, dtype=kind).view(1, -1, 1, 1)
-        self.register_buffer("indices", indices, persistent=False)
-        original = torch.where(order < dim, order, -1).to(kind).view(1, -1, 1, 1)
+        self.register_buffer("indices", channel_numbers(torch.arange(dim), dim), persistent=False)
+        original = channel_numbers(torch.where(order < dim, order, -1), dim)
         self.register_buffer("original", original, persistent=False)
 
     @staticmethod

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import GroupNorm1, LayerNorm2d
 from torch import nn
 
 from backbones.layers.distance_attention import DistanceAttention
 from backbones.lowering.attention import SeparateProjections
-from backbones.lowering.norms import ElementaryNorm2d
+from backbones.lowering.norms import NORMS, ElementaryNorm2d
 
-__all__ = ["NORMS", "lowered"]
-
-NORMS = (GroupNorm1, LayerNorm2d)
+__all__ = ["lowered"]
 
 
 def lowered(model: nn.Module, elementary: bool) -> nn.Module:

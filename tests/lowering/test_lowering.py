@@ -4,21 +4,24 @@ import pytest
 import torch
 from randomized import randomize
 from tiers import families_by_default, shallow
-from timm.layers import SqueezeExcite
+from timm.layers import GroupNorm1, LayerNorm2d, SqueezeExcite
 from torch import nn
 
 import backbones
 from backbones.engines.prepare import in_graph_form
 from backbones.families import hornet, spartan
 from backbones.layers.distance_attention import DistanceAttention
+from backbones.layers.norm import CenteredNorm2d
 from backbones.lowering import (
     NORMS,
     MapBlock,
     PairMixer,
+    RotatedMixer,
     SeparateGates,
     SeparateProjections,
     side_by_side,
 )
+from backbones.lowering.norms import FEW, ElementaryNorm2d
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 
 
@@ -60,7 +63,14 @@ def test_the_function_stays_the_same(name, elementary):
 @pytest.mark.parametrize("elementary", [False, True])
 def test_every_form_is_met(elementary):
     """A form that no model has would stand there unused; what is replaced must be gone."""
-    names = ("convnext_atto", "hornet_tiny_7x7", "spartan_t", "cpubone_nano", "lsnet_t")
+    names = (
+        "convnext_atto",
+        "cpubone_nano",
+        "hornet_tiny_7x7",
+        "lsnet_t",
+        "spartan_t",
+        "unireplknet_a",
+    )
     models = [backbones.create_model(name, deploy=True).eval() for name in names]
     replaced = {
         hornet.Block,
@@ -73,6 +83,7 @@ def test_every_form_is_met(elementary):
     after = set().union(*(kinds(in_graph_form(model, elementary)) for model in models))
     assert not replaced & after
     assert {MapBlock, SeparateGates, PairMixer, SeparateProjections} <= after
+    assert (RotatedMixer in after) == (ElementaryNorm2d in after) == elementary
 
 
 def test_channels_stay_where_they_are():
@@ -101,11 +112,41 @@ def merged_mixer(dim, hidden):
     return mixer
 
 
+def merged_rotation(dim, hidden):
+    mixer = randomize(spartan.ChannelMixer(dim, hidden, groups=hidden)).eval()
+    mixer.reparameterize()
+    return mixer
+
+
+def test_rotations_are_told_from_other_mixtures_of_pairs():
+    assert type(merged_rotation(8, 32).graph_form(elementary=True)) is RotatedMixer
+    assert type(merged_mixer(8, 16).graph_form(elementary=True)) is PairMixer
+    changed = merged_rotation(8, 32)
+    with torch.no_grad():
+        changed.conv.conv.weight[3, 1] += 1e-3
+    assert type(changed.graph_form(elementary=True)) is PairMixer
+
+
+@pytest.mark.parametrize("channels", [FEW, FEW + 1])
+@pytest.mark.parametrize("kind", [LayerNorm2d, CenteredNorm2d, GroupNorm1])
+def test_norms_in_elementary_operations(kind, channels):
+    x = images(2, channels, 5, 6) + 3
+    if kind is CenteredNorm2d:
+        x = x - x.mean(1, keepdim=True)
+        norm = CenteredNorm2d(LayerNorm2d(channels))
+    else:
+        norm = kind(channels)
+    norm = randomize(norm).double()
+    with torch.no_grad():
+        assert relative(ElementaryNorm2d(norm)(x), norm(x)) < 1e-12
+
+
 @pytest.mark.parametrize("elementary", [False, True])
-def test_ties_for_the_strongest_channel_go_to_the_first(elementary):
-    mixer = merged_mixer(8, 16).double()
+@pytest.mark.parametrize("mixer", [lambda: merged_mixer(8, 16), lambda: merged_rotation(8, 32)])
+def test_ties_for_the_strongest_channel_go_to_the_first(mixer, elementary):
+    mixer = mixer().double()
     other = mixer.graph_form(elementary)
-    assert isinstance(other, PairMixer)
+    assert other is not mixer
     x = torch.randint(0, 3, (2, 8, 5, 5), generator=torch.Generator().manual_seed(0)).double()
     assert (x == x.amax(1, keepdim=True)).sum(1).max() > 1
     with torch.no_grad():
