@@ -19,7 +19,7 @@ from backbones.errors import ConfigError
 from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample, statistics_dtype
 from backbones.layers.convnext_names import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
 from backbones.layers.tracing import fx_leaf
-from backbones.lowering import MapBlock, SeparateGates, mlp_on_maps, norm_on_maps
+from backbones.lowering import FilteredGates, MapBlock, SeparateGates, mlp_on_maps, norm_on_maps
 from backbones.ops import resize_filter, spectral_filter
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
@@ -72,7 +72,10 @@ class GlobalLocalFilter(nn.Module):
         self.post_norm = LayerNorm2d(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        local, spread = self.pre_norm(x).chunk(2, dim=1)
+        return self.mix(*self.pre_norm(x).chunk(2, dim=1))
+
+    def mix(self, local: Tensor, spread: Tensor) -> Tensor:
+        """Return the output for the halves of the normalized input."""
         spread = apply_spectral_filter(spread, self.complex_weight)
         local = self.conv_dw(local).to(spread.dtype)  # autocast may leave them in two types
         return self.post_norm(torch.stack((local, spread), dim=2).flatten(1, 2))
@@ -125,9 +128,10 @@ class GatedConv(nn.Module):
             self.scale = merge.factor_into_norm(self.mixer.post_norm, self.scale)
 
     def graph_form(self, elementary: bool) -> nn.Module:
-        if isinstance(self.mixer, GlobalLocalFilter):
-            return self  # it takes all gates at once
-        return SeparateGates(self.proj_in, self.mixer, self.dims, self.pws, self.proj_out)
+        rest = (self.dims, self.pws, self.proj_out)
+        if not isinstance(self.mixer, GlobalLocalFilter):
+            return SeparateGates(self.proj_in, self.mixer, *rest)
+        return FilteredGates(self.proj_in, self.mixer, *rest) if elementary else self
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ blocks only, which returns the form (and may use up the block) or the block itse
 """
 
 from backbones.lowering.attention import SeparateProjections
+from backbones.lowering.filters import FilteredGates
 from backbones.lowering.maps import MapBlock, mlp_on_maps, norm_on_maps
 from backbones.lowering.norms import NORMS
 from backbones.lowering.pairs import PairMixer
@@ -17,6 +18,7 @@ from backbones.lowering.walk import lowered
 
 __all__ = [
     "NORMS",
+    "FilteredGates",
     "MapBlock",
     "PairMixer",
     "RotatedMixer",

@@ -26,6 +26,7 @@ class Separable(NamedTuple):
 
     down: Array  # (2h, H): cosine and sine of every vertical frequency
     across: Array  # (2W, 4w): [cosine row | sine row] -> (row u or -u, frequency, real/imaginary)
+    across_turned: Array  # the same for i times the spectrum
     back_across: Array  # (4w, 2W)
     back_down: Array  # (H, 2h)
     rows: npt.NDArray[np.int64]  # (2h,): the spectrum's row of each (frequency, u or -u)
@@ -35,6 +36,7 @@ class Dense(NamedTuple):
     """The whole transform as one matrix each way; spectra are (H, w, real/imaginary)."""
 
     forward: Array  # (H*W, 2*H*w)
+    forward_turned: Array  # the same for i times the spectrum
     back: Array  # (2*H*w, H*W)
 
 
@@ -76,6 +78,7 @@ def separable(height: int, width: int, single: bool) -> Separable:
     return Separable(
         _finish(down.reshape(2 * h, height), single),
         _finish(across.reshape(2 * width, 4 * w), single),
+        _finish(_turned(across).reshape(2 * width, 4 * w), single),
         _finish(back.reshape(2 * width, 4 * w).T, single),
         _finish(back_down.reshape(2 * h, height).T, single),
         rows,
@@ -94,7 +97,16 @@ def dense(height: int, width: int, single: bool) -> Dense:
     forward = np.stack([cosine, -sine], -1) * (height * width) ** -0.5
     back = forward * _multiplicity(width)[:, None]
     shape = (height * width, 2 * height * w)
-    return Dense(_finish(forward.reshape(shape), single), _finish(back.reshape(shape).T, single))
+    return Dense(
+        _finish(forward.reshape(shape), single),
+        _finish(_turned(forward).reshape(shape), single),
+        _finish(back.reshape(shape).T, single),
+    )
+
+
+def _turned(matrix: Array) -> Array:
+    """Return the matrix (..., real/imaginary) that gives i times what this one gives."""
+    return np.stack([-matrix[..., 1], matrix[..., 0]], -1)
 
 
 def _finish(matrix: Array, single: bool) -> Array:

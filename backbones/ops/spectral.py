@@ -18,7 +18,7 @@ from backbones.ops.dispatch import (
     reference_active,
     without_autocast,
 )
-from backbones.ops.fourier import dense, separable
+from backbones.ops.fourier import Dense, dense, separable
 
 # On the CPU matrix products beat the fast Fourier transform up to this map side (it is fastest at
 # 32, a power of two), and one matrix for both axes beats one for each up to this many positions
@@ -59,8 +59,8 @@ def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
         else:
             matrices = _matrices(fixed(height), fixed(width), dtype == torch.float32)
             matrices = tuple(matrix.to(x.device) for matrix in matrices)
-            # All axes at once takes one matrix each way, axis by axis two and an index.
-            multiply = _at_once if len(matrices) == 2 else _axis_by_axis
+            # All axes at once takes fewer matrices than axis by axis.
+            multiply = _at_once if len(matrices) == len(Dense._fields) else _axis_by_axis
             out = multiply(signal, filter_, matrices)
         return out.to(x.dtype)
 
@@ -101,26 +101,39 @@ def _matrices(height: int, width: int, single: bool) -> tuple[Tensor, ...]:
 
 
 def _at_once(x: Tensor, weight: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
-    forward, back = matrices
-    spectrum = (x.flatten(2) @ forward).view(x.shape[0], *weight.shape)
-    return (_filtered(spectrum, weight).flatten(2) @ back).view(x.shape)
+    forward, turned, back = matrices
+    return (_filtered(x.flatten(2), forward, turned, weight) @ back).view(x.shape)
 
 
 def _axis_by_axis(x: Tensor, weight: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
-    down, across, back_across, back_down, rows = matrices
+    down, across, turned, back_across, back_down, rows = matrices
     batch, channels, height, width = x.shape
     half = height // 2 + 1
     waves = (down @ x).view(batch, channels, half, 2 * width)
-    weight = weight.index_select(1, rows)
-    spectrum = (waves @ across).view(batch, *weight.shape)
-    waves = _filtered(spectrum, weight).view(batch, channels, half, -1) @ back_across
+    weight = weight.index_select(1, rows).unflatten(1, (half, -1))
+    waves = _filtered(waves, across, turned, weight) @ back_across
     return back_down @ waves.view(batch, channels, 2 * half, width)
 
 
-def _filtered(spectrum: Tensor, weight: Tensor) -> Tensor:
-    """The complex product of (..., 2) tensors."""
-    if not is_recorded():
-        product = torch.view_as_complex(spectrum) * torch.view_as_complex(weight.contiguous())
-        return torch.view_as_real(product)
-    (a, b), (c, d) = spectrum.unbind(-1), weight.unbind(-1)
-    return torch.stack([a * c - b * d, a * d + b * c], -1)
+def _filtered(x: Tensor, forward: Tensor, turned: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ forward``, complex numbers in pairs, times the complex numbers in `weight`.
+
+    Args:
+        x: (B, C, ..., n).
+        forward: (n, 2m): the pairs are real and imaginary part.
+        turned: the matrix for i times the same numbers.
+        weight: (C, ..., 2), in which the axes from the second last of `x` make m numbers.
+
+    Returns:
+        (B, C, ..., 2m).
+    """
+    spectrum = x @ forward
+    if is_recorded():
+        # (a + bi)(c + di) = (a + bi) c + i(a + bi) d: engines have no complex numbers, and taking
+        # pairs apart and together costs them more than a second product with a small matrix.
+        factors = (part.unsqueeze(-1).expand_as(weight) for part in weight.unbind(-1))
+        real, imaginary = (part.flatten(x.ndim - 2) for part in factors)
+        return spectrum * real + (x @ turned) * imaginary
+    numbers = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2)))
+    factor = torch.view_as_complex(weight.contiguous()).flatten(x.ndim - 2)
+    return torch.view_as_real(numbers * factor).flatten(-2)

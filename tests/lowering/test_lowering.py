@@ -14,6 +14,7 @@ from backbones.layers.distance_attention import DistanceAttention
 from backbones.layers.norm import CenteredNorm2d
 from backbones.lowering import (
     NORMS,
+    FilteredGates,
     MapBlock,
     PairMixer,
     RotatedMixer,
@@ -101,9 +102,11 @@ def test_projections_are_not_split(name):
     assert not [n for n in program.graph.nodes if "split" in str(n.target)]
 
 
-def test_the_global_filter_keeps_its_split():
-    model = in_graph_form(merged("hornet_tiny_gf"))
-    assert {SeparateGates, hornet.GatedConv} <= kinds(model)
+def test_the_global_filter_has_projections_of_its_own_in_elementary_form():
+    model = merged("hornet_tiny_gf")
+    assert {SeparateGates, hornet.GatedConv} <= kinds(in_graph_form(model))
+    found = kinds(in_graph_form(model, elementary=True))
+    assert {SeparateGates, FilteredGates} <= found and hornet.GatedConv not in found
 
 
 def merged_mixer(dim, hidden):
