@@ -136,7 +136,10 @@ def _reference(value: Tensor, attention: Tensor, k: int) -> Tensor:
 
 
 def _recorded(value: Tensor, attention: Tensor, k: int) -> Tensor:
-    """Tile by tile: scatter the weights into a matrix over the tile's keys, then multiply."""
+    """Tile by tile: spread the weights over a matrix of the tile's keys, then multiply.
+
+    Engines gather by an index that they know faster than they scatter.
+    """
     height, width = value.shape[-2:]
     rows = []
     for row in split_map(height, width, k, edge=16):
@@ -145,9 +148,9 @@ def _recorded(value: Tensor, attention: Tensor, k: int) -> Tensor:
             keys = value[..., tile.key_rows, tile.key_cols].flatten(3).flatten(0, 1)
             weights = attention[:, :, tile.rows, tile.cols].flatten(2, 3).flatten(0, 1)
             if not tile.shared:
-                index = tile.key_index(value.device).expand(weights.shape[0], -1, -1)
-                matrix = weights.new_zeros(weights.shape[0], tile.queries, tile.keys)
-                weights = matrix.scatter(2, index, weights)
+                index, inside = tile.weight_places(value.device)
+                matrix = weights.flatten(1).index_select(1, index.flatten())
+                weights = matrix.view(-1, *index.shape) * inside.to(weights.dtype)
             block = torch.bmm(keys, weights.transpose(1, 2))
             blocks.append(block.view(*value.shape[:3], tile.height, tile.width))
         rows.append(torch.cat(blocks, -1) if len(blocks) > 1 else blocks[0])

@@ -141,17 +141,25 @@ class Tile:
                 pairs.append((weights[:, i:i_stop, j:j_stop], window))
         return pairs
 
-    def key_index(self, device: torch.device) -> Tensor:
-        """(1, queries, k*k): the column of the matrix that every weight belongs to."""
-        taps = torch.arange(self.vertical.k, device=device)
-        rows, cols = (
-            window_starts(span.length, span.k, device)[span.first : span.stop, None]
-            - span.keys.start
-            + taps
-            for span in (self.vertical, self.horizontal)
-        )
-        index = rows[:, None, :, None] * self.key_width + cols[None, :, None, :]
-        return index.reshape(1, self.queries, -1)
+    def weight_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return where the entries of the matrix (queries, keys) are among the weights.
+
+        Returns:
+            Their places in the flattened weights (queries, k*k) of the tile, and whether a key is
+            inside of a query's window; the place of one that is not means nothing.
+        """
+        k = self.vertical.k
+        taps, inside = [], []  # of each axis: (queries, keys)
+        for span in (self.vertical, self.horizontal):
+            starts = window_starts(span.length, k, device)[span.first : span.stop, None]
+            tap = torch.arange(span.keys.start, span.keys.stop, device=device) - starts
+            taps.append(tap.clamp(0, k - 1))
+            inside.append((tap >= 0) & (tap < k))
+        tap = taps[0][:, None, :, None] * k + taps[1][:, None]
+        first = torch.arange(self.queries, device=device)[:, None] * (k * k)
+        both = inside[0][:, None, :, None] & inside[1][:, None]
+        shape = self.queries, self.keys
+        return first + tap.reshape(shape), both.reshape(shape)
 
 
 def split_map(height: int, width: int, k: int, edge: int) -> list[list[Tile]]:
