@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from backbones import merge
 
-__all__ = ["ConvAttention"]
+__all__ = ["ConvAttention", "padded"]
+
+
+def padded(x: Tensor, stride: int) -> Tensor:
+    """Pad a map (B, C, H, W) by zeros at the bottom and on the right to multiples of `stride`."""
+    if stride == 1:
+        return x
+    return F.pad(x, (0, x.shape[-1] % stride, 0, x.shape[-2] % stride))
 
 
 class ConvAttention(nn.Module):
@@ -37,9 +44,7 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2], x.shape[-1]
-        if self.stride > 1:
-            x = F.pad(x, (0, width % self.stride, 0, height % self.stride))
-        x = self.pwise(self.conv_proj(x))
+        x = self.pwise(self.conv_proj(padded(x, self.stride)))
         # The channels of one head are its queries, keys and values, in this order.
         heads = x.reshape(x.shape[0], self.num_heads, 3 * self.head_dim, -1).transpose(-2, -1)
         q, k, v = heads.chunk(3, dim=-1)

@@ -6,7 +6,7 @@ A block that has such a form says so by a method ``graph_form(elementary)``, cal
 blocks only, which returns the form (and may use up the block) or the block itself.
 """
 
-from backbones.lowering.attention import SeparateProjections
+from backbones.lowering.attention import SeparateHeads, SeparateProjections
 from backbones.lowering.filters import FilteredGates
 from backbones.lowering.maps import MapBlock, mlp_on_maps, norm_on_maps
 from backbones.lowering.norms import NORMS
@@ -23,6 +23,7 @@ __all__ = [
     "PairMixer",
     "RotatedMixer",
     "SeparateGates",
+    "SeparateHeads",
     "SeparateProjections",
     "lowered",
     "mlp_on_maps",

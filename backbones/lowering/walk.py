@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from backbones.layers.conv_attention import ConvAttention
 from backbones.layers.distance_attention import DistanceAttention
-from backbones.lowering.attention import SeparateProjections
+from backbones.lowering.attention import SeparateHeads, SeparateProjections
 from backbones.lowering.norms import NORMS, ElementaryNorm2d
 
 __all__ = ["lowered"]
@@ -27,6 +28,8 @@ def lowered(model: nn.Module, elementary: bool) -> nn.Module:
             child = block.graph_form(elementary)
         elif type(child) is DistanceAttention:
             child = SeparateProjections(block)
+        elif type(child) is ConvAttention:
+            child = SeparateHeads(block)
         elif elementary and type(child) in NORMS:
             child = ElementaryNorm2d(block)
         model._modules[name] = child

@@ -10,6 +10,7 @@ from torch import nn
 import backbones
 from backbones.engines.prepare import in_graph_form
 from backbones.families import hornet, spartan
+from backbones.layers.conv_attention import ConvAttention
 from backbones.layers.distance_attention import DistanceAttention
 from backbones.layers.norm import CenteredNorm2d
 from backbones.lowering import (
@@ -19,6 +20,7 @@ from backbones.lowering import (
     PairMixer,
     RotatedMixer,
     SeparateGates,
+    SeparateHeads,
     SeparateProjections,
     side_by_side,
 )
@@ -77,13 +79,14 @@ def test_every_form_is_met(elementary):
         hornet.Block,
         hornet.GatedConv,
         spartan.ChannelMixer,
+        ConvAttention,
         DistanceAttention,
         *(NORMS if elementary else ()),
     }
     assert replaced <= set().union(*map(kinds, models))
     after = set().union(*(kinds(in_graph_form(model, elementary)) for model in models))
     assert not replaced & after
-    assert {MapBlock, SeparateGates, PairMixer, SeparateProjections} <= after
+    assert {MapBlock, SeparateGates, PairMixer, SeparateHeads, SeparateProjections} <= after
     assert (RotatedMixer in after) == (ElementaryNorm2d in after) == elementary
 
 
@@ -95,7 +98,7 @@ def test_channels_stay_where_they_are():
     assert not any(isinstance(module, nn.Linear) for module in model.stages.modules())
 
 
-@pytest.mark.parametrize("name", ["hornet_tiny_7x7", "lsnet_t"])
+@pytest.mark.parametrize("name", ["cpubone_nano", "hornet_tiny_7x7", "lsnet_t"])
 def test_projections_are_not_split(name):
     model = in_graph_form(merged(name))
     program = torch.export.export(model, (images(1, 3, 64, 64),))
