@@ -1,11 +1,12 @@
 """Measures what deployment gains: the published form in the usual engines against `deploy`.
 
-python scripts/measure_deploy.py                             # ten models, fp32; about an hour
+python scripts/measure_deploy.py                             # ten models, fp32; ten minutes or more
 python scripts/measure_deploy.py lsnet_t --precisions fp32 int8 --compile
 
 One image of 224x224 (or `--size`), in milliseconds; all forms of a model take turns in one process.
 Milliseconds are medians of all calls. A ratio is the median of the ratios within each turn, because
-the speed of a shared machine changes from turn to turn. Forms more than four times slower than the
+the speed of a shared machine changes from turn to turn; each turn begins with calls that are not
+counted, until caches and idle threads have settled. Forms more than four times slower than the
 fastest are measured after the others.
 "Plain" is what a user gets without this package's help: timm's class where timm has the model,
 else ours un-merged with reference operators; NCHW; PyTorch's ONNX exporter and the engines' default
