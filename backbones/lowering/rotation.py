@@ -61,10 +61,11 @@ class RotatedMixer(nn.Module):
         feature = self.strongest(x)
         even, odd = (half.value(x) * self.act(half.gate(x)) + feature for half in both)
         maps = [self.conv_act(half.conv(half.rotated(even, odd))) for half in both]
-        squeezed = self.even.squeezed(maps[0]) + self.odd.squeezed(maps[1])
-        inner = self.se_act(squeezed)
-        gated = (y * self.se_gate(half.se_out(inner)) for half, y in zip(both, maps))
-        return self.even.proj_out(next(gated)) + self.odd.proj_out(next(gated))
+        inner = self.se_act(self.even.squeezed(maps[0]) + self.odd.squeezed(maps[1]))
+        first, second = (
+            half.proj_out(y * self.se_gate(half.se_out(inner))) for half, y in zip(both, maps)
+        )
+        return first + second
 
 
 class Half(nn.Module):
