@@ -72,7 +72,8 @@ class GlobalLocalFilter(nn.Module):
         self.post_norm = LayerNorm2d(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(*self.pre_norm(x).chunk(2, dim=1))
+        local, spread = self.pre_norm(x).chunk(2, dim=1)  # torch.fx unpacks into names only
+        return self.mix(local, spread)
 
     def mix(self, local: Tensor, spread: Tensor) -> Tensor:
         """Return the output for the halves of the normalized input."""
