@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 from backbones.lowering.squeeze import in_order
-from backbones.lowering.strongest import channel_numbers
+from backbones.lowering.strongest import channel_numbers, first_strongest
 
 __all__ = ["PairMixer"]
 
@@ -48,7 +48,7 @@ class PairMixer(nn.Module):
         hidden, dim = conv.in_channels, proj.in_channels
         even, odd = torch.arange(0, hidden, 2), torch.arange(1, hidden, 2)
         order = torch.cat((even, odd))
-        self.pairs, self.dim, self.elementary = hidden // 2, dim, elementary
+        self.pairs, self.elementary = hidden // 2, elementary
         self.value = outputs_of(proj, order)
         self.gate = outputs_of(proj, hidden + order)
         self.act = act
@@ -83,6 +83,5 @@ class PairMixer(nn.Module):
 
     def picked(self, token: Tensor, x: Tensor) -> Tensor:
         """Return the same without argmax and gather."""
-        is_strongest = x == x.amax(dim=1, keepdim=True)
-        first = torch.where(is_strongest, self.indices, self.dim).amin(dim=1, keepdim=True)
+        first = first_strongest(x, self.indices)
         return torch.where(self.original == first, token, 0).sum(dim=1, keepdim=True)
