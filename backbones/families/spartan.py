@@ -20,7 +20,7 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import Chain, Head, conv_norm
-from backbones.lowering import PairMixer, RotatedMixer, side_by_side
+from backbones.lowering import PairMixer, RotatedMixer, contrast_after, side_by_side
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -47,12 +47,14 @@ class SpatialMixer(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gamma is None:
-            x = self.proj_in(x) + self.contrast(x.mean((2, 3), keepdim=True))
+        y = self.proj_in(x)
+        if self.gamma is not None:
+            y = y + self.gamma.view(1, -1, 1, 1) * (y - y.mean((2, 3), keepdim=True))
+        elif isinstance(self.contrast, nn.Conv2d):
+            y = y + self.contrast(x.mean((2, 3), keepdim=True))
         else:
-            x = self.proj_in(x)
-            x = x + self.gamma.view(1, -1, 1, 1) * (x - x.mean((2, 3), keepdim=True))
-        mixed = self.se_h(self.conv_h(x)), self.se_l(self.conv_l(x))
+            y = self.contrast(y)
+        mixed = self.se_h(self.conv_h(y)), self.se_l(self.conv_l(y))
         return self.proj_out(self.se(torch.cat(mixed, dim=1)))
 
     def reparameterize(self) -> None:
@@ -64,6 +66,9 @@ class SpatialMixer(nn.Module):
             self.gamma = None
 
     def graph_form(self, elementary: bool) -> nn.Module:
+        contrast = self.contrast
+        if isinstance(contrast, nn.Conv2d) and (after := contrast_after(self.proj_in, contrast)):
+            self.proj_in, self.contrast = after
         if isinstance(self.se, nn.Identity):
             self.se = side_by_side(self.se_h, self.se_l)
             self.se_h = self.se_l = nn.Identity()

@@ -7,6 +7,7 @@ blocks only, which returns the form (and may use up the block) or the block itse
 """
 
 from backbones.lowering.attention import SeparateHeads, SeparateProjections
+from backbones.lowering.contrast import contrast_after
 from backbones.lowering.filters import FilteredGates
 from backbones.lowering.maps import MapBlock, mlp_on_maps, norm_on_maps
 from backbones.lowering.norms import NORMS
@@ -25,6 +26,7 @@ __all__ = [
     "SeparateGates",
     "SeparateHeads",
     "SeparateProjections",
+    "contrast_after",
     "lowered",
     "mlp_on_maps",
     "norm_on_maps",

@@ -1,4 +1,4 @@
-"""Normalization in elementary operations."""
+"""Normalization in the operations that OpenVINO computes where the data lies."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from torch import Tensor, nn
 
 from backbones.layers.norm import CenteredNorm2d, to_unit_variance
 
-__all__ = ["NORMS", "ElementaryNorm2d"]
+__all__ = ["NORMS", "ElementaryNorm2d", "WholeNorm2d"]
 
-NORMS = (CenteredNorm2d, GroupNorm1, LayerNorm2d)
 FEW = 48  # channels whose mean is faster as a convolution, whose inner loop is over positions
 
 
 class ElementaryNorm2d(nn.Module):
-    """A norm of maps (B, C, H, W) over the channels, or over channels and positions.
+    """A norm of maps (B, C, H, W) over the channels, in elementary operations.
 
     It takes over the parameters of `norm`, and moves no channels to the end.
     """
 
-    def __init__(self, norm: CenteredNorm2d | GroupNorm1 | LayerNorm2d) -> None:
+    def __init__(self, norm: CenteredNorm2d | LayerNorm2d) -> None:
         super().__init__()
         self.is_centered = isinstance(norm, CenteredNorm2d)
-        self.over_positions = isinstance(norm, GroupNorm1)
         self.eps = norm.eps
         self.weight, self.bias = norm.weight, norm.bias
 
@@ -32,10 +30,34 @@ class ElementaryNorm2d(nn.Module):
         return to_unit_variance(centered, self.mean, self.eps, self.weight, self.bias)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Return the mean (B, 1, H, W), or (B, 1, 1, 1) if the norm is over positions too."""
-        if self.over_positions:
-            return x.mean((1, 2, 3), keepdim=True)
+        """Return the mean over channels, (B, 1, H, W)."""
         channels = x.shape[1]
         if channels > FEW:
             return x.mean(1, keepdim=True)
         return F.conv2d(x, x.new_full((1, channels, 1, 1), 1 / channels))
+
+
+class WholeNorm2d(nn.Module):
+    """A norm of maps (B, C, H, W) over channels and positions, as a layer norm of three axes.
+
+    It takes over the parameters of `norm`. Exporters write group norm with reshapes around it,
+    and reductions take three times as long as the kernel for this.
+    """
+
+    def __init__(self, norm: GroupNorm1) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[1:], eps=self.eps)
+        if self.weight is not None:
+            x = x * self.weight.view(1, -1, 1, 1)
+        return x if self.bias is None else x + self.bias.view(1, -1, 1, 1)
+
+
+NORMS = {
+    CenteredNorm2d: ElementaryNorm2d,
+    GroupNorm1: WholeNorm2d,
+    LayerNorm2d: ElementaryNorm2d,
+}

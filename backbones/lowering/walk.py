@@ -9,7 +9,7 @@ from torch import nn
 from backbones.layers.conv_attention import ConvAttention
 from backbones.layers.distance_attention import DistanceAttention
 from backbones.lowering.attention import SeparateHeads, SeparateProjections
-from backbones.lowering.norms import NORMS, ElementaryNorm2d
+from backbones.lowering.norms import NORMS
 
 __all__ = ["lowered"]
 
@@ -19,8 +19,8 @@ def lowered(model: nn.Module, elementary: bool) -> nn.Module:
 
     Args:
         model: a merged model in eval mode.
-        elementary: compute norms and the like in elementary operations. OpenVINO would move the
-            data into other layouts for them; ONNX Runtime has fast kernels.
+        elementary: compute norms over channels and the like in elementary operations. OpenVINO
+            would move the data into other layouts for them; ONNX Runtime has fast kernels.
     """
     for name, child in model.named_children():
         block: Any = child
@@ -31,7 +31,7 @@ def lowered(model: nn.Module, elementary: bool) -> nn.Module:
         elif type(child) is ConvAttention:
             child = SeparateHeads(block)
         elif elementary and type(child) in NORMS:
-            child = ElementaryNorm2d(block)
+            child = NORMS[type(child)](block)
         model._modules[name] = child
         lowered(child, elementary)
     return model

@@ -8,6 +8,7 @@ from timm.layers import GroupNorm1, LayerNorm2d, SqueezeExcite
 from torch import nn
 
 import backbones
+from backbones import merge
 from backbones.engines.prepare import in_graph_form
 from backbones.families import hornet, spartan
 from backbones.layers.conv_attention import ConvAttention
@@ -24,7 +25,8 @@ from backbones.lowering import (
     SeparateProjections,
     side_by_side,
 )
-from backbones.lowering.norms import FEW, ElementaryNorm2d
+from backbones.lowering.contrast import ContrastAfter, contrast_after
+from backbones.lowering.norms import FEW, ElementaryNorm2d, WholeNorm2d
 from backbones.lowering.parts import depthwise, inputs_of, outputs_of
 
 
@@ -87,7 +89,9 @@ def test_every_form_is_met(elementary):
     after = set().union(*(kinds(in_graph_form(model, elementary)) for model in models))
     assert not replaced & after
     assert {MapBlock, SeparateGates, PairMixer, SeparateHeads, SeparateProjections} <= after
-    assert (RotatedMixer in after) == (ElementaryNorm2d in after) == elementary
+    assert ContrastAfter in after
+    for form in (RotatedMixer, ElementaryNorm2d, WholeNorm2d):
+        assert (form in after) == elementary
 
 
 def test_channels_stay_where_they_are():
@@ -135,9 +139,49 @@ def test_rotations_are_told_from_other_mixtures_of_pairs():
     assert type(changed.graph_form(elementary=True)) is PairMixer
 
 
+def contrasted(gain, bias=True):
+    proj = randomize(nn.Conv2d(6, 4, 1, bias=bias).double())
+    x = images(2, 6, 5, 7)
+    with torch.no_grad():
+        y = proj(x)
+        expected = y + gain.view(1, -1, 1, 1) * (y - y.mean((2, 3), keepdim=True))
+    return proj, merge.split_contrast(proj, gain), x, expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_contrast_after_the_projection(bias):
+    gain = torch.tensor([0, 0.5, -3, 1e-5], dtype=torch.float64)
+    proj, contrast, x, expected = contrasted(gain, bias)
+    proj, after = contrast_after(proj, contrast)
+    assert isinstance(after, ContrastAfter) and (proj.bias is None) == (not bias)
+    with torch.no_grad():
+        assert relative(after(proj(x)), expected) < 1e-12
+
+
+def test_a_contrast_of_another_kind_keeps_its_convolution():
+    for gain in (-1.0, 20.0):  # nothing is left of the projection, or all but nothing of its mean
+        assert contrast_after(*contrasted(torch.full((4,), gain, dtype=torch.float64))[:2]) is None
+    proj, contrast, *_ = contrasted(torch.full((4,), 0.5, dtype=torch.float64))
+    with torch.no_grad():
+        contrast.weight[1, 2] += 1e-9
+    assert contrast_after(proj, contrast) is None
+
+
+def test_spartan_without_a_fitting_contrast():
+    mixer = randomize(spartan.SpatialMixer(8, depthwise=True, init_value=0.1)).eval().double()
+    with torch.no_grad():
+        mixer.gamma[2] = -1
+    x = images(2, 8, 6, 6)
+    with torch.no_grad():
+        expected = mixer(x)
+        mixer.reparameterize()
+        assert relative(mixer.graph_form(elementary=True)(x), expected) < 1e-12
+    assert isinstance(mixer.contrast, nn.Conv2d)
+
+
 @pytest.mark.parametrize("channels", [FEW, FEW + 1])
 @pytest.mark.parametrize("kind", [LayerNorm2d, CenteredNorm2d, GroupNorm1])
-def test_norms_in_elementary_operations(kind, channels):
+def test_norms_where_the_data_lies(kind, channels):
     x = images(2, channels, 5, 6) + 3
     if kind is CenteredNorm2d:
         x = x - x.mean(1, keepdim=True)
@@ -146,7 +190,7 @@ def test_norms_in_elementary_operations(kind, channels):
         norm = kind(channels)
     norm = randomize(norm).double()
     with torch.no_grad():
-        assert relative(ElementaryNorm2d(norm)(x), norm(x)) < 1e-12
+        assert relative(NORMS[kind](norm)(x), norm(x)) < 1e-12
 
 
 @pytest.mark.parametrize("elementary", [False, True])
