@@ -7,6 +7,15 @@ entries of our own layout.
 
 from __future__ import annotations
 
+import re
+
+import torch
+from torch import nn
+
+from backbones.registry import registry
+
+# Freshly filled branches are as strong as their identities; no trained model's are.
+GAMMA = [(r"\.gamma$", 0.2)]
 DAMPING: dict[str, list[tuple[str, float]]] = {
     "hornet": [],  # the gates keep their size: 1e-6 as filled
     "cpubone": [
@@ -28,3 +37,14 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.ls\d?\.weight$", 0.8),  # on the identity; filled with 0.5 to 1.5
     ],
 }
+
+
+@torch.no_grad()
+def damp(model: nn.Module, name: str) -> nn.Module:
+    """Damp the residual branches of variant `name`, in place."""
+    rules = DAMPING.get(registry.variants[name].family, GAMMA)
+    for key, tensor in model.state_dict().items():
+        for pattern, factor in rules:
+            if re.search(pattern, key):
+                tensor.mul_(factor)
+    return model

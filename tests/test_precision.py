@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from damping import DAMPING
+from damping import damp
 from golden import fill
 from tiers import by_size, families_by_default, representatives, smallest_of_each_family
 
 import backbones
-from backbones.registry import registry
 
 EACH = pytest.mark.parametrize("name", by_size())
-# Freshly filled branches are as strong as their identities; no trained model's are.
-GAMMA = [(r"\.gamma$", 0.2)]
 
 
 def filled(name: str) -> torch.nn.Module:
     """The model in float64 with the golden files' values, residual branches damped."""
     model = backbones.create_model(name, dtype=torch.float64).eval()
-    rules = DAMPING.get(registry.variants[name].family, GAMMA)
-    state = {}
-    for key, value in model.state_dict().items():
-        state[key] = fill(key, tuple(value.shape)) if value.is_floating_point() else value
-        for pattern, factor in rules:
-            if re.search(pattern, key):
-                state[key] = state[key] * factor
+    state = {
+        key: fill(key, tuple(value.shape)) if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
     model.load_state_dict(state)
-    return model
+    return damp(model, name)
 
 
 @EACH

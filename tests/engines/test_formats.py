@@ -8,6 +8,7 @@ import importlib
 
 import pytest
 import torch
+from damping import damp
 from randomized import randomize
 from tiers import by_size, shallow, smallest_of_each_family, smallest_size
 
@@ -49,7 +50,8 @@ def cells():
 def model_of(name, **arguments):
     """Return a model whose every weight counts; fresh ones have residual branches near zero."""
     torch.manual_seed(0)
-    return randomize(backbones.create_model(name, num_classes=7, **arguments)).eval()
+    model = backbones.create_model(name, num_classes=7, **arguments).eval()
+    return damp(randomize(model), name)
 
 
 def differences(model, runner, shape):
