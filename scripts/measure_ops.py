@@ -2,24 +2,26 @@
 
     python scripts/measure_ops.py                # a table
     python scripts/measure_ops.py --json         # the same for programs
-    python scripts/measure_ops.py --threads 1 --rounds 300
+    python scripts/measure_ops.py --threads 1 --seconds 3
 
-Times are wall times of float32 calls on the CPU at batch 1. The two forms of a line are called in
-turn, so that both see the same load; the ratio is taken between medians (and between minima, which
-a busy machine disturbs least). A large buffer costs more in a process that has not used as much
-before, so ratios differ between a fresh process and one that has run a while. Memory is the peak
-of the process beyond arguments and result; it needs Linux.
+Times are wall times of float32 calls on the CPU at batch 1. The two forms of a line take turns of
+a tenth of a second, so that both see the same load; a turn begins with calls that are not counted,
+because the form before it has emptied the caches and given its buffers back. The ratio is taken
+between medians (and between minima, which a busy machine disturbs least). A large buffer costs more
+in a process that has not used as much before, so ratios differ between a fresh process and one that
+has run a while. Memory is the peak of the process beyond arguments and result; it needs Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import ops
+from backbones.engines.timing import take_turns
 
 Operator = Callable[..., Tensor]
 
@@ -115,32 +118,16 @@ def forward_backward(function: Operator, arguments: list[Tensor]) -> None:
     torch.autograd.grad(out, leaves, out.detach())
 
 
-def in_turn(calls: list[Callable[[], None]], rounds: int, seconds: float) -> list[list[float]]:
-    """Milliseconds of each call, in turn, for `rounds` rounds or until `seconds` have passed."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < rounds and (len(times[0]) < 5 or time.perf_counter() < end):
-        for call, record in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            record.append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def measure_speed(rounds: int, seconds: float, only: str) -> list[dict[str, Any]]:
+def measure_speed(seconds: float, only: str) -> list[dict[str, Any]]:
     lines = []
     for name, (target, make) in SPEED.items():
         if only not in name:
             continue
         plain, ours, arguments = make()
         for mode, run in (("forward", forward), ("training", forward_backward)):
-            plain_ms, our_ms = in_turn(
-                [lambda: run(plain, arguments), lambda: run(ours, arguments)],  # noqa: B023
-                rounds,
-                seconds,
-            )
+            forms = {"plain": partial(run, plain), "ours": partial(run, ours)}
+            turns = take_turns(forms, arguments, warmup_s=0.0, seconds=seconds)
+            plain_ms, our_ms = (list(itertools.chain(*turns[form])) for form in forms)
             lines.append(
                 {
                     "case": name,
@@ -201,8 +188,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
-    parser.add_argument("--rounds", type=int, default=200, help="at most so many rounds a line")
-    parser.add_argument("--seconds", type=float, default=3.0, help="at most so long a line")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each form (%(default)s)")
     parser.add_argument("--only", default="", help="only the lines with this in their name")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
@@ -210,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     memory = measure_memory()  # first, while the process has no freed memory to reuse
     error = spectral_error()
-    speed = measure_speed(options.rounds, options.seconds, options.only)
+    speed = measure_speed(options.seconds, options.only)
     if options.json:
         machine = {"processor": platform.machine(), "torch": torch.__version__}
         machine["threads"] = options.threads

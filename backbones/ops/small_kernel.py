@@ -7,8 +7,11 @@ large-small convolution.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -117,7 +120,7 @@ def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:
     around at the left and right border; at these positions the weight is set to zero.
     """
     flat, taps = _flatten(x, weight, k)
-    views = _shifted(flat, x.shape, k)
+    views = _shifted(flat, x.shape[3], k)
     out = torch.mul(next(views), taps[0])
     for shifted, tap in zip(views, taps[1:], strict=True):
         out.addcmul_(shifted, tap)
@@ -146,12 +149,12 @@ class _SmallKernel(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_flat = torch.zeros_like(flat)
-            for shifted, tap in zip(_shifted(grad_flat, shape, k), taps, strict=True):
+            for shifted, tap in zip(_shifted(grad_flat, shape[3], k), taps, strict=True):
                 shifted.addcmul_(grad_out, tap)
             edge = k // 2 * (shape[3] + 1)
             grad_x = _like(grad_flat[..., edge : edge + shape[2] * shape[3]].reshape(shape), x)
         if ctx.needs_input_grad[1]:
-            by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, shape, k)]
+            by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, shape[3], k)]
             grad_weight = torch.stack(by_tap, 2).view(weight.shape)
             _zero_wrapped(grad_weight, k)
         return grad_x, grad_weight, None
@@ -162,19 +165,32 @@ def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, .
     batch, channels, height, width = x.shape
     groups, size = weight.shape[1], height * width
     edge = k // 2 * (width + 1)
-    masked = weight.clone(memory_format=torch.contiguous_format)
-    _zero_wrapped(masked, k)
+    if weight.device.type == "cpu":
+        inside = torch.from_numpy(_inside(k, height, width, weight.dtype == torch.float32))
+        masked = weight.contiguous() * inside
+    else:  # a table would have to be sent there
+        masked = weight.clone(memory_format=torch.contiguous_format)
+        _zero_wrapped(masked, k)
     maps = x.contiguous().view(batch, channels // groups, groups, size)
     taps = masked.view(batch, 1, groups, k * k, size).unbind(3)
     return F.pad(maps, (edge, edge)), taps
 
 
-def _shifted(flat: Tensor, shape: torch.Size, k: int) -> Iterator[Tensor]:
+def _shifted(flat: Tensor, width: int, k: int) -> Iterator[Tensor]:
     """Views (B, C/wc, wc, H*W) of the flattened map, one a tap."""
-    height, width = shape[2:]
+    length = flat.shape[3] - 2 * (k // 2) * (width + 1)
+    shape, stride = (*flat.shape[:3], length), flat.stride()
     for row in range(0, k * width, width):
         for col in range(k):
-            yield flat.narrow(3, row + col, height * width)
+            yield flat.as_strided(shape, stride, row + col)
+
+
+@lru_cache(maxsize=64)
+def _inside(k: int, height: int, width: int, single: bool) -> npt.NDArray[np.floating]:
+    """1 where a tap's column lies inside the map, else 0, (k*k, H, W); float32 if `single`."""
+    column = np.arange(width) + np.arange(-(k // 2), k // 2 + 1)[:, None]
+    inside = ((column >= 0) & (column < width)).astype(np.float32 if single else np.float64)
+    return np.tile(inside[:, None], (k, height, 1)).reshape(k * k, height, width)
 
 
 def _zero_wrapped(weight: Tensor, k: int) -> None:
