@@ -6,6 +6,8 @@ HorNet-GF, after Global Filter Networks (Rao et al., NeurIPS 2021, arXiv 2107.00
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,10 +22,11 @@ from backbones.ops.dispatch import (
 )
 from backbones.ops.fourier import Dense, dense, separable
 
-# On the CPU matrix products beat the fast Fourier transform up to this map side (it is fastest at
-# 32, a power of two), and one matrix for both axes beats one for each up to this many positions
+# On the CPU matrix products beat the fast Fourier transform up to this map side, but for even sides
+# whose factors are small, and one matrix for both axes beats one for each up to this many positions
 # (scripts/measure_ops.py).
 _MATRIX_SIDE = 31
+_FAST_SIDES = {24, 28, 30}
 _DENSE_POSITIONS = 144
 
 
@@ -59,8 +62,11 @@ def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
         elif not _matrices_pay(x):
             out = _fast_fourier(signal, filter_)
         else:
-            matrices = _matrices(fixed(height), fixed(width), dtype == torch.float32)
-            matrices = tuple(matrix.to(x.device) for matrix in matrices)
+            table = fixed(height), fixed(width), dtype == torch.float32
+            if type(x) is Tensor and x.device.type == "cpu" and not is_recorded():
+                matrices = _kept_matrices(*table)
+            else:
+                matrices = tuple(matrix.to(x.device) for matrix in _matrices(*table))
             # All axes at once takes fewer matrices than axis by axis.
             multiply = _at_once if len(matrices) == len(Dense._fields) else _axis_by_axis
             out = multiply(signal, filter_, matrices)
@@ -88,7 +94,10 @@ def _matrices_pay(x: Tensor) -> bool:
     if is_recorded():
         return True  # compilers and inference engines handle complex numbers badly or not at all
     # Accelerators may compute float32 products in a shorter type; their transform never does.
-    return x.device.type in ("cpu", "meta") and max(x.shape[2:]) <= _MATRIX_SIDE
+    sides = x.shape[2:]
+    if x.device.type not in ("cpu", "meta") or max(sides) > _MATRIX_SIDE:
+        return False
+    return not _FAST_SIDES.issuperset(sides)
 
 
 def _reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -106,6 +115,13 @@ def _fast_fourier(x: Tensor, weight: Tensor) -> Tensor:
 def _matrices(height: int, width: int, single: bool) -> tuple[Tensor, ...]:
     table = dense if height * width <= _DENSE_POSITIONS else separable
     return tuple(torch.from_numpy(array) for array in table(height, width, single))
+
+
+@lru_cache(maxsize=64)
+def _kept_matrices(height: int, width: int, single: bool) -> tuple[Tensor, ...]:
+    """The same for real tensors on the CPU; on small maps, handing them out is felt."""
+    with torch.inference_mode(False):  # or no later call could be differentiated
+        return _matrices(height, width, single)
 
 
 def _at_once(x: Tensor, weight: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:

@@ -77,6 +77,16 @@ def test_gradcheck(height, width):
     assert torch.autograd.gradcheck(ops.spectral_filter, inputs)
 
 
+@pytest.mark.parametrize("size", [5, 15])
+def test_a_first_call_in_inference_mode_leaves_later_ones_differentiable(size):
+    x, weight = (t.requires_grad_() for t in arguments(1, 2, size, size, dtype=torch.float32))
+    ops.spectral._kept_matrices.cache_clear()
+    with torch.inference_mode():
+        ops.spectral_filter(x.detach(), weight.detach())
+    ops.spectral_filter(x, weight).sum().backward()
+    assert x.grad is not None and weight.grad is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [7, 14, 40])
 def test_half_types_are_rounded_once(dtype, size):
