@@ -161,15 +161,17 @@ def _copied(
 def read_description(path: str | PathLike[str]) -> dict[str, Any]:
     """Return what `save_checkpoint` wrote of the model into a file; empty for files of others.
 
-    Whether a file of another format is intact is seen when its weights are read.
+    Whether a file of `torch.save` is intact is seen when its weights are read.
 
     Raises:
         WeightsUnavailableError: there is no such file.
+        CheckpointError: it is no checkpoint, or no intact safetensors file.
     """
-    try:
-        return dict(read_metadata(path).get("backbones") or {})
-    except CheckpointError:
-        return {}
+    path = Path(path)
+    size = _size(path)
+    with _open(path) as stream:
+        kind = _kind(path, stream.read(512), size)
+    return dict(read_metadata(path).get("backbones") or {}) if kind == "safetensors" else {}
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:

@@ -154,10 +154,13 @@ def test_predict_with_bad_checkpoints(capsys, image, checkpoint, tmp_path):
     assert "no.safetensors: no such file" in message
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(Path(checkpoint[1]).read_bytes()[:5000])
-    message = fails(
-        capsys, 2, "predict", image, "--checkpoint", str(cut), "--model", "convnext_atto"
-    )
-    assert "cut.safetensors" in message
+    for named in ([], ["--model", "convnext_atto"]):
+        message = fails(capsys, 2, "predict", image, "--checkpoint", str(cut), *named)
+        assert "cut.safetensors: cut short" in message
+    no_file = tmp_path / "text.safetensors"
+    no_file.write_text("hello")
+    message = fails(capsys, 2, "predict", image, "--checkpoint", str(no_file))
+    assert "neither safetensors nor a file of torch.save" in message
     other = ["predict", image, "--checkpoint", checkpoint[1], "--model", "convnext_tiny"]
     assert "m.safetensors" in fails(capsys, 2, *other)
 
