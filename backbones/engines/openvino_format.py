@@ -144,19 +144,31 @@ class OpenVinoRunner(Runner):
         """Run this thread's own request: requests share the model, not the buffers."""
         size = len(x) if len(x) in self._compiled else None
         requests = self._of_thread.__dict__.setdefault("requests", {})
-        request = requests.get(size)
-        if request is None:
+        if size not in requests:
             with self._lock:
                 if size not in self._compiled:
                     self._compiled[size] = self._compile()
-            request = requests[size] = self._compiled[size].create_infer_request()
-        if size in self._channels_last:
-            put_channels_last(x.numpy(), request.get_input_tensor().data)
-            results = request.infer(share_outputs=True)
-        else:
-            results = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+            request = self._compiled[size].create_infer_request()
+            requests[size] = request, *(views_of(request) if size in self._channels_last else ())
+        request, *views = requests[size]
         # The buffers are the request's and are written again by its next call.
+        if views:
+            place, outputs = views
+            put_channels_last(x.numpy(), place)
+            request.infer(share_outputs=True)
+            return [torch.from_numpy(output.copy()) for output in outputs]
+        results = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
         return [torch.from_numpy(results[i].copy()) for i in range(len(results))]
+
+
+def views_of(request: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the input's and the outputs' buffers of a request whose shapes are fixed.
+
+    Asking for them anew costs small models two hundredths of their time.
+    """
+    count = len(request.model_outputs)
+    outputs = [request.get_output_tensor(i).data for i in range(count)]
+    return request.get_input_tensor().data, outputs
 
 
 def taking_channels_last(model: Any) -> Any:
