@@ -159,7 +159,7 @@ def test_the_contrast_after_the_projection(bias):
 
 
 def test_a_contrast_of_another_kind_keeps_its_convolution():
-    for gain in (-1.0, 20.0):  # nothing is left of the projection, or all but nothing of its mean
+    for gain in (-1.0, 20.0):  # the projection is zero; 1 + k is too small
         assert contrast_after(*contrasted(torch.full((4,), gain, dtype=torch.float64))[:2]) is None
     proj, contrast, *_ = contrasted(torch.full((4,), 0.5, dtype=torch.float64))
     with torch.no_grad():
