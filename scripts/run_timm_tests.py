@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -37,7 +38,9 @@ def fetch_tests(cache: Path) -> Path:
     subprocess.run(command, check=True)
     with tarfile.open(cache / f"timm-{version}.tar.gz") as archive:
         members = [m for m in archive.getmembers() if m.name.startswith(f"timm-{version}/tests/")]
-        archive.extractall(cache, members=members, filter="data")
+        # Python knows filters from 3.10.12 and 3.11.4 on.
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(cache, members=members, **safe)
     return folder
 
 
