@@ -170,8 +170,10 @@ def read_description(path: str | PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     size = _size(path)
     with _open(path) as stream:
-        kind = _kind(path, stream.read(512), size)
-    return dict(read_metadata(path).get("backbones") or {}) if kind == "safetensors" else {}
+        if _kind(path, stream.read(512), size) != "safetensors":
+            return {}
+        header = parse_header(path, stream, size)
+    return dict(_description(header.metadata, path))
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
