@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbones.layers.tracing import fx_leaf
 
-__all__ = ["CenteredNorm2d", "GlobalResponseNorm", "statistics_dtype", "to_unit_variance"]
+__all__ = ["CenteredNorm2d", "GlobalResponseNorm", "scaled", "statistics_dtype", "to_unit_variance"]
 
 
 @fx_leaf
@@ -79,7 +79,11 @@ def to_unit_variance(
 ) -> Tensor:
     """Scale maps (B, C, H, W) whose `mean` is zero to variance 1, then each channel."""
     variance = mean(x.to(statistics_dtype(x)).square())
-    x = x * (variance + eps).rsqrt().to(x.dtype)
+    return scaled(x * (variance + eps).rsqrt().to(x.dtype), weight, bias)
+
+
+def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Multiply each channel of maps (B, C, H, W) by its weight and add its bias."""
     if weight is not None:
         x = x * weight.view(1, -1, 1, 1)
     return x if bias is None else x + bias.view(1, -1, 1, 1)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import GroupNorm1, LayerNorm2d
 from torch import Tensor, nn
 
-from backbones.layers.norm import CenteredNorm2d, to_unit_variance
+from backbones.layers.norm import CenteredNorm2d, scaled, to_unit_variance
 
 __all__ = ["NORMS", "ElementaryNorm2d", "WholeNorm2d"]
 
@@ -50,10 +50,7 @@ class WholeNorm2d(nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, x.shape[1:], eps=self.eps)
-        if self.weight is not None:
-            x = x * self.weight.view(1, -1, 1, 1)
-        return x if self.bias is None else x + self.bias.view(1, -1, 1, 1)
+        return scaled(F.layer_norm(x, x.shape[1:], eps=self.eps), self.weight, self.bias)
 
 
 NORMS = {
