@@ -15,10 +15,8 @@ has run a while. Memory is the peak of the process beyond arguments and result; 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import ops
+from backbones.bench.spread import Times
 from backbones.engines.timing import take_turns
 
 Operator = Callable[..., Tensor]
@@ -127,15 +126,15 @@ def measure_speed(seconds: float, only: str) -> list[dict[str, Any]]:
         for mode, run in (("forward", forward), ("training", forward_backward)):
             forms = {"plain": partial(run, plain), "ours": partial(run, ours)}
             turns = take_turns(forms, arguments, warmup_s=0.0, seconds=seconds)
-            plain_ms, our_ms = (list(itertools.chain(*turns[form])) for form in forms)
+            plain_ms, our_ms = (Times(turns[form]) for form in forms)
             lines.append(
                 {
                     "case": name,
                     "mode": mode,
-                    "plain_ms": statistics.median(plain_ms),
-                    "ours_ms": statistics.median(our_ms),
-                    "ratio": statistics.median(plain_ms) / statistics.median(our_ms),
-                    "ratio_of_minima": min(plain_ms) / min(our_ms),
+                    "plain_ms": plain_ms.median,
+                    "ours_ms": our_ms.median,
+                    "ratio": plain_ms.median / our_ms.median,
+                    "ratio_of_minima": min(plain_ms.calls) / min(our_ms.calls),
                     "target": target if mode == "forward" else None,
                 }
             )
