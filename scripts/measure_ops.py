@@ -101,6 +101,8 @@ SPEED: dict[str, tuple[float, Callable[[], tuple[Operator, Operator, list[Tensor
     "spectral 496x7x7 / rfft2": (1.0, lambda: spectral_case(496, 7)),
     "spectral 240x14x14 / rfft2": (1.0, lambda: spectral_case(240, 14)),
     "spectral 480x12x12 / rfft2": (1.0, lambda: spectral_case(480, 12)),
+    "spectral 240x16x16 / rfft2": (1.0, lambda: spectral_case(240, 16)),
+    "spectral 240x20x20 / rfft2": (1.0, lambda: spectral_case(240, 20)),
     "spectral 480x24x24 / rfft2": (1.0, lambda: spectral_case(480, 24)),
     "spectral 240x32x32 / rfft2": (1.0, lambda: spectral_case(240, 32)),
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _reference_depth = 0
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     # Nothing is entered where autocast is off: an exporter would record it as a region.
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 def is_symbolic(*sizes: int) -> bool:

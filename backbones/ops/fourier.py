@@ -40,6 +40,16 @@ class Dense(NamedTuple):
     back: Array  # (2*H*w, H*W)
 
 
+class Horizontal(NamedTuple):
+    """Matrices of the transform of rows, scaled for both axes; columns remain to be transformed.
+
+    Both lie in memory by columns: many rows times a small matrix is faster so.
+    """
+
+    across: Array  # (W, 2w): the pairs are real and imaginary part
+    back_across: Array  # (2w, W)
+
+
 def _waves(length: int, frequencies: int) -> tuple[Array, Array]:
     """Cosines and sines, (frequencies, length), of exactly reduced arguments."""
     turns = np.outer(np.arange(frequencies), np.arange(length)) % length
@@ -101,6 +111,19 @@ def dense(height: int, width: int, single: bool) -> Dense:
         _finish(forward.reshape(shape), single),
         _finish(_turned(forward).reshape(shape), single),
         _finish(back.reshape(shape).T, single),
+    )
+
+
+@lru_cache(maxsize=64)
+def horizontal(height: int, width: int, single: bool) -> Horizontal:
+    """Transform of rows that makes an unscaled one of columns orthonormal; types as above."""
+    w = width // 2 + 1
+    cos_v, sin_v = (wave.T for wave in _waves(width, w))
+    across = np.stack([cos_v, -sin_v], -1) * (height * width) ** -0.5
+    back = across * _multiplicity(width)[:, None]
+    return Horizontal(
+        _finish(across.reshape(width, 2 * w).T, single).T,
+        _finish(back.reshape(width, 2 * w), single).T,
     )
 
 

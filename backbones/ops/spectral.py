@@ -6,7 +6,8 @@ HorNet-GF, after Global Filter Networks (Rao et al., NeurIPS 2021, arXiv 2107.00
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,20 @@ from backbones.ops.dispatch import (
     reference_active,
     without_autocast,
 )
-from backbones.ops.fourier import Dense, dense, separable
+from backbones.ops.fourier import Dense, dense, horizontal, separable
 
-# On the CPU matrix products beat the fast Fourier transform up to this map side, but for even sides
-# whose factors are small, and one matrix for both axes beats one for each up to this many positions
-# (scripts/measure_ops.py).
-_MATRIX_SIDE = 31
-_FAST_SIDES = {24, 28, 30}
+# Measured on the CPU (scripts/measure_ops.py). Up to so many positions one matrix for both axes
+# beats one for each. Up to the first side, products beat the fast transform on both axes; up to the
+# second on the horizontal one, where the fast transform has to take and give real numbers.
 _DENSE_POSITIONS = 144
+_MATRIX_SIDE = 23
+_MIXED_SIDE = 47
+_FAST_WIDTH = 32  # but the fast transform is good at this width even with real numbers,
+_FAST_MAP = (16, 16)  # and on this small map at complex columns.
+_SMOOTH = (2 * 3 * 5 * 7 * 11 * 13) ** 5  # divisible by the sides whose fast transform is fast
+
+Transform = Callable[[Tensor, Tensor], Tensor]
+Matrices = tuple[Tensor, ...]
 
 
 def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
@@ -52,28 +59,13 @@ def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
             "spectral_filter takes x (B, C, H, W) and weight (C, h, w, 2), "
             f"not {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    height, width = x.shape[2:]
     dtype = at_least_float32(x, weight)
     with without_autocast(x):
-        filter_ = resize_filter(weight.to(dtype), (height, width))
-        signal = x.to(dtype)
-        if reference_active():
-            out = _reference(signal, filter_)
-        elif not _matrices_pay(x):
-            out = _fast_fourier(signal, filter_)
-        else:
-            table = fixed(height), fixed(width), dtype == torch.float32
-            if type(x) is Tensor and x.device.type == "cpu" and not is_recorded():
-                matrices = _kept_matrices(*table)
-            else:
-                matrices = tuple(matrix.to(x.device) for matrix in _matrices(*table))
-            # All axes at once takes fewer matrices than axis by axis.
-            multiply = _at_once if len(matrices) == len(Dense._fields) else _axis_by_axis
-            out = multiply(signal, filter_, matrices)
-        return out.to(x.dtype)
+        filter_ = resize_filter(weight.to(dtype), x.shape[2:])
+        return _transform(x, dtype)(x.to(dtype), filter_).to(x.dtype)
 
 
-def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_filter(weight: Tensor, size: Sequence[int]) -> Tensor:
     """Resize a filter (C, h, w, 2) to the half spectrum of a map of `size` (H, W).
 
     Real and imaginary part separately, bilinear, corners aligned, over the two frequency axes in
@@ -90,15 +82,32 @@ def resize_filter(weight: Tensor, size: tuple[int, int]) -> Tensor:
     return parts.permute(1, 2, 3, 0)
 
 
-def _matrices_pay(x: Tensor) -> bool:
-    if is_recorded():
-        return True  # compilers and inference engines handle complex numbers badly or not at all
+def _transform(x: Tensor, dtype: torch.dtype) -> Transform:
+    """Choose how maps like `x` are filtered in `dtype`."""
+    if reference_active():
+        return _reference
+    height, width = x.shape[2:]
+    single = dtype == torch.float32
+    # Compilers and inference engines handle complex numbers badly or not at all; counters of
+    # multiply-adds, which work without data, know products but no transforms.
+    if is_recorded() or x.device.type == "meta":
+        matrices = _matrices(fixed(height), fixed(width), single)
+        return partial(_by_matrices, matrices=tuple(matrix.to(x.device) for matrix in matrices))
     # Accelerators may compute float32 products in a shorter type; their transform never does.
-    sides = x.shape[2:]
-    if x.device.type not in ("cpu", "meta") or max(sides) > _MATRIX_SIDE:
-        return False
-    # Counters of multiply-adds, which work without data, know products but no transforms.
-    return x.device.type == "meta" or not _FAST_SIDES.issuperset(sides)
+    return _best_on_cpu(height, width, single) if x.device.type == "cpu" else _fast_fourier
+
+
+@lru_cache(maxsize=64)  # choosing and handing out matrices is felt on small maps
+def _best_on_cpu(height: int, width: int, single: bool) -> Transform:
+    longest = max(height, width)
+    smooth = _SMOOTH % height == 0
+    if longest > _MIXED_SIDE or (smooth and width == _FAST_WIDTH):
+        return _fast_fourier
+    with torch.inference_mode(False):  # or no later call could be differentiated
+        if not smooth or (longest <= _MATRIX_SIDE and (height, width) != _FAST_MAP):
+            return partial(_by_matrices, matrices=_matrices(height, width, single))
+        matrices = tuple(map(torch.from_numpy, horizontal(height, width, single)))
+        return partial(_mixed, matrices=matrices)
 
 
 def _reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -107,30 +116,40 @@ def _reference(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fast_fourier(x: Tensor, weight: Tensor) -> Tensor:
-    """The reference without a copy of the filter, which has no form for recorders."""
-    spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight.contiguous())
-    return torch.fft.irfft2(spectrum, s=x.shape[2:], norm="ortho")
+    """The reference with one scaling and without a copy of the filter."""
+    spectrum = torch.fft.rfft2(x) * torch.view_as_complex(weight.contiguous())
+    return torch.fft.irfft2(spectrum, s=x.shape[2:])
+
+
+def _mixed(x: Tensor, weight: Tensor, matrices: Matrices) -> Tensor:
+    """Rows by products, which hold the scaling, and columns by the fast transform."""
+    across, back_across = matrices
+    rows = x.reshape(-1, x.shape[3]) @ across
+    waves = torch.view_as_complex(rows.view(*x.shape[:3], -1, 2))
+    spectrum = torch.fft.fft(waves, dim=2) * torch.view_as_complex(weight.contiguous())
+    # The transform leaves columns contiguous; of numbers in pairs the copy would be slow.
+    waves = torch.fft.ifft(spectrum, dim=2, norm="forward").contiguous()
+    return (torch.view_as_real(waves).view(rows.shape) @ back_across).view(x.shape)
 
 
 @torch.compiler.assume_constant_result  # so that a compiled graph holds them and computes nothing
-def _matrices(height: int, width: int, single: bool) -> tuple[Tensor, ...]:
+def _matrices(height: int, width: int, single: bool) -> Matrices:
     table = dense if height * width <= _DENSE_POSITIONS else separable
     return tuple(torch.from_numpy(array) for array in table(height, width, single))
 
 
-@lru_cache(maxsize=64)
-def _kept_matrices(height: int, width: int, single: bool) -> tuple[Tensor, ...]:
-    """The same for real tensors on the CPU; on small maps, handing them out is felt."""
-    with torch.inference_mode(False):  # or no later call could be differentiated
-        return _matrices(height, width, single)
+def _by_matrices(x: Tensor, weight: Tensor, matrices: Matrices) -> Tensor:
+    # All axes at once takes fewer matrices than axis by axis.
+    multiply = _at_once if len(matrices) == len(Dense._fields) else _axis_by_axis
+    return multiply(x, weight, matrices)
 
 
-def _at_once(x: Tensor, weight: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
+def _at_once(x: Tensor, weight: Tensor, matrices: Matrices) -> Tensor:
     forward, turned, back = matrices
     return (_filtered(x.flatten(2), forward, turned, weight) @ back).view(x.shape)
 
 
-def _axis_by_axis(x: Tensor, weight: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
+def _axis_by_axis(x: Tensor, weight: Tensor, matrices: Matrices) -> Tensor:
     down, across, turned, back_across, back_down, rows = matrices
     batch, channels, height, width = x.shape
     half = height // 2 + 1
