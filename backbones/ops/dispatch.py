@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 _reference_depth = 0
-_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -55,13 +54,16 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast leaves operations on `tensor`'s device alone."""
     device = tensor.device.type
     # Nothing is entered where autocast is off: an exporter would record it as a region.
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return _NOTHING
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
 
 
 def is_symbolic(*sizes: int) -> bool:

@@ -41,10 +41,7 @@ class Dense(NamedTuple):
 
 
 class Horizontal(NamedTuple):
-    """Matrices of the transform of rows, scaled for both axes; columns remain to be transformed.
-
-    Both lie in memory by columns: many rows times a small matrix is faster so.
-    """
+    """Matrices of the transform of rows, scaled for both axes; columns remain to be transformed."""
 
     across: Array  # (W, 2w): the pairs are real and imaginary part
     back_across: Array  # (2w, W)
@@ -122,8 +119,8 @@ def horizontal(height: int, width: int, single: bool) -> Horizontal:
     across = np.stack([cos_v, -sin_v], -1) * (height * width) ** -0.5
     back = across * _multiplicity(width)[:, None]
     return Horizontal(
-        _finish(across.reshape(width, 2 * w).T, single).T,
-        _finish(back.reshape(width, 2 * w), single).T,
+        _finish(across.reshape(width, 2 * w), single),
+        _finish(back.reshape(width, 2 * w).T, single),
     )
 
 

@@ -17,9 +17,9 @@ from backbones.errors import InputSizeError
 from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
+    is_autocast,
     is_recorded,
     reference_active,
-    without_autocast,
 )
 from backbones.ops.fourier import Dense, dense, horizontal, separable
 
@@ -54,15 +54,16 @@ def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         InputSizeError: the shapes do not fit each other.
     """
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[3] != 2 or x.shape[1] != weight.shape[0]:
-        raise InputSizeError(
-            "spectral_filter takes x (B, C, H, W) and weight (C, h, w, 2), "
-            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    dtype = at_least_float32(x, weight)
-    with without_autocast(x):
-        filter_ = resize_filter(weight.to(dtype), x.shape[2:])
-        return _transform(x, dtype)(x.to(dtype), filter_).to(x.dtype)
+    device = x.device.type
+    if device == "cpu" and type(x) is Tensor and not (reference_active() or is_recorded()):
+        transform = _on_cpu(x.shape, weight.shape, x.dtype, weight.dtype)
+    else:
+        _check(x.shape, weight.shape)
+        transform = partial(_converted, _by_context)
+    if not is_autocast(device):
+        return transform(x, weight)
+    with torch.autocast(device, enabled=False):
+        return transform(x, weight)
 
 
 def resize_filter(weight: Tensor, size: Sequence[int]) -> Tensor:
@@ -82,23 +83,48 @@ def resize_filter(weight: Tensor, size: Sequence[int]) -> Tensor:
     return parts.permute(1, 2, 3, 0)
 
 
-def _transform(x: Tensor, dtype: torch.dtype) -> Transform:
-    """Choose how maps like `x` are filtered in `dtype`."""
+def _check(shape: torch.Size, bins: torch.Size) -> None:
+    if len(shape) != 4 or len(bins) != 4 or bins[3] != 2 or shape[1] != bins[0]:
+        raise InputSizeError(
+            "spectral_filter takes x (B, C, H, W) and weight (C, h, w, 2), "
+            f"not {tuple(shape)} and {tuple(bins)}"
+        )
+
+
+def _converted(transform: Transform, x: Tensor, weight: Tensor) -> Tensor:
+    """Filter by `transform`, which takes one type of at least 32 bits and a filter that fits."""
+    dtype = at_least_float32(x, weight)
+    weight = resize_filter(weight.to(dtype), x.shape[2:])
+    return transform(x.to(dtype), weight).to(x.dtype)
+
+
+def _by_context(x: Tensor, weight: Tensor) -> Tensor:
     if reference_active():
-        return _reference
-    height, width = x.shape[2:]
-    single = dtype == torch.float32
+        return _reference(x, weight)
     # Compilers and inference engines handle complex numbers badly or not at all; counters of
     # multiply-adds, which work without data, know products but no transforms.
-    if is_recorded() or x.device.type == "meta":
-        matrices = _matrices(fixed(height), fixed(width), single)
-        return partial(_by_matrices, matrices=tuple(matrix.to(x.device) for matrix in matrices))
+    if is_recorded() or x.device.type in ("cpu", "meta"):
+        height, width = (fixed(side) for side in x.shape[2:])
+        matrices = _matrices(height, width, x.dtype == torch.float32)
+        return _by_matrices(x, weight, tuple(matrix.to(x.device) for matrix in matrices))
     # Accelerators may compute float32 products in a shorter type; their transform never does.
-    return _best_on_cpu(height, width, single) if x.device.type == "cpu" else _fast_fourier
+    return _fast_fourier(x, weight)
 
 
-@lru_cache(maxsize=64)  # choosing and handing out matrices is felt on small maps
-def _best_on_cpu(height: int, width: int, single: bool) -> Transform:
+@lru_cache(maxsize=256)  # on small maps every line of Python is felt
+def _on_cpu(
+    shape: torch.Size, bins: torch.Size, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> Transform:
+    """All that shapes and types decide for plain tensors with data."""
+    _check(shape, bins)
+    height, width = shape[2:]
+    transform = _best(height, width, torch.float64 not in (x_dtype, weight_dtype))
+    if x_dtype == weight_dtype and x_dtype.itemsize >= 4 and bins[1:3] == (height, width // 2 + 1):
+        return transform
+    return partial(_converted, transform)
+
+
+def _best(height: int, width: int, single: bool) -> Transform:
     longest = max(height, width)
     smooth = _SMOOTH % height == 0
     if longest > _MIXED_SIDE or (smooth and width == _FAST_WIDTH):
@@ -124,12 +150,12 @@ def _fast_fourier(x: Tensor, weight: Tensor) -> Tensor:
 def _mixed(x: Tensor, weight: Tensor, matrices: Matrices) -> Tensor:
     """Rows by products, which hold the scaling, and columns by the fast transform."""
     across, back_across = matrices
-    rows = x.reshape(-1, x.shape[3]) @ across
-    waves = torch.view_as_complex(rows.view(*x.shape[:3], -1, 2))
+    batch, channels, height, _ = x.shape
+    waves = torch.view_as_complex((x @ across).view(batch, channels, height, -1, 2))
     spectrum = torch.fft.fft(waves, dim=2) * torch.view_as_complex(weight.contiguous())
     # The transform leaves columns contiguous; of numbers in pairs the copy would be slow.
     waves = torch.fft.ifft(spectrum, dim=2, norm="forward").contiguous()
-    return (torch.view_as_real(waves).view(rows.shape) @ back_across).view(x.shape)
+    return torch.view_as_real(waves).view(batch, channels, height, -1) @ back_across
 
 
 @torch.compiler.assume_constant_result  # so that a compiled graph holds them and computes nothing
