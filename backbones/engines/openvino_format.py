@@ -17,6 +17,7 @@ from torch import Tensor
 from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
 from backbones.engines.onnx_format import OnnxConfig, write_onnx
 from backbones.engines.openvino_kernels import widen_depthwise
+from backbones.engines.openvino_rewrites import norms_on_rows, scales_into_weights
 from backbones.engines.optional import optional_import
 from backbones.engines.runners import Runner, existing
 from backbones.errors import ExportError, UnsupportedError
@@ -68,8 +69,8 @@ class OpenVinoRunner(Runner):
         path: the ``.xml`` file; the ``.bin`` file must lie beside it.
         threads: threads of one call; None for PyTorch's number.
         batch_size: number of images that calls mostly have, where the file leaves it free. The
-            model compiled for it knows all shapes, has its depthwise kernels fitted to the
-            processor, and is faster; calls with another number get one compiled of their own.
+            model compiled for it knows all shapes, is rewritten for the engine's fastest kernels,
+            and is faster; calls with another number get one compiled of their own.
         precision: what to compute in; None for the precision that the file was written for, where
             this processor has it, else fp32.
 
@@ -127,6 +128,8 @@ class OpenVinoRunner(Runner):
                 model.reshape(dimensions)
             self._channels_last: set[int | None] = set()  # those that take (B, H, W, C)
             if not model.is_dynamic():
+                norms_on_rows(model)
+                scales_into_weights(model)
                 widen_depthwise(model, options)
                 if not raw:
                     model = taking_channels_last(model)

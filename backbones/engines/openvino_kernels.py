@@ -16,7 +16,7 @@ import numpy as np
 from backbones.engines.optional import optional_import
 from backbones.engines.timing import least
 
-__all__ = ["milliseconds", "widen_depthwise"]
+__all__ = ["constant_of", "milliseconds", "widen_depthwise"]
 
 NARROW = (9, 11, 13)
 WIDE = 15
@@ -53,7 +53,7 @@ def _narrow(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
     for node in model.get_ordered_ops():
         if node.get_type_name() != "GroupConvolution":
             continue
-        weights = _constant(node.input_value(1).get_node())
+        weights = constant_of(node.input_value(1))
         if weights is None or not node.input(0).get_partial_shape().is_static:
             continue
         attributes = node.get_attributes()
@@ -71,13 +71,14 @@ def _narrow(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
             yield node, weights
 
 
-def _constant(node: Any) -> np.ndarray | None:
+def constant_of(output: Any) -> np.ndarray | None:
     """Return a constant in float32, reshaped and converted as the graph does; None for others."""
+    node = output.get_node()
     kind = node.get_type_name()
     if kind == "Constant":
         return node.get_data().astype(np.float32)
     if kind in ("Reshape", "Convert"):
-        values = _constant(node.input_value(0).get_node())
+        values = constant_of(node.input_value(0))
         return None if values is None else values.reshape(node.get_output_shape(0))
     return None
 
