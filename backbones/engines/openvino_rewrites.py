@@ -51,13 +51,11 @@ def norms_on_rows(model: Any) -> int:
 def scales_into_weights(model: Any) -> list[tuple[int, ...]]:
     """Scale the weights of 1x1 convolutions instead of the channels of their large maps, in place.
 
-    For more than one image the weights would be different ones.
-
     Args:
         model: an ``openvino.Model`` whose shapes are known.
 
     Returns:
-        The shapes (1, C, H, W) of the maps that are no longer scaled.
+        The shapes (B, C, H, W) of the maps that are no longer scaled.
     """
     ops = optional_import("openvino.opset8", "openvino")
     spared = []
@@ -65,11 +63,12 @@ def scales_into_weights(model: Any) -> list[tuple[int, ...]]:
         if not _is_pointwise(node):
             continue
         scaled, weights = node.input_value(0), node.input_value(1)
-        one, channels, height, width = shape = tuple(scaled.get_shape())
+        _, channels, height, width = shape = tuple(scaled.get_shape())
         only_use = len(scaled.get_target_inputs()) == 1
-        if one != 1 or not only_use or scaled.get_node().get_type_name() != "Multiply":
+        if not only_use or scaled.get_node().get_type_name() != "Multiply":
             continue
         x, scale = scaled.get_node().input_values()
+        # One scale for the whole batch: of several images each would need weights of its own.
         by_channel = tuple(scale.get_shape()) == (1, channels, 1, 1) and constant_of(scale) is None
         if by_channel and height * width >= POSITIONS_PER_CHANNEL * weights.get_shape()[0]:
             weights = ops.multiply(weights, scale)
