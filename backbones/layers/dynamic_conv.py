@@ -42,33 +42,37 @@ def shrink(x: Tensor, like: Tensor) -> Tensor:
 
 @fx_leaf
 def mix(
-    values: Tensor, query: Tensor, key: Tensor, bias: Tensor, tables: tuple[Tensor, Tensor]
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    kernel: tuple[Tensor, Tensor],
+    tables: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Aggregate `values` with the kernels that `query` and `key` give at each position.
+    """Aggregate `values` with the kernels that affinities to regions give at each position.
 
     Args:
         values: (B, C, H, W), channels ordered (kernel, group, channel).
         query: (B, G * c, H, W).
-        key: (B, G * c, T), T the taps of both kernels.
-        bias: (T,) on the logits.
+        key: (B, G * c, R), the keys of R regions.
+        kernel: (T, R) and (T,), the linear map to the logits of both kernels' T taps.
         tables: (G, 2k - 1, 2k - 1) for each of the two kernel sizes k.
     """
     groups, size = tables[0].shape[0], values.shape[-2:]
     dtype = statistics_dtype(query)
-    query = query.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
-    key = key.unflatten(1, (groups, -1))
-    logits = (query.to(dtype) @ key.to(dtype)).unflatten(2, size)
+    query = query.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3).to(dtype)
     kernels = [(table.shape[-1] + 1) // 2 for table in tables]
     taps = [k * k for k in kernels]
     mixed = []
-    for value, part, offset, table, k in zip(
+    for value, weight, bias, table, k in zip(
         values.unflatten(1, (2, groups, -1)).unbind(1),
-        logits.split(taps, dim=-1),
-        bias.split(taps),
+        *(part.split(taps) for part in kernel),
         tables,
         kernels,
     ):
-        weights = (part + (neighborhood_bias(table, (size[0], size[1])) + offset)).softmax(-1)
+        # The map is linear: it acts on the keys of the regions, once for all queries.
+        keys = F.linear(key, weight).unflatten(1, (groups, -1))
+        logits = (query @ keys.to(dtype)).unflatten(2, size)
+        weights = (logits + (neighborhood_bias(table, (size[0], size[1])) + bias)).softmax(-1)
         mixed.append(neighborhood_aggregation(value, weights.to(value.dtype), k))
     return torch.cat(mixed, dim=1).flatten(1, 2)
 
@@ -111,9 +115,9 @@ class DynamicConv(nn.Module):
         query = self.query(x)
         if self.scale != 1:
             query = query * self.scale
-        # The map from affinities to logits is linear: it acts on the 49 keys, once for all queries.
-        key = F.linear(self.key(self.pool(context)).flatten(2), self.kernel.weight)
-        mixed = mix(wide, query, key, self.kernel.bias, (self.bias_small, self.bias_large))
+        key = self.key(self.pool(context)).flatten(2)
+        kernel = self.kernel.weight, self.kernel.bias
+        mixed = mix(wide, query, key, kernel, (self.bias_small, self.bias_large))
         return self.proj(shrink(mixed, values))
 
     def reparameterize(self) -> None:
