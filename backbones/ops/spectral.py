@@ -150,12 +150,12 @@ def _fast_fourier(x: Tensor, weight: Tensor) -> Tensor:
 def _mixed(x: Tensor, weight: Tensor, matrices: Matrices) -> Tensor:
     """Rows by products, which hold the scaling, and columns by the fast transform."""
     across, back_across = matrices
-    batch, channels, height, _ = x.shape
-    waves = torch.view_as_complex((x @ across).view(batch, channels, height, -1, 2))
+    shape = (*x.shape[:3], *weight.shape[2:])
+    waves = torch.view_as_complex((x @ across).view(shape))
     spectrum = torch.fft.fft(waves, dim=2) * torch.view_as_complex(weight.contiguous())
     # The transform leaves columns contiguous; of numbers in pairs the copy would be slow.
     waves = torch.fft.ifft(spectrum, dim=2, norm="forward").contiguous()
-    return torch.view_as_real(waves).view(batch, channels, height, -1) @ back_across
+    return torch.view_as_real(waves).flatten(-2) @ back_across
 
 
 @torch.compiler.assume_constant_result  # so that a compiled graph holds them and computes nothing
