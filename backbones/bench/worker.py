@@ -96,9 +96,7 @@ def _load(job: dict[str, Any], facts: dict[str, Any]) -> tuple[Call, AbstractCon
     model = create_model(**job["create"]).eval()
     if job["input"]:
         model.pretrained_cfg.update(job["input"])  # type: ignore[operator, union-attr]
-    own = input_size_of(model)
-    size = tuple(job["input_size"] or own)
-    size = size if len(size) == 3 else (own[0], *size)
+    size = input_size_of(model, job["input_size"])
     facts |= {"input_size": size, "params": count_parameters(model), "macs": _macs(model, size)}
     if published:
         facts |= {"engine": "eager", "layout": "nchw"}

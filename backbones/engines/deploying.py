@@ -109,7 +109,7 @@ def deploy(
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8``; or ``auto``: the fastest of those that
             name the same class as fp32 for at least 99 % of `calibration`.
         threads: threads of one call; None for PyTorch's number.
-        input_size: (channels, height, width) to measure and calibrate at; None for the model's.
+        input_size: ([channels,] height, width) to measure and calibrate at; None for the model's.
         batch_size: images of a call to measure at; other numbers work too.
         calibration: real images: a folder, or a normalized batch (N, C, H, W). int8 and ``auto``
             precision need them; others report agreement on them instead of on random images.
@@ -124,7 +124,8 @@ def deploy(
     Raises:
         UnsupportedError: no such engine, or it cannot do this precision.
         MissingDependencyError: the engine's package is not installed.
-        ConfigError: no such precision, images are missing, or ``auto`` found no engine.
+        ConfigError: no such precision or input size, images are missing, or ``auto`` found no
+            engine.
         ExportError: the model cannot be converted, or does not compute the same there.
     """
     if precision not in (*PRECISIONS, "auto"):
@@ -138,7 +139,7 @@ def deploy(
         raise ConfigError(
             f"precision {precision!r} needs real images; pass calibration=FOLDER or a tensor"
         )
-    size = input_size_of(model) if input_size is None else tuple(input_size)
+    size = input_size_of(model, input_size)
     data_config = {**resolve_model_data_config(model), "input_size": size}
     images = None if calibration is None else load_images(calibration, data_config)
     clone = merged(model)

@@ -102,7 +102,7 @@ def export(
         path: where the file goes; its folder must exist, an old file is replaced. OpenVINO's
             weights, and ONNX weights beyond 2 GB, go to a second file beside it.
         format: a format's name or config; None for that of the path's suffix.
-        input_size: (channels, height, width); None for the model's own.
+        input_size: ([channels,] height, width); None for the model's own.
         dynamic: which dimensions stay free: of ``batch``, ``height`` and ``width``.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, as far as the format has it.
         verify: False leaves the comparison out.
@@ -118,8 +118,8 @@ def export(
 
     Raises:
         UnsupportedError: a format, precision or kind of model that cannot be exported.
-        ConfigError: an unknown dynamic dimension, the path's folder does not exist, or int8
-            without images.
+        ConfigError: an unknown dynamic dimension, an impossible input size, the path's folder does
+            not exist, or int8 without images.
         MissingDependencyError: an optional package is needed.
         EquivalenceError: the model cannot be merged exactly.
         ExportError: the conversion failed, or the file does not compute what the model computes;
@@ -135,7 +135,7 @@ def export(
         raise ConfigError(
             f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
         )
-    size = input_size_of(model) if input_size is None else tuple(input_size)
+    size = input_size_of(model, input_size)
     data_config = {**resolve_model_data_config(model), "input_size": size}
     real = None if calibration is None else load_images(calibration, data_config)
     if preprocess and real is not None:

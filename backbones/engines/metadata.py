@@ -8,14 +8,34 @@ from typing import Any
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from backbones.errors import ConfigError
+
 __all__ = ["describe", "input_size_of"]
 
 
-def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the model's own input configuration."""
+def input_size_of(model: nn.Module, asked: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """Return (channels, height, width) of what the model takes.
+
+    Args:
+        model: any model; its own input configuration counts where nothing is asked for.
+        asked: ([channels,] height, width).
+
+    Raises:
+        ConfigError: `asked` is something else.
+    """
     _, height, width = resolve_model_data_config(model)["input_size"]
     channels = getattr(model, "in_chans", None) or 3
-    return (channels, height, width)
+    if asked is None:
+        return (channels, height, width)
+    if (
+        not isinstance(asked, Sequence)
+        or isinstance(asked, str)
+        or len(asked) not in (2, 3)
+        or min(asked) < 1
+    ):
+        raise ConfigError(f"input_size must be ([channels,] height, width), got {asked!r}")
+    size = (channels, *asked)[-3:]
+    return (size[0], size[1], size[2])
 
 
 def describe(

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 import backbones
-from backbones.engines import FormatConfig, OnnxConfig, OnnxRuntimeRunner, compare, export
+from backbones.engines import (
+    FormatConfig,
+    OnnxConfig,
+    OnnxRuntimeRunner,
+    compare,
+    export,
+    input_size_of,
+)
 from backbones.errors import (
     ConfigError,
     ExportError,
@@ -194,6 +201,24 @@ def test_what_is_not_supported_is_named(tmp_path):
     with pytest.raises(UnsupportedError, match="Constant has no stages"):
         export(model, tmp_path / "m.onnx", input_size=(3, 8, 8), features=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [64, (64,), (1, 3, 64, 64), (3, 0, 64), "64"])
+@pytest.mark.parametrize("use", ["export", "deploy"])
+def test_an_impossible_input_size_is_named(use, size, tmp_path):
+    with pytest.raises(ConfigError, match=r"input_size must be \(\[channels,\] height, width\)"):
+        if use == "export":
+            export(small(), tmp_path / "m.onnx", input_size=size)
+        else:
+            backbones.deploy(small(), engine="eager", input_size=size, cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_channels_of_the_input_size_may_be_left_out():
+    model = small(in_chans=2)
+    assert input_size_of(model, (40, 48)) == (2, 40, 48)
+    assert input_size_of(model, [2, 40, 48]) == (2, 40, 48)
+    assert input_size_of(model) == (2, 224, 224)
 
 
 def test_files_that_are_none(tmp_path):
