@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.bench.subject import Subject
-from backbones.engines import ENGINES, available_engines
+from backbones.engines import ENGINES, available_engines, check_input_size
 from backbones.errors import ConfigError, MissingDependencyError, nearest
 
 __all__ = [
@@ -64,9 +64,8 @@ class Conditions:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not seconds > 0:
             raise ConfigError(f"seconds must be more than 0, got {seconds}")
-        size = self.input_size
-        if size is not None and (len(size) not in (2, 3) or min(size) < 1):
-            raise ConfigError(f"input_size must be ([channels,] height, width), got {tuple(size)}")
+        if self.input_size is not None:
+            check_input_size(self.input_size)
         if not precisions:
             raise ConfigError(f"no precisions; there are {', '.join(PRECISIONS)}")
         for precision in precisions:

@@ -12,7 +12,7 @@ from backbones.engines.formats import (
     file_suffixes,
     open_exported,
 )
-from backbones.engines.metadata import input_size_of
+from backbones.engines.metadata import check_input_size, input_size_of
 from backbones.engines.onnx_format import OnnxConfig, OnnxRuntimeRunner
 from backbones.engines.openvino_format import OpenVinoConfig
 from backbones.engines.runners import Runner
@@ -35,6 +35,7 @@ __all__ = [
     "Runner",
     "available_engines",
     "available_formats",
+    "check_input_size",
     "compare",
     "deploy",
     "export",

@@ -10,7 +10,7 @@ from torch import nn
 
 from backbones.errors import ConfigError
 
-__all__ = ["describe", "input_size_of"]
+__all__ = ["check_input_size", "describe", "input_size_of"]
 
 
 def input_size_of(model: nn.Module, asked: Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -27,15 +27,16 @@ def input_size_of(model: nn.Module, asked: Sequence[int] | None = None) -> tuple
     channels = getattr(model, "in_chans", None) or 3
     if asked is None:
         return (channels, height, width)
-    if (
-        not isinstance(asked, Sequence)
-        or isinstance(asked, str)
-        or len(asked) not in (2, 3)
-        or min(asked) < 1
-    ):
+    check_input_size(asked)
+    *own, height, width = asked
+    return (own[0] if own else channels, height, width)
+
+
+def check_input_size(asked: Sequence[int]) -> None:
+    """Raise :class:`ConfigError` unless `asked` is ([channels,] height, width)."""
+    is_size = isinstance(asked, Sequence) and not isinstance(asked, str)
+    if not is_size or len(asked) not in (2, 3) or min(asked) < 1:
         raise ConfigError(f"input_size must be ([channels,] height, width), got {asked!r}")
-    size = (channels, *asked)[-3:]
-    return (size[0], size[1], size[2])
 
 
 def describe(

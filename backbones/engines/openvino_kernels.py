@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from backbones.engines.openvino_nodes import constant_of, replace
 from backbones.engines.optional import optional_import
 from backbones.engines.timing import least
 
-__all__ = ["constant_of", "milliseconds", "widen_depthwise"]
+__all__ = ["milliseconds", "widen_depthwise"]
 
 NARROW = (9, 11, 13)
 WIDE = 15
@@ -71,24 +72,10 @@ def _narrow(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
             yield node, weights
 
 
-def constant_of(output: Any) -> np.ndarray | None:
-    """Return a constant in float32, reshaped and converted as the graph does; None for others."""
-    node = output.get_node()
-    kind = node.get_type_name()
-    if kind == "Constant":
-        return node.get_data().astype(np.float32)
-    if kind in ("Reshape", "Convert"):
-        values = constant_of(node.input_value(0))
-        return None if values is None else values.reshape(node.get_output_shape(0))
-    return None
-
-
 def _widen(node: Any, weights: np.ndarray) -> None:
     more = (WIDE - weights.shape[-1]) // 2
     wide = np.pad(weights, ((0, 0),) * 3 + ((more, more),) * 2)
-    other = _convolution(node.input_value(0), wide)
-    other.set_friendly_name(node.get_friendly_name())
-    node.output(0).replace(other.output(0))
+    replace(node, _convolution(node.input_value(0), wide))
 
 
 def _convolution(x: Any, weights: np.ndarray) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.engines.openvino_kernels import constant_of
+from backbones.engines.openvino_nodes import constant_of, replace
 from backbones.engines.optional import optional_import
 
 __all__ = ["norms_on_rows", "scales_into_weights"]
@@ -43,7 +43,7 @@ def norms_on_rows(model: Any) -> int:
         square = ops.reduce_mean(ops.power(rows, np.float32(2)), [-1], True)
         root = ops.sqrt(ops.add(square, np.float32(eps)))
         rows = ops.multiply(rows, ops.divide(np.float32(1), root))
-        _replace(node, ops.transpose(rows, [0, 3, 1, 2]))
+        replace(node, ops.transpose(rows, [0, 3, 1, 2]))
         count += 1
     return count
 
@@ -72,7 +72,7 @@ def scales_into_weights(model: Any) -> list[tuple[int, ...]]:
         by_channel = tuple(scale.get_shape()) == (1, channels, 1, 1) and constant_of(scale) is None
         if by_channel and height * width >= POSITIONS_PER_CHANNEL * weights.get_shape()[0]:
             weights = ops.multiply(weights, scale)
-            _replace(node, ops.convolution(x, weights, [1, 1], [0, 0], [0, 0], [1, 1]))
+            replace(node, ops.convolution(x, weights, [1, 1], [0, 0], [0, 0], [1, 1]))
             spared.append(shape)
     return spared
 
@@ -125,8 +125,3 @@ def _is_pointwise(node: Any) -> bool:
         return False
     found = node.get_attributes()
     return set(found["strides"]) == {1} and not any([*found["pads_begin"], *found["pads_end"]])
-
-
-def _replace(node: Any, other: Any) -> None:
-    other.set_friendly_name(node.get_friendly_name())
-    node.output(0).replace(other.output(0))
