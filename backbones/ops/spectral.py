@@ -60,7 +60,7 @@ def spectral_filter(x: Tensor, weight: Tensor) -> Tensor:
     else:
         _check(x.shape, weight.shape)
         transform = partial(_converted, _by_context)
-    if not is_autocast(device):
+    if not is_autocast(device):  # on small maps entering a context that does nothing is felt
         return transform(x, weight)
     with torch.autocast(device, enabled=False):
         return transform(x, weight)
@@ -75,12 +75,17 @@ def resize_filter(weight: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         (C, H, W//2 + 1, 2); `weight` itself if it has this shape.
     """
-    bins = (size[0], size[1] // 2 + 1)
+    bins = _bins(size)
     if weight.shape[1:3] == bins:
         return weight
     parts = weight.permute(3, 0, 1, 2)
     parts = F.interpolate(parts, size=bins, mode="bilinear", align_corners=True)
     return parts.permute(1, 2, 3, 0)
+
+
+def _bins(size: Sequence[int]) -> tuple[int, int]:
+    """Return the shape of the half spectrum of a map of `size`."""
+    return (size[0], size[1] // 2 + 1)
 
 
 def _check(shape: torch.Size, bins: torch.Size) -> None:
@@ -118,10 +123,10 @@ def _on_cpu(
     """All that shapes and types decide for plain tensors with data."""
     _check(shape, bins)
     height, width = shape[2:]
-    transform = _best(height, width, torch.float64 not in (x_dtype, weight_dtype))
-    if x_dtype == weight_dtype and x_dtype.itemsize >= 4 and bins[1:3] == (height, width // 2 + 1):
-        return transform
-    return partial(_converted, transform)
+    dtype = torch.promote_types(torch.promote_types(x_dtype, weight_dtype), torch.float32)
+    transform = _best(height, width, dtype == torch.float32)
+    fits = x_dtype == weight_dtype == dtype and bins[1:3] == _bins((height, width))
+    return transform if fits else partial(_converted, transform)
 
 
 def _best(height: int, width: int, single: bool) -> Transform:
