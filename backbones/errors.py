@@ -22,6 +22,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedError",
     "WeightsUnavailableError",
+    "first_line",
     "nearest",
 ]
 
@@ -79,3 +80,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of `choices`, or an empty string."""
     close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -26,9 +26,9 @@ from backbones.engines import (
     deploy,
     export,
 )
-from backbones.engines.optional import optional_import
 from backbones.errors import ConfigError, ExportError
 from backbones.factory import create_model, model_info
+from backbones.optional import optional_import
 from backbones.train import (
     Evaluation,
     ImageFolder,
@@ -40,7 +40,7 @@ from backbones.train import (
 )
 from backbones.train import run as train
 from backbones.train.digits import write_digits
-from backbones.train.pictures import draw_predictions
+from backbones.train.plots import draw_predictions
 from backbones.weights import save_checkpoint
 
 __all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]

@@ -261,7 +261,7 @@ def _family_class(config: FamilyConfig, module: str | Path | None) -> type[Stage
         for value in vars(loaded).values()
         if isinstance(value, type)
         and issubclass(value, StagedBackbone)
-        and value.__module__ == loaded.__name__
+        and f"{value.__module__}.".startswith(f"{loaded.__name__}.")
     ]
     if len(found) != 1:
         names = [cls.__name__ for cls in found]

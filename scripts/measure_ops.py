@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import ops
-from backbones.bench.spread import Times
+from backbones.bench.statistics import Times
 from backbones.engines.timing import take_turns
 
 Operator = Callable[..., Tensor]

@@ -110,7 +110,7 @@ def test_state_dict_moves_between_ours_and_timms():
     ours = backbones.create_model("convnext_tiny").eval()
     theirs = timm.create_model("convnext_tiny").eval()
     assert type(theirs).__module__ == "timm.models.convnext"
-    assert type(ours).__module__ == "backbones.families.convnext"
+    assert type(ours).__module__ == "backbones.families.convnext.model"
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)

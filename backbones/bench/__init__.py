@@ -6,13 +6,13 @@ from backbones.bench.benchmarking import benchmark
 from backbones.bench.budgets import Choice, parse_budget, within
 from backbones.bench.child import ChildError
 from backbones.bench.files import write_json
-from backbones.bench.front_files import describe, draw_front, front_table, write_front
-from backbones.bench.front_rows import Front, FrontRow
-from backbones.bench.fronts import front
 from backbones.bench.latency import Latency, compare_latency, measure
 from backbones.bench.machine import Machine
+from backbones.bench.pareto import front
+from backbones.bench.pareto_files import describe, draw_front, front_table, write_front
+from backbones.bench.pareto_rows import Front, FrontRow
 from backbones.bench.report import BenchReport, Row
-from backbones.bench.spread import Times, certain
+from backbones.bench.statistics import Times, certain
 
 __all__ = [
     "BenchReport",

@@ -13,8 +13,8 @@ from torch import nn
 from backbones.bench.candidates import PUBLISHED, Conditions, choose
 from backbones.bench.machine import examine
 from backbones.bench.measuring import Measurement, Progress, measure_in_turns
+from backbones.bench.model_spec import resolve
 from backbones.bench.report import BenchReport, row_of, verdict_on
-from backbones.bench.subject import resolve
 from backbones.errors import MissingDependencyError
 
 __all__ = ["benchmark"]

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from backbones.bench.front_rows import FrontRow
-from backbones.bench.spread import NOISY
+from backbones.bench.pareto_rows import FrontRow
+from backbones.bench.statistics import NOISY
 from backbones.errors import ConfigError
 
 __all__ = ["Choice", "parse_budget", "within"]

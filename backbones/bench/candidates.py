@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backbones.bench.subject import Subject
+from backbones.bench.model_spec import Subject
 from backbones.engines import ENGINES, available_engines, check_input_size
 from backbones.errors import ConfigError, MissingDependencyError, nearest
 

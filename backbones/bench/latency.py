@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from backbones.bench.spread import Times
+from backbones.bench.statistics import Times
 from backbones.engines.threads import torch_threads
 from backbones.engines.timing import take_turns
 from backbones.errors import ConfigError

@@ -16,7 +16,7 @@ import torch
 
 import backbones
 from backbones.bench.child import WORKER, Child
-from backbones.engines.cache import processor, versions
+from backbones.engines.caching import processor, versions
 
 __all__ = ["Machine", "examine", "matmul_peak", "peak_memory_mib", "usable_cpus"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from backbones.bench.child import WORKER, Child, ChildError
 from backbones.bench.machine import count
-from backbones.bench.spread import NOISY, Times
+from backbones.bench.statistics import NOISY, Times
 
 __all__ = ["ROUNDS", "STOPPED", "Measurement", "Progress", "measure_in_turns"]
 
-# Enough for the sign test of `backbones.bench.spread`: two rounds of twelve may go astray.
+# Enough for the sign test of `backbones.bench.statistics`: two rounds of twelve may go astray.
 ROUNDS = 12
 CALLS = 2  # timed calls of a turn, at least
 BUSY_WHILE_IDLE = 0.25  # of a processor

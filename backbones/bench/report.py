@@ -10,7 +10,7 @@ from typing import Any
 from backbones.bench.candidates import Candidate
 from backbones.bench.machine import Machine
 from backbones.bench.measuring import Measurement
-from backbones.bench.spread import Times, certain, too_noisy
+from backbones.bench.statistics import Times, certain, too_noisy
 
 __all__ = ["BenchReport", "Row", "markdown"]
 
@@ -40,7 +40,7 @@ class Row:
         threads: what the engine uses.
         cores: processors at work on average while it was timed.
         speedup: the published form's median over this one's.
-        certain: whether it is certain which of the two is faster (`backbones.bench.spread`).
+        certain: whether it is certain which of the two is faster (`backbones.bench.statistics`).
         reason: why it was not measured.
     """
 

@@ -17,8 +17,8 @@ from backbones.cli.parsing import command, json_flag
 from backbones.errors import BackbonesError, UnknownModelError, nearest
 from backbones.manifest import Manifest, WeightsEntry, load_manifest, read_manifest
 from backbones.registry import registry
-from backbones.weights.fetch import mirror_path, verify
-from backbones.weights.pinning import measure_pin, write_pin
+from backbones.weights.download.fetching import mirror_path, verify
+from backbones.weights.download.pinning import measure_pin, write_pin
 
 __all__ = ["add_parser", "run"]
 

@@ -22,8 +22,8 @@ from backbones.errors import ConfigError, UnknownModelError
 from backbones.factory import find_variant
 from backbones.manifest import WeightsEntry, load_manifest
 from backbones.registry import registry, unknown
-from backbones.weights.disk import sha256_of
-from backbones.weights.publishing import FILES, check_repo_id
+from backbones.weights.download.disk import sha256_of
+from backbones.weights.publish.pushing import FILES, check_repo_id
 
 __all__ = ["add_parsers"]
 

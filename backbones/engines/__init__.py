@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from backbones.engines.agreement import Agreement, compare
 from backbones.engines.deploying import Candidate, DeployReport, deploy
-from backbones.engines.executorch_format import ExecuTorchConfig
+from backbones.engines.executorch import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
 from backbones.engines.formats import (
     FormatConfig,
@@ -13,11 +12,12 @@ from backbones.engines.formats import (
     open_exported,
 )
 from backbones.engines.metadata import check_input_size, input_size_of
-from backbones.engines.onnx_format import OnnxConfig, OnnxRuntimeRunner
-from backbones.engines.openvino_format import OpenVinoConfig
+from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner
+from backbones.engines.openvino.files import OpenVinoConfig
+from backbones.engines.pytorch.programs import AotiConfig, Pt2Config
 from backbones.engines.runners import Runner
 from backbones.engines.starting import ENGINES, available_engines
-from backbones.engines.torch_formats import AotiConfig, Pt2Config
+from backbones.engines.verification import Agreement, compare
 
 __all__ = [
     "ENGINES",

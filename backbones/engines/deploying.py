@@ -15,15 +15,15 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from backbones.engines.agreement import Agreement, compare, outputs_of
-from backbones.engines.cache import content_key, default_folder, read_choice, write_choice
+from backbones.engines.caching import content_key, default_folder, read_choice, write_choice
 from backbones.engines.exporting import random_input, run
 from backbones.engines.images import Images, load_images
 from backbones.engines.metadata import input_size_of
-from backbones.engines.prepare import merged
+from backbones.engines.preparation import merged
 from backbones.engines.runners import Runner
 from backbones.engines.starting import ENGINES, Engine, Job, available_engines, find_engine, start
 from backbones.engines.timing import take_turns
+from backbones.engines.verification import Agreement, compare, outputs_of
 from backbones.errors import BackbonesError, ConfigError
 
 __all__ = ["Candidate", "DeployReport", "deploy"]

@@ -17,16 +17,16 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 # The imports register the formats.
-import backbones.engines.executorch_format
-import backbones.engines.onnx_format
-import backbones.engines.openvino_format
-import backbones.engines.torch_formats  # noqa: F401
-from backbones.engines.agreement import Agreement, compare, outputs_of
+import backbones.engines.executorch
+import backbones.engines.onnx
+import backbones.engines.openvino
+import backbones.engines.pytorch  # noqa: F401
 from backbones.engines.formats import Conversion, Format, FormatConfig, find_format
 from backbones.engines.images import Images, load_images
 from backbones.engines.metadata import describe, input_size_of
 from backbones.engines.placement import put_in_place
-from backbones.engines.prepare import DTYPES, merged, prepared, unmerged
+from backbones.engines.preparation import DTYPES, merged, prepared, unmerged
+from backbones.engines.verification import Agreement, compare, outputs_of
 from backbones.errors import ConfigError, ExportError, UnsupportedError
 from backbones.reparam import backbones_in
 

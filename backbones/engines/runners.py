@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.agreement import outputs_of
+from backbones.engines.verification import outputs_of
 from backbones.errors import ConfigError, InputSizeError, WeightsUnavailableError
 
 __all__ = ["Runner", "existing"]

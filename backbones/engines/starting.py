@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from backbones.engines.exporting import export, random_input
 from backbones.engines.formats import summary
-from backbones.engines.layouts import choose_layout
-from backbones.engines.onnx_format import OnnxRuntimeRunner
-from backbones.engines.openvino_format import OpenVinoRunner, computes_in
-from backbones.engines.prepare import DTYPES, InPrecision
+from backbones.engines.onnx import OnnxRuntimeRunner
+from backbones.engines.openvino.files import OpenVinoRunner, computes_in
+from backbones.engines.preparation import DTYPES, InPrecision
+from backbones.engines.pytorch.layouts import choose_layout
 from backbones.engines.runners import Runner
 from backbones.engines.threads import torch_threads
 from backbones.errors import ExportError, UnsupportedError, nearest
@@ -132,7 +132,7 @@ def start_openvino(job: Job) -> Runner:
 
 def start_executorch(job: Job) -> Runner:
     """Export to ExecuTorch and run it, on as many threads as the machine has cores."""
-    from backbones.engines.executorch_format import ExecuTorchConfig, ExecuTorchRunner
+    from backbones.engines.executorch import ExecuTorchConfig, ExecuTorchRunner
 
     path = job.folder / f"{job.precision}-{job.batch_size}.pte"
     _export_once(job, path, job.precision, ExecuTorchConfig(max_batch=max(2, job.batch_size)))

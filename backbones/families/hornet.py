@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
-from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample, statistics_dtype
-from backbones.layers.convnext_names import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
-from backbones.layers.tracing import fx_leaf
+from backbones.layers import (
+    CONVNEXT_LAYOUT,
+    PYRAMID_LAYOUT,
+    Chain,
+    ChannelMlp,
+    Head,
+    fx_leaf,
+    norm_conv_downsample,
+    statistics_dtype,
+)
 from backbones.lowering import FilteredGates, MapBlock, SeparateGates, mlp_on_maps, norm_on_maps
 from backbones.ops import resize_filter, spectral_filter
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage

@@ -17,6 +17,7 @@ from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import (
     BRANCHED_CONV_LAYOUT,
+    CONVNEXT_LAYOUT,
     BranchedConv,
     CenteringChain,
     ChannelMlp,
@@ -24,7 +25,6 @@ from backbones.layers import (
     bias_as_norm,
     split_merged_kernels,
 )
-from backbones.layers.convnext_names import CONVNEXT_LAYOUT
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.layers.conv_attention import ConvAttention, padded
-from backbones.layers.distance_attention import DistanceAttention, attend
+from backbones.families.cpubone.attention import ConvAttention, padded
+from backbones.families.lsnet.attention import DistanceAttention, attend
 from backbones.lowering.parts import outputs_of
 
 __all__ = ["SeparateHeads", "SeparateProjections"]

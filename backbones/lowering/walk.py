@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from backbones.layers.conv_attention import ConvAttention
-from backbones.layers.distance_attention import DistanceAttention
+from backbones.families.cpubone.attention import ConvAttention
+from backbones.families.lsnet.attention import DistanceAttention
 from backbones.lowering.attention import SeparateHeads, SeparateProjections
 from backbones.lowering.norms import NORMS
 

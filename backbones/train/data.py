@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from backbones.errors import ConfigError
 from backbones.train.config import TrainConfig
+from backbones.train.distributed import World
 from backbones.train.folders import (
     exclude_bad,
     hold_out,
@@ -21,7 +22,6 @@ from backbones.train.folders import (
     split_folder,
 )
 from backbones.train.images import DataError
-from backbones.train.world import World
 
 __all__ = ["Splits", "eval_loader", "open_splits", "set_input", "train_loader"]
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from backbones.errors import BackbonesError
 from backbones.train.config import TrainConfig
-from backbones.train.world import World
+from backbones.train.distributed import World
 
 __all__ = ["EpochReport", "Trainer", "TrainingError", "Update", "learning_rate"]
 

@@ -23,7 +23,6 @@ from timm.utils import (
 from torch import nn
 
 from backbones.errors import ConfigError, MissingDependencyError
-from backbones.train.assembly import assemble, check, distribute
 from backbones.train.checkpoints import (
     LAST,
     Checkpoints,
@@ -36,12 +35,13 @@ from backbones.train.checkpoints import (
 )
 from backbones.train.config import TrainConfig, check_options
 from backbones.train.data import Splits, open_splits
+from backbones.train.distributed import World, joined
 from backbones.train.images import DataError
+from backbones.train.initial_weights import Start, starting_point
 from backbones.train.loop import EpochReport, Trainer, Update, learning_rate
-from backbones.train.pictures import draw_curves
+from backbones.train.plots import draw_curves
 from backbones.train.recipes import find_recipe
-from backbones.train.start import Start, starting_point
-from backbones.train.world import World, joined
+from backbones.train.setup import assemble, check, distribute
 from backbones.weights import load_checkpoint, save_checkpoint
 
 __all__ = ["BEST", "CURVES", "SUMMARY", "TrainReport", "run"]

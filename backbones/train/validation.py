@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from backbones.errors import MissingDependencyError
 from backbones.train.data import CHECKED_AT_ONCE, eval_loader
+from backbones.train.distributed import World
 from backbones.train.evaluation import Evaluation, evaluate
 from backbones.train.folders import ImageFolder, exclude_bad, open_folder, split_folder
 from backbones.train.images import DataError
-from backbones.train.pictures import draw_confusion
-from backbones.train.world import World
+from backbones.train.plots import draw_confusion
 
 __all__ = ["RESULTS", "Validation", "validate", "write_validation"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from backbones.errors import CheckpointError
 from backbones.weights.prefixes import prefixes, strip
-from backbones.weights.reading import read_checkpoint, read_metadata, read_shapes
+from backbones.weights.untrusted.reading import read_checkpoint, read_metadata, read_shapes
 
 __all__ = ["inferred_arguments", "saved_arguments"]
 

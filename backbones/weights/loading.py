@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from backbones import reparam
 from backbones.errors import CheckpointError
 from backbones.weights.mapping import Mapped, map_checkpoint
-from backbones.weights.reading import Checkpoint, read_checkpoint
 from backbones.weights.target import Target, inner_module
-from backbones.weights.unwrapping import unwrap_all
+from backbones.weights.untrusted.reading import Checkpoint, read_checkpoint
+from backbones.weights.untrusted.state_dicts import unwrap_all
 
 __all__ = ["LoadReport", "filter_for_timm", "load_checkpoint"]
 

@@ -13,8 +13,8 @@ from torch import nn
 from backbones.errors import CheckpointError
 from backbones.weights.loading import LoadReport
 from backbones.weights.mapping import map_checkpoint
-from backbones.weights.reading import read_checkpoint, read_metadata
 from backbones.weights.target import Target
+from backbones.weights.untrusted.reading import read_checkpoint, read_metadata
 
 __all__ = ["is_deploy_file", "load_pretrained"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backbones.errors import CheckpointError
 from backbones.skeleton import Layout
-from backbones.weights.reading import Checkpoint
+from backbones.weights.untrusted.reading import Checkpoint
 
 __all__ = ["Layout", "Target"]
 

@@ -12,9 +12,9 @@ from backbones.bench import benchmark, candidates
 from backbones.bench.candidates import PUBLISHED, Candidate, Conditions, choose
 from backbones.bench.machine import Machine, matmul_peak
 from backbones.bench.measuring import Measurement
+from backbones.bench.model_spec import resolve
 from backbones.bench.report import BenchReport, markdown, row_of
-from backbones.bench.spread import Times
-from backbones.bench.subject import resolve
+from backbones.bench.statistics import Times
 from backbones.bench.worker import _macs
 from backbones.errors import (
     ConfigError,

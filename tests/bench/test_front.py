@@ -13,14 +13,14 @@ from backbones.bench import (
     FrontRow,
     describe,
     front_table,
-    fronts,
+    pareto,
     parse_budget,
     within,
     write_front,
 )
-from backbones.bench.front_rows import mark_front
 from backbones.bench.machine import examine
 from backbones.bench.measuring import measure_in_turns
+from backbones.bench.pareto_rows import mark_front
 from backbones.cli import main
 from backbones.errors import ConfigError, MissingDependencyError, UnknownModelError
 from backbones.manifest import load_manifest
@@ -50,9 +50,9 @@ def scripted_front(scripted, monkeypatch):
     def run(script, models, **options):
         command = scripted(script)
         turns = functools.partial(measure_in_turns, command=command)
-        monkeypatch.setattr(fronts, "measure_in_turns", turns)
-        monkeypatch.setattr(fronts, "examine", functools.partial(examine, command=command))
-        return fronts.front(models, **{"engine": "published", "threads": 1, **options})
+        monkeypatch.setattr(pareto, "measure_in_turns", turns)
+        monkeypatch.setattr(pareto, "examine", functools.partial(examine, command=command))
+        return pareto.front(models, **{"engine": "published", "threads": 1, **options})
 
     return run
 
@@ -108,24 +108,24 @@ def test_doubts_about_a_choice():
 
 
 def test_models_that_patterns_and_names_stand_for():
-    everything = fronts.expand(None)
+    everything = pareto.expand(None)
     manifest = load_manifest()
     assert set(everything) == {
         name
         for name in backbones.list_models()
         if manifest.find(name) is not None and manifest.find(name).top1 is not None
     }
-    assert fronts.expand(["lsnet_*"]) == backbones.list_models("lsnet_*")
-    tagged = fronts.expand(["convnext_tiny.*_in22k_ft*"])
+    assert pareto.expand(["lsnet_*"]) == backbones.list_models("lsnet_*")
+    tagged = pareto.expand(["convnext_tiny.*_in22k_ft*"])
     assert tagged
     assert set(tagged) <= set(manifest.entries)
-    assert fronts.expand(["resnet18", "lsnet_t", "resnet18"]) == ["resnet18", "lsnet_t"]
+    assert pareto.expand(["resnet18", "lsnet_t", "resnet18"]) == ["resnet18", "lsnet_t"]
     with pytest.raises(UnknownModelError, match="no model matches 'lsmet_"):
-        fronts.expand(["lsmet_*"])
+        pareto.expand(["lsmet_*"])
     with pytest.raises(ConfigError, match="list of names"):
-        fronts.expand("lsnet_t")
+        pareto.expand("lsnet_t")
     with pytest.raises(ConfigError, match="no models to measure"):
-        fronts.expand([])
+        pareto.expand([])
 
 
 def test_models_are_measured_the_cheapest_first_at_the_size_of_their_top1(scripted_front, tmp_path):
@@ -237,13 +237,13 @@ def test_an_interruption_keeps_what_was_measured(scripted_front, tmp_path):
 
 def test_bad_options_are_refused_before_anything_is_measured():
     with pytest.raises(UnknownModelError, match="did you mean 'lsnet_t'"):
-        fronts.front(["lsnet_tt"], engine="published")
+        pareto.front(["lsnet_tt"], engine="published")
     with pytest.raises(ConfigError, match="no engine 'onnxruntme'; did you mean 'onnxruntime'"):
-        fronts.front(["lsnet_t"], engine="onnxruntme")
+        pareto.front(["lsnet_t"], engine="onnxruntme")
     with pytest.raises(ConfigError, match="the published form is fp32"):
-        fronts.front(["lsnet_t"], engine="published", precision="bf16")
+        pareto.front(["lsnet_t"], engine="published", precision="bf16")
     with pytest.raises(ConfigError, match="threads must be at least 1"):
-        fronts.front(["lsnet_t"], engine="published", threads=0)
+        pareto.front(["lsnet_t"], engine="published", threads=0)
 
 
 def test_files(scripted_front, tmp_path):
@@ -278,7 +278,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(scripted_front, tmp_pa
         path.write_bytes(b"half a pict")
         raise OSError("no space left")
 
-    monkeypatch.setattr("backbones.bench.front_files.draw_front", fails)
+    monkeypatch.setattr("backbones.bench.pareto_files.draw_front", fails)
     with pytest.raises(OSError, match="no space"):
         write_front(front, tmp_path)
     assert (tmp_path / "front.json").read_text() == before
@@ -288,5 +288,5 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(scripted_front, tmp_pa
     def lacks(front, path, choice):
         raise MissingDependencyError("matplotlib")
 
-    monkeypatch.setattr("backbones.bench.front_files.draw_front", lacks)
+    monkeypatch.setattr("backbones.bench.pareto_files.draw_front", lacks)
     assert [file.name for file in write_front(front, tmp_path)] == ["front.json", "front.csv"]

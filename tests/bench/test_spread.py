@@ -3,7 +3,7 @@
 import pytest
 
 from backbones.bench.report import verdict_on
-from backbones.bench.spread import Times, certain, chance, too_noisy
+from backbones.bench.statistics import Times, certain, chance, too_noisy
 
 
 def times(*medians, width=0.02):

@@ -17,7 +17,7 @@ import backbones
 from backbones.cli import main
 from backbones.manifest import load_manifest
 from backbones.weights import read_checkpoint, read_metadata
-from backbones.weights.publishing import FILES
+from backbones.weights.publish.pushing import FILES
 
 SHAPE = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 MINE = "family: convnext\nvariants:\n  mine: {like: convnext_atto, depths: [1, 1, 1, 1]"

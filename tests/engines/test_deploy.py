@@ -10,7 +10,7 @@ from small_models import small
 from torch import nn
 
 from backbones.engines import available_engines, deploy, starting
-from backbones.engines.cache import content_key
+from backbones.engines.caching import content_key
 from backbones.errors import ConfigError, InputSizeError, UnsupportedError
 
 pytest.importorskip("onnxruntime")
@@ -232,7 +232,7 @@ def test_what_cannot_be_is_said(model, tmp_path):
 
 
 def test_a_precision_the_processor_lacks_is_refused(model, tmp_path):
-    openvino_format = pytest.importorskip("backbones.engines.openvino_format")
+    openvino_format = pytest.importorskip("backbones.engines.openvino.files")
     pytest.importorskip("openvino")
     for precision in ("bf16", "fp16"):
         options = {"engine": "openvino", "precision": precision, "input_size": SIZE}

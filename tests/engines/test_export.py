@@ -253,9 +253,9 @@ def test_compare_measures_and_refuses():
 
 
 def test_weights_beyond_the_limit_go_to_a_second_file(tmp_path, monkeypatch):
-    from backbones.engines import onnx_format
+    from backbones.engines import onnx
 
-    monkeypatch.setattr(onnx_format, "LARGEST", 1000)
+    monkeypatch.setattr(onnx, "LARGEST", 1000)
     model = small()
     report = export(model, tmp_path / "m.onnx", input_size=(3, 64, 64))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
@@ -268,9 +268,9 @@ def test_weights_beyond_the_limit_go_to_a_second_file(tmp_path, monkeypatch):
 
 
 def test_a_failed_export_leaves_neither_of_two_files(tmp_path, monkeypatch):
-    from backbones.engines import onnx_format
+    from backbones.engines import onnx
 
-    monkeypatch.setattr(onnx_format, "LARGEST", 8)
+    monkeypatch.setattr(onnx, "LARGEST", 8)
     with pytest.raises(ExportError, match="does not compute"):
         export(Restless(), tmp_path / "m.onnx", input_size=(3, 8, 8))
     assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,8 @@ import torch
 from small_models import small
 from torch import nn
 
-from backbones.engines import layouts
-from backbones.engines.layouts import InOtherLayout, choose_layout
+from backbones.engines.pytorch import layouts
+from backbones.engines.pytorch.layouts import InOtherLayout, choose_layout
 
 LAST = torch.channels_last
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.engines import openvino_format, openvino_kernels
-from backbones.engines.openvino_format import OpenVinoRunner
-from backbones.engines.openvino_kernels import WIDE, milliseconds, widen_depthwise
+from backbones.engines.openvino import depthwise as kernels
+from backbones.engines.openvino import files
+from backbones.engines.openvino.depthwise import WIDE, milliseconds, widen_depthwise
+from backbones.engines.openvino.files import OpenVinoRunner
 
 ov = pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
@@ -20,7 +21,7 @@ def wide_is(request, monkeypatch):
     """Decide the measurement, which depends on the processor."""
     times = {WIDE: 1.0 if request.param == "faster" else 3.0}
     monkeypatch.setattr(
-        openvino_kernels,
+        depthwise,
         "milliseconds",
         lambda shape, kernels, options: [times.get(kernel, 2.0) for kernel in kernels],
     )
@@ -114,7 +115,7 @@ def test_the_measurement_measures():
 def test_only_models_of_known_shapes_are_fitted(batch_size, widened, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        openvino_format, "widen_depthwise", lambda *given: calls.append(widen_depthwise(*given))
+        files, "widen_depthwise", lambda *given: calls.append(widen_depthwise(*given))
     )
     module = depthwise(13)
     model, x = converted(module, tmp_path, ("batch", 16, 20, 18))

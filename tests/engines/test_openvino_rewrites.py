@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from backbones import create_model, export
-from backbones.engines.openvino_format import OpenVinoRunner
-from backbones.engines.openvino_rewrites import norms_on_rows, scales_into_weights
+from backbones.engines.openvino.files import OpenVinoRunner
+from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights
 
 ov = pytest.importorskip("openvino")
 ops = pytest.importorskip("openvino.opset8")

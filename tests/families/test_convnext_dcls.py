@@ -14,7 +14,7 @@ from torch import nn
 
 import backbones
 from backbones.errors import CheckpointError, ConfigError
-from backbones.layers.dcls import kernel_from_points
+from backbones.families.convnext.dcls import kernel_from_points
 
 PARAMETERS = {
     "convnext_dcls_tiny": 28587688,

@@ -13,7 +13,7 @@ from torch import nn
 
 import backbones
 from backbones.errors import CheckpointError, UnsupportedError
-from backbones.layers.distance_attention import distance_bias
+from backbones.families.lsnet.attention import distance_bias
 
 PARAMETERS = {
     "lsnet_t": 11409832,

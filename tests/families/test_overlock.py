@@ -11,8 +11,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import backbones
 from backbones.errors import UnsupportedError
-from backbones.families.overlock import OverLoCK
-from backbones.layers.dynamic_conv import DynamicConv, enlarge, shrink
+from backbones.families.overlock.dynamic_conv import DynamicConv, enlarge, shrink
+from backbones.families.overlock.model import OverLoCK
 from backbones.weights import load_pretrained
 
 SMALL = {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 64], "focus_depths": [2, 1], "groups": [4, 4]}

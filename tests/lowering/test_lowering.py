@@ -9,10 +9,10 @@ from torch import nn
 
 import backbones
 from backbones import merge
-from backbones.engines.prepare import in_graph_form
+from backbones.engines.preparation import in_graph_form
 from backbones.families import hornet, spartan
-from backbones.layers.conv_attention import ConvAttention
-from backbones.layers.distance_attention import DistanceAttention
+from backbones.families.cpubone.attention import ConvAttention
+from backbones.families.lsnet.attention import DistanceAttention
 from backbones.layers.norm import CenteredNorm2d
 from backbones.lowering import (
     NORMS,

@@ -47,7 +47,7 @@ SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_i
 SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
 CENTER = "backbones.merge:center_outputs"
 BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
-IDENTITY = "backbones.layers.conv_mlp:ResidualConv.merged"
+IDENTITY = "backbones.families.overlock.conv_mlp:ResidualConv.merged"
 
 ROWS = [
     # convnext.md, section 7
@@ -59,7 +59,7 @@ ROWS = [
     Row(
         "convnext_tiny_k3_par1_4",
         "partial into a full kernel",
-        "backbones.families.convnext:PartialConv.merged",
+        "backbones.families.convnext.model:PartialConv.merged",
         r"conv_dw$",
         18,
         0,
@@ -67,7 +67,7 @@ ROWS = [
     Row(
         "convnext_dcls_tiny",
         "points into a dense kernel",
-        "backbones.layers.dcls:kernel_from_points",
+        "backbones.families.convnext.dcls:kernel_from_points",
         r"",
         18,
     ),

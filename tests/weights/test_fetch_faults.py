@@ -21,7 +21,7 @@ from loopback_hub import COMMIT, Fault, serve
 from backbones import weights
 from backbones.errors import BackbonesError, CheckpointError, WeightsUnavailableError
 from backbones.manifest import WeightsEntry
-from backbones.weights import download, retrying
+from backbones.weights.download import retrying
 
 CONTENT = random.Random(0).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -290,7 +290,7 @@ def test_a_failed_second_download_leaves_the_first_file(hub, tmp_path):
 
 
 def test_a_slow_drip_is_given_up(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PATIENCE", 0.2)
+    monkeypatch.setattr(http, "PATIENCE", 0.2)
     monkeypatch.setattr(retrying, "DELAYS", (0.01,))
     hub.fault = Fault(drip=0.02)
     with pytest.raises(WeightsUnavailableError, match="fewer than 1024 bytes per second"):

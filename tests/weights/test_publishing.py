@@ -20,8 +20,8 @@ import backbones
 from backbones.errors import CheckpointError, ConfigError, UnsupportedError
 from backbones.registry import registry
 from backbones.weights import PublishError, push_to_hub, read_metadata
-from backbones.weights.hub_config import check_rebuilt, hub_config
-from backbones.weights.publishing import FILES, save_for_hf
+from backbones.weights.publish.config_json import check_rebuilt, hub_config
+from backbones.weights.publish.pushing import FILES, save_for_hf
 
 WEIGHT = "blocks.0.mlp.fc1.conv.weight"
 SMALL = {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32]}
@@ -67,18 +67,23 @@ ROADS = [
     ("inception_next_atto", {}, False, "timm.models.inception_next"),
     ("cpubone_nano", {"drop_rate": 0.1}, False, "timm.models.cpubone"),
     # ... but not for these
-    ("convnext_atto", SMALL, False, "backbones.families.convnext"),
-    ("convnext_atto", SMALL | {"num_classes": 3}, True, "backbones.families.convnext"),
+    ("convnext_atto", SMALL, False, "backbones.families.convnext.model"),
+    ("convnext_atto", SMALL | {"num_classes": 3}, True, "backbones.families.convnext.model"),
     (
         "lsnet_t",
         WITH_TABLES | {"table_size": 14, "distilled": True},
         False,
-        "backbones.families.lsnet",
+        "backbones.families.lsnet.model",
     ),
-    ("lsnet_t", WITH_TABLES | {"distilled": True, "in_chans": 4}, True, "backbones.families.lsnet"),
-    ("convnext_atto", SMALL | {"num_classes": 0}, False, "backbones.families.convnext"),
-    ("mine", {"num_classes": 4}, False, "backbones.families.convnext"),
-    ("mine", {"num_classes": 4}, True, "backbones.families.convnext"),
+    (
+        "lsnet_t",
+        WITH_TABLES | {"distilled": True, "in_chans": 4},
+        True,
+        "backbones.families.lsnet.model",
+    ),
+    ("convnext_atto", SMALL | {"num_classes": 0}, False, "backbones.families.convnext.model"),
+    ("mine", {"num_classes": 4}, False, "backbones.families.convnext.model"),
+    ("mine", {"num_classes": 4}, True, "backbones.families.convnext.model"),
 ]
 
 
@@ -512,10 +517,10 @@ def test_pushed_models_load_by_timm_and_by_us(tmp_path, mine):
         pulled = run(hub, tmp_path / "b", PULL, tmp_path / "x")
     assert pulled.splitlines() == [
         "Unknown model (backbones_convnext_atto)",
-        "plain backbones.families.convnext timm.models.convnext",
-        "merged backbones.families.lsnet backbones.families.lsnet",
-        "mine backbones.families.convnext backbones.families.convnext",
-        "file backbones.families.lsnet backbones.families.lsnet",
+        "plain backbones.families.convnext.model timm.models.convnext",
+        "merged backbones.families.lsnet.model backbones.families.lsnet.model",
+        "mine backbones.families.convnext.model backbones.families.convnext.model",
+        "file backbones.families.lsnet.model backbones.families.lsnet.model",
         "4 {'mit'}",
     ]
 

@@ -24,8 +24,8 @@ from weights_toy import Toy, assert_same, authors, flat, snapshot
 
 from backbones import create_model, load_checkpoint
 from backbones.errors import CheckpointError
-from backbones.families.convnext import ConvNeXt
-from backbones.families.cpubone import CPUBone
+from backbones.families.convnext.model import ConvNeXt
+from backbones.families.cpubone.model import CPUBone
 from backbones.families.hornet import HorNet
 
 State = dict[str, Tensor]

@@ -90,7 +90,7 @@ def test_hub_models_of_ours_and_of_timm(hub, tmp_path):
     program = """
         import backbones, timm
         ours = backbones.create_model("hf-hub:me/mine", pretrained=True)
-        assert type(ours).__module__ == "backbones.families.convnext"
+        assert type(ours).__module__ == "backbones.families.convnext.model"
         assert ours.num_classes == 5
         assert type(timm.create_model("hf-hub:me/mine", pretrained=True)) is type(ours)
         print(float(ours.stem[0].weight.sum()))
@@ -170,7 +170,7 @@ def test_one_warning_names_the_command_that_pins(tmp_path, monkeypatch, caplog):
 def test_names_from_addresses_are_file_names(tmp_path):
     odd = WeightsEntry("m", "t", "", url="https://example.org/a/%2e%2e%2fb?x=../c")
     assert weights.local_copy(odd, tmp_path) is None
-    from backbones.weights.fetch import mirror_path
+    from backbones.weights.download.fetching import mirror_path
 
     assert mirror_path(odd, tmp_path) == tmp_path / "m.t" / "b"
 

@@ -13,7 +13,7 @@ from torch import nn
 from weights_toy import Getter, Toy, assert_same, authors, filled, flat, snapshot
 
 from backbones.errors import CheckpointError, UnsafeCheckpointError
-from backbones.families.convnext import ConvNeXt
+from backbones.families.convnext.model import ConvNeXt
 from backbones.weights import filter_for_timm, load_checkpoint, read_checkpoint
 
 STATE = filled()

@@ -9,7 +9,7 @@ import torch
 
 from backbones.errors import CheckpointError
 from backbones.weights import unwrap
-from backbones.weights.unwrapping import unwrap_all
+from backbones.weights.untrusted.state_dicts import unwrap_all
 
 WRAPPERS = ["state_dict_ema", "model_ema", "ema", "state_dict", "model", "module"]
 

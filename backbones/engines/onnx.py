@@ -1,0 +1,155 @@
+"""ONNX: PyTorch's exporter in, ONNX Runtime out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
+from backbones.engines.preparation import in_graph_form
+from backbones.engines.runners import Runner, existing
+from backbones.errors import ExportError
+from backbones.optional import optional_import
+
+__all__ = ["OnnxConfig", "OnnxRuntimeRunner", "to_onnx", "write_onnx"]
+
+LARGEST = 2**31 - 2**20  # protobuf's limit for one file, with room for the graph itself
+
+
+@dataclass(frozen=True)
+class OnnxConfig(FormatConfig):
+    """ONNX by PyTorch's exporter over `torch.export`; `opset` None is the exporter's own choice."""
+
+    opset: int | None = None
+
+
+def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
+    """Write an ONNX file with input ``input`` and the metadata property ``backbones`` (JSON).
+
+    Weights beyond the 2 GB that one file holds go to ``<path>.data`` beside it. In int8 the
+    weights and activations of convolutions and products are quantized, with QuantizeLinear and
+    DequantizeLinear around them.
+
+    Raises:
+        MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
+        ExportError: the exporter failed.
+    """
+    if conversion.precision != "int8":
+        write_onnx(conversion, config, path)
+        return
+    from backbones.engines.int8 import quantize_onnx
+
+    plain = path.with_name(f"fp32-{path.name}")
+    write_onnx(conversion, config, plain)
+    quantize_onnx(plain, path, conversion)
+    for file in path.parent.glob(f"{plain.name}*"):
+        file.unlink()
+
+
+def write_onnx(
+    conversion: Conversion, config: OnnxConfig, path: Path, elementary: bool = False
+) -> None:
+    """Write the ONNX file of a model in its precision; `elementary` as for `lowered`."""
+    optional_import("onnx", "onnx")
+    optional_import("onnxscript", "onnx")
+    model = in_graph_form(conversion.model, elementary)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
+    try:
+        program = torch.onnx.export(
+            model,
+            (conversion.example,),
+            dynamo=True,
+            dynamic_shapes=(shapes,) if shapes else None,
+            input_names=["input"],
+            output_names=list(conversion.outputs),
+            opset_version=config.opset,
+            verbose=False,
+        )
+        assert program is not None  # it is None with the exporter of old only
+        facts = json.dumps(conversion.metadata, allow_nan=False)
+        program.model.metadata_props["backbones"] = facts
+        program.save(path, external_data=size > LARGEST)
+    except Exception as error:  # whatever torch.export, the translation and protobuf raise
+        raise ExportError(
+            f"{path.name}: PyTorch's ONNX exporter failed: {summary(error)}"
+        ) from error
+
+
+class OnnxRuntimeRunner(Runner):
+    """An ONNX file in ONNX Runtime's CPU engine.
+
+    Args:
+        path: the file.
+        threads: threads of one call; None for PyTorch's number.
+        batch_size: number of images that calls mostly have. The session for it knows all shapes
+            and is faster; calls with another number get a session of their own.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
+        ExportError: ONNX Runtime cannot load the file.
+    """
+
+    engine = "onnxruntime"
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        threads: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.path = existing(path)
+        self._threads = threads or torch.get_num_threads()
+        self._session = self._start(batch_size)
+        self._batch_size = batch_size
+        self._any: Any = None
+        self._lock = threading.Lock()
+        taken = self._session.get_inputs()[0]
+        # The session for one number of images says that number in place of the free dimension.
+        shape = taken.shape if batch_size is None else [None, *taken.shape[1:]]
+        found = self._session.get_modelmeta().custom_metadata_map.get("backbones")
+        super().__init__(
+            self.path,
+            shape,
+            threads=threads,
+            raw=taken.type == "tensor(uint8)",
+            metadata=json.loads(found) if found else {},
+        )
+        self._name = taken.name
+
+    def _start(self, batch_size: int | None) -> Any:
+        ort = optional_import("onnxruntime", "onnx")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if batch_size is not None:
+            options.add_free_dimension_override_by_name("batch", batch_size)
+        # Idle threads that spin would take the cores from whatever runs between two calls.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common public class
+            raise ExportError(f"{self.path}: ONNX Runtime cannot load it: {error}") from error
+
+    def infer(self, x: Tensor) -> Sequence[Tensor]:
+        """Run the session for this number of images."""
+        session = self._session
+        if self._batch_size not in (None, len(x)):
+            with self._lock:
+                self._any = self._any or self._start(None)
+            session = self._any
+        return [torch.from_numpy(one) for one in session.run(None, {self._name: x.numpy()})]
+
+
+register(Format("onnx", ".onnx", OnnxConfig, to_onnx, OnnxRuntimeRunner, ("fp32", "fp16", "int8")))

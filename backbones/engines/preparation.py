@@ -1,0 +1,105 @@
+"""From a user's model to what is converted or run: merged, in eval mode, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.engines.preprocessing import Preprocessed
+from backbones.errors import UnsupportedError
+from backbones.foreign import reparameterize
+from backbones.lowering import lowered
+from backbones.reparam import backbones_in
+
+__all__ = ["DTYPES", "InPrecision", "Pyramid", "in_graph_form", "merged", "prepared", "unmerged"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class InPrecision(nn.Module):
+    """A model that computes in half precision behind float32 inputs and outputs."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.dtype = DTYPES[precision]
+        self.model = model.to(self.dtype)
+
+    def forward(self, x: Tensor) -> Any:
+        result = self.model(x.to(self.dtype))
+        if isinstance(result, Tensor):
+            return result.float()
+        return [output.float() for output in result]
+
+
+class Pyramid(nn.Module):
+    """A classifier as the maps of all its stages, strides ascending."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        model: Any = self.model
+        return model.forward_intermediates(x, intermediates_only=True)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """Return a merged copy in float32, in eval mode on the CPU.
+
+    A model that is none of this package's nor timm's has nothing to merge and is copied.
+    """
+    clone = unmerged(model)
+    known = any(backbones_in(clone)) or getattr(clone, "pretrained_cfg", None) is not None
+    return reparameterize(clone) if known else clone
+
+
+def in_graph_form(model: nn.Module, elementary: bool = False) -> nn.Module:
+    """Return a copy of a merged model in the form that graph engines prefer (see `lowering`).
+
+    A model that is not merged, or holds no backbone of this package, is returned as it is.
+    """
+    parts = [part for _, part in backbones_in(model)]
+    if not parts or not all(part.deployed for part in parts):
+        return model
+    return lowered(copy.deepcopy(model), elementary)
+
+
+def unmerged(model: nn.Module) -> nn.Module:
+    """Return a copy in float32, in eval mode on the CPU."""
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def prepared(
+    model: nn.Module,
+    data_config: Mapping[str, Any],
+    *,
+    precision: str,
+    preprocess: bool,
+    features: bool,
+) -> nn.Module:
+    """Wrap a merged model in what the file shall contain besides it.
+
+    Args:
+        model: merged; it becomes a part of the result and changes its type with it.
+        data_config: the model's preprocessing.
+        precision: ``bf16`` and ``fp16`` compute in that type; others leave the model as it is.
+        preprocess: put resizing and normalization before it.
+        features: return the maps of the stages instead of logits.
+
+    Raises:
+        UnsupportedError: the model has no stages, or its preprocessing cannot be put in.
+    """
+    if features:
+        if not hasattr(model, "forward_intermediates"):
+            raise UnsupportedError(
+                f"{type(model).__name__} has no stages to export; create it with"
+                " features_only=True instead"
+            )
+        model = Pyramid(model)
+    if precision in DTYPES:
+        model = InPrecision(model, precision)
+    return (Preprocessed(model, data_config) if preprocess else model).eval()

@@ -1,0 +1,53 @@
+"""A channel mixer that also looks at the neighbors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from backbones import merge
+from backbones.layers import ChannelMlp
+
+__all__ = ["ConvMlp", "ResidualConv"]
+
+
+class ResidualConv(nn.Conv2d):
+    """A depthwise 3x3 convolution with bias, added to its input (B, C, H, W)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+    def merged(self) -> nn.Conv2d:
+        """Return the plain convolution that computes the same."""
+        plain = nn.Conv2d(
+            self.in_channels, self.out_channels, 3, padding=1, groups=self.groups, device="meta"
+        )
+        plain.weight, plain.bias = self.weight, self.bias
+        merge.branches_into_kernel(plain, identity=True)
+        return plain.train(self.training)
+
+
+class ConvMlp(ChannelMlp):
+    """``fc2(GRN(conv_dw(GELU(fc1(x)))))`` on (B, C, H, W), `conv_dw` a residual convolution.
+
+    Source: OverLoCK (arXiv 2502.20087), section 3.2, "ConvFFN".
+
+    Args:
+        dim: channels in and out.
+        hidden_dim: channels between.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(dim, hidden_dim, use_conv=True, use_grn=True)
+        self.conv_dw: nn.Conv2d = ResidualConv(hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.grn(self.conv_dw(self.act(self.fc1(x)))))
+
+    def reparameterize(self) -> None:
+        """Fold the residual into the depthwise kernel, and what the base class folds."""
+        super().reparameterize()
+        if isinstance(self.conv_dw, ResidualConv):
+            self.conv_dw = self.conv_dw.merged()

@@ -1,0 +1,114 @@
+"""Recording digests in the manifest, so that every later download is verified."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from backbones.errors import ConfigError
+from backbones.manifest import WeightsEntry, read_manifest
+from backbones.weights.download.disk import sha256_of
+from backbones.weights.download.fetching import fetch
+from backbones.weights.download.hub import file_revision
+
+__all__ = ["Pin", "measure_pin", "write_pin"]
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What identifies a file for good."""
+
+    sha256: str
+    size: int
+    revision: str | None = None
+    """The commit of the Hub repository; None for files of other servers."""
+
+
+def measure_pin(entry: WeightsEntry, *, cache_dir: str | Path | None = None) -> Pin:
+    """Download an entry's file and return its digest, its size and the commit it is of.
+
+    A digest, size or revision recorded already is compared first (`fetch`).
+
+    Raises:
+        WeightsUnavailableError: the file cannot be had.
+        CheckpointError: the file is not the recorded one.
+    """
+    revision = entry.revision
+    if entry.repo and revision is None:
+        revision = file_revision(entry.repo, entry.file or "")
+    # The commit, not the branch: what is recorded is one state of the repository.
+    path = fetch(replace(entry, revision=revision), cache_dir=cache_dir)
+    return Pin(sha256_of(path), path.stat().st_size, revision)
+
+
+def write_pin(manifest: str | Path, name: str, pin: Pin) -> None:
+    """Write a pin into an entry of a manifest file, leaving every other line as it is.
+
+    Args:
+        manifest: the YAML file.
+        name: the entry, ``variant.tag``.
+        pin: what to record.
+
+    Raises:
+        ConfigError: the file has no such entry, is written in a style that cannot be changed line
+            by line, or cannot be written. It is left as it was.
+    """
+    path = Path(manifest)
+    before = read_manifest(path).entries
+    if name not in before:
+        raise ConfigError(f"{path}: no entry {name!r}")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    begin, end, indent = _block(path, lines, name)
+    for key, value in (("revision", pin.revision), ("sha256", pin.sha256), ("size", pin.size)):
+        text = "null" if value is None else str(value)
+        at = next((i for i in range(begin, end) if _is_key(lines[i], indent, key)), None)
+        if at is None and value is not None:
+            lines.insert(end, f"{indent}{key}: {text}\n")
+            end += 1
+        elif at is not None:
+            lines[at] = re.sub(r"(:\s*)[^\s#]+", rf"\g<1>{text}", lines[at], count=1)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.yaml")
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        after = dict(read_manifest(temporary).entries)
+        # A digest of digits alone would be read as a number, quoting styles differ, and so on.
+        changed = replace(
+            before[name], revision=pin.revision, sha256=pin.sha256, size=pin.size, where=""
+        )
+        same = {key: replace(entry, where="") for key, entry in before.items()} | {name: changed}
+        if {key: replace(entry, where="") for key, entry in after.items()} != same:
+            raise ConfigError(
+                f"{path}: {name!r} is not written one key a line; record by hand: {pin}"
+            )
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error}); check its rights") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _block(path: Path, lines: list[str], name: str) -> tuple[int, int, str]:
+    """Return the first and the line after the last of an entry's keys, and their indentation."""
+    pattern = re.compile(rf"""(\s*)["']?{re.escape(name)}["']?:\s*(#.*)?$""")
+    for number, line in enumerate(lines):
+        found = pattern.match(line)
+        if found:
+            begin, outer = number + 1, len(found[1])
+            break
+    else:
+        raise ConfigError(f"{path}: {name!r} does not begin a line of its own")
+    end = begin
+    while end < len(lines) and lines[end].strip() and _indent(lines[end]) > outer:
+        end += 1
+    return begin, end, " " * _indent(lines[begin] if end > begin else " " * (outer + 2))
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+def _is_key(line: str, indent: str, key: str) -> bool:
+    return line.startswith(f"{indent}{key}:")

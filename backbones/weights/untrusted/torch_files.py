@@ -1,0 +1,156 @@
+"""Reading `torch.save` files without running anything they ask for.
+
+Two guards, one behind the other. First the pickle is followed step by step without building
+anything (`Rehearsal`), and every class or function it names is compared with a short list of what a
+checkpoint of tensors needs. That list is narrower than PyTorch's own, which also admits calls that
+allocate any amount of memory (`bytearray`, chained encodings). Then PyTorch's weights-only
+unpickler reads the file, memory-mapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.errors import CheckpointError, UnsafeCheckpointError
+from backbones.weights.untrusted.archive import read_archive
+from backbones.weights.untrusted.pickle_check import Oddity, Rehearsal
+
+__all__ = ["CONVERTER", "load_archive", "load_pickle"]
+
+CONVERTER = "scripts/convert_checkpoint.py"
+# The pickles of the largest training checkpoints have a few MiB; the tensors lie outside of them.
+_MAX_PICKLE_BYTES = 32 << 20
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+# A legacy file is a magic number, a version, system facts, the object and the storages' names.
+_LEGACY_PICKLES = 5
+_LEGACY_COUNT_BYTES = 8  # before each storage
+
+# safe_globals changes a list of the whole process and takes its entries off it at the end.
+_SAFE_GLOBALS_LOCK = threading.Lock()
+
+
+def load_archive(path: Path, size: int) -> Any:
+    """Read a zip archive written by `torch.save`; `size` is the file's size in bytes.
+
+    Raises:
+        UnsafeCheckpointError: the archive asks to run code.
+        CheckpointError: the archive is damaged, odd, or no checkpoint.
+    """
+    try:
+        with path.open("rb") as stream:
+            archive = read_archive(stream, size, _MAX_PICKLE_BYTES)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    rehearsal = Rehearsal(size, archive.storages)
+    _, oddity = _rehearse(path, io.BytesIO(archive.pickled), rehearsal, pickles=1)
+    if oddity:
+        raise _odd(path, oddity)
+    return _torch_load(path, mmap=True)
+
+
+def load_pickle(path: Path, head: bytes, size: int) -> Any:
+    """Read a file that starts like a pickle: PyTorch's format from before version 1.6.
+
+    Raises:
+        UnsafeCheckpointError: the pickle asks to run code.
+        CheckpointError: it is damaged, or was not written by `torch.save`.
+    """
+    legacy = head.startswith(_LEGACY_MAGIC)
+    with path.open("rb") as file:
+        stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+    rehearsal = Rehearsal(size)
+    pickles = _LEGACY_PICKLES if legacy else 1
+    keys, oddity = _rehearse(path, stream, rehearsal, pickles=pickles)
+    if not legacy:
+        raise CheckpointError(
+            f"{path}: a plain pickle, not written by torch.save; if you trust where it comes from, "
+            f"{CONVERTER} turns it into a file that loads here"
+        )
+    if oddity:
+        raise _odd(path, oddity)
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or sorted(keys) != sorted(rehearsal.declared):
+        raise CheckpointError(f"{path}: damaged, it lists other storages than it uses; fetch again")
+    needed = stream.tell() + rehearsal.declared_bytes + _LEGACY_COUNT_BYTES * len(keys)
+    if needed != size:
+        raise CheckpointError(
+            f"{path}: damaged or cut short, {needed} bytes are declared and {size} are there; "
+            "fetch the file again"
+        )
+    return _torch_load(path, mmap=False)
+
+
+def _rehearse(
+    path: Path, stream: io.BytesIO, rehearsal: Rehearsal, *, pickles: int
+) -> tuple[Any, Oddity | None]:
+    """Follow the first `pickles` pickles of a file.
+
+    Returns:
+        A likeness of the last one's object, and the first thing found that no checkpoint does.
+
+    Raises:
+        UnsafeCheckpointError: they name anything but the parts of a checkpoint.
+        CheckpointError: they are damaged.
+    """
+    result: Any = None
+    oddity: Oddity | None = None
+    damage: Exception | None = None
+    for _ in range(pickles):
+        try:
+            result = rehearsal.follow(stream)
+        except Oddity as error:
+            oddity = oddity or error
+        except Exception as error:  # pickletools has no error class of its own
+            damage = error
+            break  # where the next pickle starts is unknown
+    if rehearsal.blocked:
+        names = ", ".join(sorted(rehearsal.blocked)[:8])
+        raise UnsafeCheckpointError(
+            f"{path}: refused, because reading it would call {names}. Nothing was run. If you trust"
+            f" where the file comes from, 'python {CONVERTER} --i-trust-this-file IN "
+            "OUT.safetensors' (of the project's source tree) runs it in a process of its own and"
+            " keeps only the tensors; that file loads here"
+        )
+    if damage is not None:
+        raise CheckpointError(
+            f"{path}: damaged or cut short, its pickle cannot be read ({str(damage)[:200]}); "
+            "fetch the file again"
+        ) from damage
+    return result, oddity
+
+
+def _odd(path: Path, oddity: Oddity) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: its pickle {oddity}; do not use this file, or, if you trust where it comes from, "
+        f"convert it with {CONVERTER}"
+    )
+
+
+def _torch_load(path: Path, *, mmap: bool) -> Any:
+    # PyTorch takes this extension for the other format, and maps named files only.
+    misnamed = path.suffix == ".safetensors"
+    try:
+        with (
+            _SAFE_GLOBALS_LOCK,
+            torch.serialization.safe_globals([argparse.Namespace]),
+            path.open("rb") as stream,
+        ):
+            return torch.load(
+                stream if misnamed else str(path),
+                map_location="cpu",
+                weights_only=True,
+                mmap=mmap and not misnamed,
+            )
+    except Exception as error:  # PyTorch raises a dozen classes on damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path}: damaged or cut short, or not readable by PyTorch's safe reader "
+            f"({reason[:300]}); fetch the file again, or save its tensors with safetensors where it"
+            " was made"
+        ) from error
