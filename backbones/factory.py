@@ -20,7 +20,7 @@ from backbones.info import ModelInfo
 from backbones.manifest import load_manifest
 from backbones.registry import build, registry, unknown
 
-__all__ = ["create_model", "list_families", "list_models", "model_info"]
+__all__ = ["create_model", "find_variant", "list_families", "list_models", "model_info"]
 
 REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
 

@@ -31,6 +31,7 @@ __all__ = [
     "factor_into_outputs",
     "fold_chain",
     "is_map",
+    "like",
     "norm_into_next",
     "norm_into_previous",
     "pass_outputs_into_kernel",
@@ -77,7 +78,7 @@ def is_map(module: object) -> bool:
     return type(module) in (nn.Conv2d, nn.Linear)
 
 
-def is_unpadded(module: object) -> bool:
+def _is_unpadded(module: object) -> bool:
     """Whether a module is a map whose outputs see inputs only, no zeros from beyond the border."""
     if type(module) is nn.Conv2d:
         return module.padding == "valid" or (
@@ -117,7 +118,7 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
         What takes the norm's place: an identity for a batch norm, the norm without parameters for
         a layer or group norm, or the norm where it was not folded.
     """
-    if not _acts_on_outputs(norm, linear) or not is_unpadded(linear):
+    if not _acts_on_outputs(norm, linear) or not _is_unpadded(linear):
         return norm
     batch = isinstance(norm, BATCH_NORMS)
     if not batch and norm.weight is None and norm.bias is None:
@@ -254,7 +255,7 @@ def shift_into_next(shift: Tensor | None, linear: nn.Module) -> None:
     """
     if shift is None:
         return
-    if not is_unpadded(linear):
+    if not _is_unpadded(linear):
         raise ValueError(f"an offset cannot move through {linear}: it is no unpadded map")
     moved = _weight(linear) * _input_values(linear, _wide(shift).flatten())
     _store(linear, None, _bias(linear) + moved.flatten(1).sum(1))
@@ -282,7 +283,7 @@ def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> N
     The weights of an attention sum to one, so that a constant passes through unchanged. The map
     after it must not be padded.
     """
-    if linear.bias is None or not is_unpadded(after):
+    if linear.bias is None or not _is_unpadded(after):
         return
     bias = _bias(linear)
     if not bias.is_meta and not bias[rows].any():

@@ -93,8 +93,8 @@ def run(
         BackbonesError: a step failed; files of finished steps are in the output folder.
     """
     started, output = time.perf_counter(), config.output
-    check(config)
-    training = training_options(config)
+    _check(config)
+    training = _training_options(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     output.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def run(
         f" for all {agreement.count}, largest difference of a logit {agreement.max_error:.1e}"
     )
     image = torch.randn(1, *data_config["input_size"])
-    merged, best = deployed(model, config.threads)
+    merged, best = _deployed(model, config.threads)
     latencies = compare_latency({"pytorch": model, "merged": merged, "best": best}, image)
     before, middle, after = (latencies[name] for name in ("pytorch", "merged", "best"))
     say(f"[6/6] latency of one image before, eager PyTorch: {before}")
@@ -170,12 +170,12 @@ def run(
         "agreement": dataclasses.asdict(agreement),
         "best_engine": best.engine,
         "latency": {name: dataclasses.asdict(value) for name, value in latencies.items()},
-        "mistakes": mistakes(val_set, result),
+        "mistakes": _mistakes(val_set, result),
         "images": {"train": counts[0], "val": counts[1]},
         "training": training,
         "history": [dataclasses.asdict(epoch) for epoch in trained.epochs],
         "export": exported.as_dict(),
-        "versions": versions(),
+        "versions": _versions(),
         "training_seconds": trained.seconds,
         "seconds": time.perf_counter() - started,
     }
@@ -183,7 +183,7 @@ def run(
     return report
 
 
-def deployed(model: nn.Module, threads: int | None) -> tuple[Runner, Runner]:
+def _deployed(model: nn.Module, threads: int | None) -> tuple[Runner, Runner]:
     """Return the merged model in eager PyTorch, and in the fastest of the engines that start soon.
 
     Their files are for this once and are not kept.
@@ -194,7 +194,7 @@ def deployed(model: nn.Module, threads: int | None) -> tuple[Runner, Runner]:
         return merged, deploy(model, engine=engines, threads=threads, cache_dir=folder)
 
 
-def check(config: QuickstartConfig) -> None:
+def _check(config: QuickstartConfig) -> None:
     """Refuse what cannot work before anything is written.
 
     Raises:
@@ -205,12 +205,12 @@ def check(config: QuickstartConfig) -> None:
     if config.output.exists() and not config.output.is_dir():
         raise ConfigError(f"{config.output} is a file; give a folder as output")
     model_info(config.model)
-    TrainConfig(**training_options(config))
+    TrainConfig(**_training_options(config))
     model = create_model(config.model, num_classes=10, device="meta")
     model(torch.empty(2, 3, config.size, config.size, device="meta"))
 
 
-def training_options(config: QuickstartConfig) -> dict[str, Any]:
+def _training_options(config: QuickstartConfig) -> dict[str, Any]:
     """Return the options of training: digits are not mirrored, and cropped with care.
 
     The held-out digits are for the end alone, so that no epoch is chosen by them.
@@ -237,7 +237,7 @@ def training_options(config: QuickstartConfig) -> dict[str, Any]:
     }
 
 
-def mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:
+def _mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:
     """Return file, true and predicted class of every mistake."""
     wrong = (result.predictions != result.targets).nonzero().flatten().tolist()
     return [
@@ -250,7 +250,7 @@ def mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:
     ]
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Return the versions and the processor that the figures were made with."""
     names = ("onnx", "onnxruntime", "onnxscript")
     found = {name: optional_import(name, "quickstart").__version__ for name in names}

@@ -24,7 +24,15 @@ from backbones.errors import ConfigError, UnknownModelError
 from backbones.manifest import WeightsEntry, load_manifest
 from backbones.skeleton import StagedBackbone
 
-__all__ = ["Registry", "build", "pretrained_cfg_of", "register_family", "registry"]
+__all__ = [
+    "Registry",
+    "build",
+    "pretrained_cfg_of",
+    "register_family",
+    "register_shipped_families",
+    "registry",
+    "unknown",
+]
 
 _logger = logging.getLogger(__name__)
 MODULE = "backbones"  # timm keys modules by their last component
@@ -180,7 +188,7 @@ def pretrained_cfg_of(variant: Variant, entry: WeightsEntry | None) -> Pretraine
     if variant.source is not None:
         common |= {"paper_name": variant.source.title, "origin_url": variant.source.repository}
     if entry is None:
-        return PretrainedCfg(**common, pool_size=pool_size(model_class, (3, 224, 224)))
+        return PretrainedCfg(**common, pool_size=_pool_size(model_class, (3, 224, 224)))
     source: dict[str, Any] = {}
     if entry.available and entry.repo:
         revision = f"@{entry.revision}" if entry.revision else ""
@@ -194,8 +202,8 @@ def pretrained_cfg_of(variant: Variant, entry: WeightsEntry | None) -> Pretraine
         tag=entry.tag,
         input_size=tuple(entry.input_size),  # type: ignore[arg-type]
         test_input_size=tuple(test_size) if test_size else None,  # type: ignore[arg-type]
-        pool_size=pool_size(model_class, entry.input_size),
-        test_pool_size=pool_size(model_class, test_size) if test_size else None,
+        pool_size=_pool_size(model_class, entry.input_size),
+        test_pool_size=_pool_size(model_class, test_size) if test_size else None,
         interpolation=entry.interpolation,
         crop_pct=entry.crop_pct,
         test_crop_pct=entry.test_crop_pct,
@@ -207,7 +215,7 @@ def pretrained_cfg_of(variant: Variant, entry: WeightsEntry | None) -> Pretraine
     )
 
 
-def pool_size(model_class: type[StagedBackbone], input_size: Iterable[int]) -> tuple[int, int]:
+def _pool_size(model_class: type[StagedBackbone], input_size: Iterable[int]) -> tuple[int, int]:
     """Return height and width of the last feature map."""
     _, height, width = input_size
     stride = math.prod(model_class.strides)

@@ -25,8 +25,8 @@ __all__ = [
     "ReparamReport",
     "backbones_in",
     "relative_difference",
-    "require_eval",
     "reparameterize",
+    "require_eval",
     "smallest_input",
 ]
 

@@ -16,8 +16,8 @@ from backbones.bench.statistics import Times, certain
 
 __all__ = [
     "BenchReport",
-    "Choice",
     "ChildError",
+    "Choice",
     "Front",
     "FrontRow",
     "Latency",

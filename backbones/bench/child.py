@@ -61,7 +61,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=environment(threads),
+                env=_environment(threads),
                 start_new_session=True,
             )
         except OSError as error:
@@ -154,7 +154,7 @@ class Child:
         return f"; it said last: {text[-TAIL:]}" if text else " and said nothing"
 
 
-def environment(threads: int) -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     """Return the environment of a child: as ours, with the threads given and no network."""
     found = dict(os.environ)
     for library in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR"):

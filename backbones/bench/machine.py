@@ -18,7 +18,7 @@ import backbones
 from backbones.bench.child import WORKER, Child
 from backbones.engines.caching import processor, versions
 
-__all__ = ["Machine", "examine", "matmul_peak", "peak_memory_mib", "usable_cpus"]
+__all__ = ["Machine", "count", "examine", "matmul_peak", "peak_memory_mib", "usable_cpus"]
 
 LIBRARIES = ("torch", "timm", "onnxruntime", "openvino", "executorch")
 SIDES = (512, 1024, 2048)

@@ -77,7 +77,7 @@ def front(
         raise ConfigError(f"the published form is fp32, not {precision}; choose another engine")
     candidate = Candidate(engine, precision, "merged") if engine != "published" else PUBLISHED
     # Wrong names are told before anything is measured.
-    subjects = {name: resolve(name, Path()) for name in expand(models)}
+    subjects = {name: resolve(name, Path()) for name in _expand(models)}
     facts = []
     for name in subjects:
         if progress is not None:
@@ -101,7 +101,7 @@ def front(
                     threads=threads,
                     seconds=seconds,
                     limit_s=time_limit_s,
-                    stop=lambda facts: hopeless(facts["warmup_ms"], budget_ms),
+                    stop=lambda facts: _hopeless(facts["warmup_ms"], budget_ms),
                     progress=advance,
                 )
             row = dataclasses.replace(row, weights=subject.weights)
@@ -122,7 +122,7 @@ def front(
     )
 
 
-def expand(models: Sequence[str] | None) -> list[str]:
+def _expand(models: Sequence[str] | None) -> list[str]:
     """Return the models that names and patterns stand for, each once, in order.
 
     Raises:
@@ -150,7 +150,7 @@ def expand(models: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def hopeless(warmup_ms: float, budget_ms: float | None) -> str | None:
+def _hopeless(warmup_ms: float, budget_ms: float | None) -> str | None:
     """Return why a model need not be measured further; None where it must be."""
     if budget_ms is None or warmup_ms <= HOPELESS * budget_ms:
         return None

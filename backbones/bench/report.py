@@ -12,7 +12,7 @@ from backbones.bench.machine import Machine
 from backbones.bench.measuring import Measurement
 from backbones.bench.statistics import Times, certain, too_noisy
 
-__all__ = ["BenchReport", "Row", "markdown"]
+__all__ = ["BenchReport", "Row", "markdown", "row_of", "verdict_on"]
 
 HEADS = ["candidate", "layout", "median ms", "p90 ms", "spread", "images/s", "GMAC/s"]
 HEADS += ["of peak", "peak MiB", "speedup"]

@@ -78,7 +78,7 @@ def _doubt(one: Times, other: Times) -> str | None:
     pairs = list(zip(fast.turn_medians, slow.turn_medians))
     wins = sum(a < b for a, b in pairs)
     decided = sum(a != b for a, b in pairs)
-    if wins < SHARE_OF_ROUNDS * len(pairs) or chance(wins, decided) >= CHANCE:
+    if wins < SHARE_OF_ROUNDS * len(pairs) or _chance(wins, decided) >= CHANCE:
         return f"the faster one won only {wins} of {len(pairs)} rounds"
     spread, difference = max(one.spread, other.spread), slow.median / fast.median - 1
     if spread > NOISY and difference < spread:
@@ -86,7 +86,7 @@ def _doubt(one: Times, other: Times) -> str | None:
     return None
 
 
-def chance(wins: int, of: int) -> float:
+def _chance(wins: int, of: int) -> float:
     """Return how often a fair coin is at least as one-sided as this (two-sided sign test)."""
     most = max(wins, of - wins)
     tail = sum(math.comb(of, count) for count in range(most, of + 1)) / 2**of

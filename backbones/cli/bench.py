@@ -76,13 +76,13 @@ def _benchmark(args: argparse.Namespace) -> int:
     if not args.names and args.checkpoint is None:
         raise ConfigError("name a model, or a checkpoint (--checkpoint), or add --front")
     reports = []
-    with Bar() as bar:
+    with _Bar() as bar:
         for name in args.names or [None]:
             report = bench.benchmark(
                 name,
                 checkpoint=args.checkpoint,
-                engines=None if args.engines is None else listed(args.engines),
-                precisions=listed(args.precisions),
+                engines=None if args.engines is None else _listed(args.engines),
+                precisions=_listed(args.precisions),
                 progress=bar.show,
                 **_conditions(args),
             )
@@ -102,11 +102,11 @@ def _front(args: argparse.Namespace) -> int:
     for option in ("checkpoint", "engines"):
         if getattr(args, option) is not None:
             raise ConfigError(f"--{option} does not go with --front and --budget")
-    precisions = listed(args.precisions)
+    precisions = _listed(args.precisions)
     if len(precisions) != 1:
         raise ConfigError("a front is of one precision; give --precisions one")
     budget = None if args.budget is None else bench.parse_budget(args.budget)
-    with Bar() as bar:
+    with _Bar() as bar:
         front = bench.front(
             args.names or None,
             engine=args.engine or "auto",
@@ -146,12 +146,12 @@ def _conditions(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def listed(text: str) -> list[str]:
+def _listed(text: str) -> list[str]:
     """Return the parts of ``a,b``."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-class Bar:
+class _Bar:
     """A progress bar over the whole; none without a terminal."""
 
     def __init__(self) -> None:
@@ -162,7 +162,7 @@ class Bar:
             bar_format="{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}]",
         )
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -101,11 +101,11 @@ def run(args: argparse.Namespace) -> int:
         classes=classes,
         provenance={"checkpoint": Path(args.model).name} if is_file else None,
     )
-    print(json.dumps(report.as_dict()) if args.json else describe(report))
+    print(json.dumps(report.as_dict()) if args.json else _describe(report))
     return 0
 
 
-def describe(report: ExportReport) -> str:
+def _describe(report: ExportReport) -> str:
     """Return the report for people."""
     size = "x".join(str(n) for n in report.input_size)
     lines = [

@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Print the likeliest classes of each image; bad images are named before anything is run."""
-    check_images(args.images)
+    _check_images(args.images)
     name = args.model or (None if args.checkpoint else DEFAULT_MODEL)
     model, classes = load_model(name, args.checkpoint)
     if classes is None and (subset := infer_imagenet_subset(model)):
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_images(paths: list[str]) -> None:
+def _check_images(paths: list[str]) -> None:
     """Decode every image once.
 
     Raises:

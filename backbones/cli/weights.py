@@ -34,17 +34,17 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "backbones weights list 'lsnet*'\n         backbones weights fetch cpubone_s0",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    _verb(verbs, "list", list_entries, "list released weights", "backbones weights list --pinned")
+    _verb(verbs, "list", _list_entries, "list released weights", "backbones weights list --pinned")
     verbs.choices["list"].add_argument("--status", choices=STATUSES, help="only of this status")
     verbs.choices["list"].add_argument("--license", help="only under a matching license")
     verbs.choices["list"].add_argument(
         "--pinned", action="store_true", help="only those with a recorded digest"
     )
-    _verb(verbs, "show", show, "show everything known", "backbones weights show lsnet_t")
+    _verb(verbs, "show", _show, "show everything known", "backbones weights show lsnet_t")
     fetching = _verb(
         verbs,
         "fetch",
-        fetch_files,
+        _fetch_files,
         "download and verify; print the paths",
         "backbones weights fetch 'lsnet*' --to /mnt/weights   # a mirror for BACKBONES_WEIGHTS_DIR",
     )
@@ -53,14 +53,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     _verb(
         verbs,
         "verify",
-        verify_files,
+        _verify_files,
         "compare the files on this machine with the recorded digests, without network",
         "backbones weights verify",
     )
     _verb(
         verbs,
         "lock",
-        lock,
+        _lock,
         "download, and record digests and revisions in the manifest",
         "backbones weights lock lsnet_t.in1k --manifest weights_manifest.yaml",
     )
@@ -92,7 +92,7 @@ def _verb(
     return parser
 
 
-def list_entries(args: argparse.Namespace) -> int:
+def _list_entries(args: argparse.Namespace) -> int:
     """Print a line an entry."""
     entries = [
         entry
@@ -114,7 +114,7 @@ def list_entries(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> int:
     """Print every field of the entries, and where their files are on this machine."""
     facts = []
     for entry in _selected(args):
@@ -131,7 +131,7 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
-def fetch_files(args: argparse.Namespace) -> int:
+def _fetch_files(args: argparse.Namespace) -> int:
     """Download; go on after a failure, and say so at the end."""
     if not args.names:
         raise UnknownModelError(
@@ -154,7 +154,7 @@ def fetch_files(args: argparse.Namespace) -> int:
     return _each(chosen or entries, fetched, args.json)
 
 
-def verify_files(args: argparse.Namespace) -> int:
+def _verify_files(args: argparse.Namespace) -> int:
     """Check what is on this machine; 1 where a file is not the recorded one."""
 
     def verified(entry: WeightsEntry) -> str:
@@ -170,7 +170,7 @@ def verify_files(args: argparse.Namespace) -> int:
     return _each(entries, verified, args.json)
 
 
-def lock(args: argparse.Namespace) -> int:
+def _lock(args: argparse.Namespace) -> int:
     """Record digests, one entry at a time, so that an interruption loses little."""
     path = _manifest(args).path
 

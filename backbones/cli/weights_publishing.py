@@ -42,7 +42,7 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument("input", metavar="IN", help="checkpoint of any known layout and wrapper")
     parser.add_argument("output", metavar="OUT", help="safetensors file to write")
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the file's)")
-    _common(parser, convert)
+    _common(parser, _convert)
     parser = command(
         verbs,
         "push",
@@ -62,7 +62,7 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="write what would be sent to a folder, send nothing"
     )
-    _common(parser, push)
+    _common(parser, _push)
 
 
 def _common(parser: argparse.ArgumentParser, action: Any) -> None:
@@ -83,7 +83,7 @@ def _common(parser: argparse.ArgumentParser, action: Any) -> None:
 
 
 @dataclass
-class Loaded:
+class _Loaded:
     """A checkpoint as a model, and what is to be written beside the weights."""
 
     model: nn.Module
@@ -93,22 +93,22 @@ class Loaded:
     """License, provenance and classes, as `save_checkpoint` and `push_to_hub` take them."""
 
 
-def convert(args: argparse.Namespace) -> int:
+def _convert(args: argparse.Namespace) -> int:
     """Load strictly, write, and print what was found."""
     path, source = Path(args.output), Path(args.input)
     if path.exists() and source.exists() and path.samefile(source):
         raise ConfigError(f"{path}: would replace its own source; name another file")
-    loaded = load(args, dtype=getattr(torch, args.dtype) if args.dtype else None, rewritten=True)
+    loaded = _load(args, dtype=getattr(torch, args.dtype) if args.dtype else None, rewritten=True)
     weights.save_checkpoint(loaded.model, path, **loaded.beside)
     facts = {"path": str(path), "sha256": sha256_of(path), **loaded.facts}
     _report(facts, args.json)
     return 0
 
 
-def push(args: argparse.Namespace) -> int:
+def _push(args: argparse.Namespace) -> int:
     """Load strictly, then upload, or with ``--dry-run`` write the folder and keep it."""
     check_repo_id(args.repo_id)
-    loaded = load(args)
+    loaded = _load(args)
     if args.dry_run:
         folder = weights.save_for_hf(
             loaded.model,
@@ -132,9 +132,9 @@ def push(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(
+def _load(
     args: argparse.Namespace, *, dtype: torch.dtype | None = None, rewritten: bool = False
-) -> Loaded:
+) -> _Loaded:
     """Load ``args.input`` completely into the model it is of.
 
     Args:
@@ -185,7 +185,7 @@ def load(
         "license": license,
     }
     beside = {"license": license, "provenance": origin, "classes": ours.get("classes")}
-    return Loaded(model, facts, beside)
+    return _Loaded(model, facts, beside)
 
 
 def _widest(checkpoint: weights.Checkpoint) -> torch.dtype:

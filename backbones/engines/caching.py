@@ -37,19 +37,19 @@ def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = N
         "size": list(size),
         "versions": versions(VERSIONS),
         "machine": platform.machine(),
-        "code": code_digest(),
-        "classes": sources(model),
+        "code": _code_digest(),
+        "classes": _sources(model),
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(content_of(tensor))
+        digest.update(_content_of(tensor))
     if images is not None:
-        digest.update(content_of(images))
+        digest.update(_content_of(images))
     return digest.hexdigest()[:32]
 
 
-def content_of(tensor: Tensor) -> Any:
+def _content_of(tensor: Tensor) -> Any:
     """Return a tensor's values as a buffer of bytes."""
     values = tensor.detach().cpu().contiguous().flatten()
     return values.view(torch.uint8).numpy() if len(values) else b""
@@ -64,7 +64,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def code_digest() -> str:
+def _code_digest() -> str:
     """Return a digest of this package's own code, which changes between two versions of it."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def sources(model: nn.Module) -> dict[str, str]:
+def _sources(model: nn.Module) -> dict[str, str]:
     """Return the code of the classes that a user's model is made of, by name.
 
     The packages' own are known by their versions. A class whose code cannot be read, as one typed
@@ -103,7 +103,7 @@ def processor() -> str:
 
 def read_choice(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what was chosen before for the same question on this kind of processor."""
-    path = choice_path(folder, question)
+    path = _choice_path(folder, question)
     if not path.is_file():
         return None
     return json.loads(path.read_text(encoding="utf-8"))
@@ -111,13 +111,13 @@ def read_choice(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | N
 
 def write_choice(folder: Path, question: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
     """Remember a choice."""
-    path = choice_path(folder, question)
+    path = _choice_path(folder, question)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     temporary.write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
-def choice_path(folder: Path, question: Mapping[str, Any]) -> Path:
+def _choice_path(folder: Path, question: Mapping[str, Any]) -> Path:
     """Return the file of a question's answer."""
     text = json.dumps({**question, "processor": processor()}, sort_keys=True)
     return folder / f"choice-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"

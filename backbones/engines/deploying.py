@@ -130,7 +130,7 @@ def deploy(
     """
     if precision not in (*PRECISIONS, "auto"):
         raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}, auto")
-    names = available_engines() if engine == "auto" else list_of(engine)
+    names = available_engines() if engine == "auto" else _list_of(engine)
     for name in names:
         find_engine(name)
     if batch_size < 1 or (threads is not None and threads < 1):
@@ -164,22 +164,22 @@ def deploy(
     several = len(names) > 1 or precision == "auto"
     answer = read_choice(job.folder, question) if several else None
     if answer is not None:
-        chosen, report = resumed(job, answer)
+        chosen, report = _resumed(job, answer)
     else:
         precisions = PRECISIONS if precision == "auto" else (precision,)
         tried = {
             (name, p): dataclasses.replace(job, precision=p) for p in precisions for name in names
         }
-        chosen, report = choose(tried, several, say, time_limit)
+        chosen, report = _choose(tried, several, say, time_limit)
         if several:
             write_choice(job.folder, question, report.as_dict())
     chosen.report = report
     for _ in range(3):
-        chosen(example_of(job))
+        chosen(_example_of(job))
     return chosen
 
 
-def list_of(engine: str | Sequence[str]) -> list[str]:
+def _list_of(engine: str | Sequence[str]) -> list[str]:
     """Return one name or several as a list.
 
     Raises:
@@ -191,7 +191,7 @@ def list_of(engine: str | Sequence[str]) -> list[str]:
     return names
 
 
-def choose(
+def _choose(
     jobs: dict[tuple[str, str], Job],
     several: bool,
     say: Callable[[str], None],
@@ -212,7 +212,7 @@ def choose(
         if several and precision not in found.precisions:
             continue
         spent = time.perf_counter() - began
-        if several and runners and spent > share_of(found, time_limit):
+        if several and runners and spent > _share_of(found, time_limit):
             reason = f"not tried, the time limit of {time_limit:.0f} s was near"
             out.append(Candidate(name, precision, reason=reason))
             continue
@@ -227,7 +227,7 @@ def choose(
         reasons = "; ".join(f"{one.engine}: {one.reason}" for one in out)
         raise ConfigError(f"no engine can run this model in the precision asked for: {reasons}")
     say(f"measuring {len(runners)} candidates")
-    example = example_of(job)
+    example = _example_of(job)
     names = {" ".join(key): runner for key, runner in runners.items()}
     times = take_turns(names, example, warmup_s=0.2, seconds=1.0)
     images = job.images if job.images is not None else random_input((8, *job.size))
@@ -235,7 +235,7 @@ def choose(
     measured = []
     for key, runner in runners.items():
         values = [ms for turn in times[" ".join(key)] for ms in turn]
-        agreement, problem = agreement_of(runner, images, expected)
+        agreement, problem = _agreement_of(runner, images, expected)
         if agreement is not None and agreement.top1_agreement < LEAST_AGREEMENT and several:
             # On random images classes lie close together, and only fp32 is compared on them.
             problem = f"names the class of fp32 for less than {LEAST_AGREEMENT:.0%} of images"
@@ -264,7 +264,7 @@ def choose(
     return runners[best.engine, best.precision], report
 
 
-def resumed(job: Job, answer: dict[str, Any]) -> tuple[Runner, DeployReport]:
+def _resumed(job: Job, answer: dict[str, Any]) -> tuple[Runner, DeployReport]:
     """Start what was chosen at an earlier time."""
     job = dataclasses.replace(job, precision=answer["precision"])
     candidates = []
@@ -284,7 +284,7 @@ def resumed(job: Job, answer: dict[str, Any]) -> tuple[Runner, DeployReport]:
     return start(ENGINES[answer["engine"]], job), report
 
 
-def agreement_of(
+def _agreement_of(
     runner: Runner, images: Tensor, expected: Any
 ) -> tuple[Agreement | None, str | None]:
     """Return how well a runner agrees with the model, or why it cannot be told."""
@@ -295,12 +295,12 @@ def agreement_of(
         return None, str(error)
 
 
-def example_of(job: Job) -> Tensor:
+def _example_of(job: Job) -> Tensor:
     """Return an input of the size that is measured."""
     return random_input((job.batch_size, *job.size))
 
 
-def share_of(engine: Engine, time_limit: float) -> float:
+def _share_of(engine: Engine, time_limit: float) -> float:
     """Return the seconds after which an engine is not started any more.
 
     Compiling takes minutes and cannot be interrupted, so that it needs half of the time before it.

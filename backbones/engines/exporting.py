@@ -30,7 +30,7 @@ from backbones.engines.verification import Agreement, compare, outputs_of
 from backbones.errors import ConfigError, ExportError, UnsupportedError
 from backbones.reparam import backbones_in
 
-__all__ = ["ExportReport", "export"]
+__all__ = ["ExportReport", "export", "random_input", "run"]
 
 DYNAMIC = ("batch", "height", "width")
 # Largest difference over the output's largest magnitude. Half precision keeps three digits
@@ -42,7 +42,7 @@ PART = 32  # images that are compared at a time
 
 
 @dataclass(frozen=True)
-class Check:
+class _Check:
     """One comparison of the exported file with the model.
 
     `shape` is the input's; `real` tells whether it held the user's images instead of random ones.
@@ -65,7 +65,7 @@ class ExportReport:
     bytes: int
     seconds: float
     engine: str | None
-    checks: tuple[Check, ...]
+    checks: tuple[_Check, ...]
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the format tells besides, such as ExecuTorch's share of delegated operations."""
 
@@ -130,7 +130,7 @@ def export(
     if preprocess:
         dynamic = [name for name in DYNAMIC if name in dynamic or name in DYNAMIC[1:]]
         dynamic = [name for name in dynamic if name in target.dynamic]
-    check_request(target, dynamic, precision, path)
+    _check_request(target, dynamic, precision, path)
     if precision == "int8" and calibration is None:
         raise ConfigError(
             f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
@@ -141,14 +141,14 @@ def export(
     if preprocess and real is not None:
         raise UnsupportedError("calibration images are normalized; leave preprocess out")
     clone = merged(model) if merge else unmerged(model)
-    check_sizes(clone, [] if preprocess else dynamic)
+    _check_sizes(clone, [] if preprocess else dynamic)
     wrap = {"preprocess": preprocess, "features": features}
     half = precision in DTYPES  # which changes the very model
     reference = prepared(
         copy.deepcopy(clone) if half else clone, data_config, precision="fp32", **wrap
     )
     example = random_input((2 if "batch" in dynamic else 1, *size), raw=preprocess)
-    outputs = names_of(run(reference, example))
+    outputs = _names_of(run(reference, example))
     conversion = Conversion(
         model=prepared(clone, data_config, precision=precision, **wrap) if half else reference,
         example=example,
@@ -170,7 +170,7 @@ def export(
         notes = target.convert(conversion, config, file)
         # The runner is gone before the file moves: some systems do not move a file that is open.
         engine, checks = (
-            verified(reference, target, file, conversion, path) if verify else (None, ())
+            _verified(reference, target, file, conversion, path) if verify else (None, ())
         )
         written = put_in_place(file, path)
     return ExportReport(
@@ -187,9 +187,9 @@ def export(
     )
 
 
-def verified(
+def _verified(
     reference: nn.Module, target: Format, file: Path, conversion: Conversion, path: Path
-) -> tuple[str, tuple[Check, ...]]:
+) -> tuple[str, tuple[_Check, ...]]:
     """Run a file in its engine and compare it with the model.
 
     Returns:
@@ -201,19 +201,19 @@ def verified(
     runner = target.open(file)
     inputs: list[tuple[Tensor, bool]] = []
     if conversion.precision != "int8":
-        random = [random_input(shape, raw=conversion.raw) for shape in shapes(conversion)]
+        random = [random_input(shape, raw=conversion.raw) for shape in _shapes(conversion)]
         inputs += [(x, False) for x in random]
     if conversion.calibration is not None:
         real = conversion.calibration
         inputs.append((real if "batch" in conversion.dynamic else real[:1], True))
     tolerance = TOLERANCE[conversion.precision]
     return runner.engine, tuple(
-        Check(tuple(x.shape), check(reference, runner, x, tolerance, path), real)
+        _Check(tuple(x.shape), _check(reference, runner, x, tolerance, path), real)
         for x, real in inputs
     )
 
 
-def check_request(target: Format, dynamic: Sequence[str], precision: str, path: Path) -> None:
+def _check_request(target: Format, dynamic: Sequence[str], precision: str, path: Path) -> None:
     """Refuse what the format cannot do before anything is computed.
 
     Raises:
@@ -239,7 +239,7 @@ def check_request(target: Format, dynamic: Sequence[str], precision: str, path: 
         raise ConfigError(f"{path}: give a file in a folder that exists")
 
 
-def check_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
+def _check_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
     """Refuse a free image size where the graph would be wrong for other sizes than its own.
 
     Raises:
@@ -253,7 +253,7 @@ def check_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
             )
 
 
-def names_of(result: Any) -> tuple[str, ...]:
+def _names_of(result: Any) -> tuple[str, ...]:
     """Return names for a model's outputs.
 
     Raises:
@@ -266,7 +266,7 @@ def names_of(result: Any) -> tuple[str, ...]:
     return tuple(f"features_{i}" for i in range(len(result)))
 
 
-def shapes(conversion: Conversion) -> list[tuple[int, ...]]:
+def _shapes(conversion: Conversion) -> list[tuple[int, ...]]:
     """Return input shapes (B, C, H, W) that differ from the example's in every free dimension."""
     channels, height, width = conversion.metadata["input"]["input_size"]
     free = conversion.dynamic
@@ -280,7 +280,7 @@ def shapes(conversion: Conversion) -> list[tuple[int, ...]]:
     return found
 
 
-def check(
+def _check(
     model: nn.Module,
     runner: Callable[[Tensor], Any],
     x: Tensor,

@@ -23,11 +23,11 @@ BATCH = 8
 QUANTIZED = ("Conv", "Gemm", "MatMul")  # norms, spectra and pooled statistics stay in float32
 
 
-class Batches:
+class _Batches:
     """Calibration images, a batch at a time, as ONNX Runtime's quantizer reads them."""
 
     def __init__(self, conversion: Conversion) -> None:
-        self._left = batches(conversion)
+        self._left = _batches(conversion)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """Return the next batch by input name; None at the end."""
@@ -35,7 +35,7 @@ class Batches:
         return None if batch is None else {"input": batch}
 
 
-def batches(conversion: Conversion) -> Iterator[np.ndarray]:
+def _batches(conversion: Conversion) -> Iterator[np.ndarray]:
     """Yield the calibration images in batches that the file takes.
 
     Raises:
@@ -58,7 +58,7 @@ def quantize_onnx(source: Path, path: Path, conversion: Conversion) -> None:
     """
     tools = optional_import("onnxruntime.quantization", "onnx")
     prepared = source.with_name(f"prepared-{source.name}")
-    reader = Batches(conversion)
+    reader = _Batches(conversion)
     shaped = optional_import("onnxruntime.quantization.shape_inference", "onnx")
     shaped.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
     tools.quantize_static(
@@ -72,7 +72,7 @@ def quantize_onnx(source: Path, path: Path, conversion: Conversion) -> None:
         weight_type=tools.QuantType.QInt8,
         calibrate_method=tools.CalibrationMethod.MinMax,
         # 8 bits in the weights would overflow the 16-bit sums of processors without VNNI.
-        reduce_range=not has_vnni(),
+        reduce_range=not _has_vnni(),
     )
     prepared.unlink()
 
@@ -86,7 +86,7 @@ def quantize_openvino(model: Any, conversion: Conversion) -> Any:
     """
     nncf = optional_import("nncf", "openvino")
     nncf.set_log_level(logging.ERROR)
-    given = list(batches(conversion))
+    given = list(_batches(conversion))
     return nncf.quantize(
         model,
         nncf.Dataset(given),
@@ -98,7 +98,7 @@ def quantize_openvino(model: Any, conversion: Conversion) -> Any:
     )
 
 
-def has_vnni() -> bool:
+def _has_vnni() -> bool:
     """Tell whether the processor sums products of 8-bit numbers in 32 bits."""
     flags = Path("/proc/cpuinfo")
     if not flags.is_file():

@@ -59,7 +59,7 @@ class Engine:
         return all(importlib.util.find_spec(name) is not None for name in self.packages)
 
 
-class ModuleRunner(Runner):
+class _ModuleRunner(Runner):
     """A PyTorch module, eager or compiled; calls of several threads take turns."""
 
     def __init__(self, engine: str, module: Callable[[Tensor], Any], job: Job, layout: str) -> None:
@@ -80,19 +80,19 @@ class ModuleRunner(Runner):
             return self._module(x)
 
 
-def start_eager(job: Job) -> Runner:
+def _start_eager(job: Job) -> Runner:
     """Run the module in the memory layout that is fastest here."""
     module, layout = _laid_out(job)
-    return ModuleRunner("eager", module, job, layout)
+    return _ModuleRunner("eager", module, job, layout)
 
 
-def start_compiled(job: Job) -> Runner:
+def _start_compiled(job: Job) -> Runner:
     """Compile the module with its weights frozen in; the first call takes minutes."""
     module, layout = _laid_out(job)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     compiled = torch.compile(module, fullgraph=True, options={"freezing": True})
-    runner = ModuleRunner("compile", compiled, job, layout)
+    runner = _ModuleRunner("compile", compiled, job, layout)
     try:
         runner(random_input((job.batch_size, *job.size)))
     except Exception as error:  # whatever the compiler's many stages raise
@@ -108,14 +108,14 @@ def _laid_out(job: Job) -> tuple[nn.Module, str]:
         return choose_layout(module.eval(), random_input((job.batch_size, *job.size)))
 
 
-def start_onnxruntime(job: Job) -> Runner:
+def _start_onnxruntime(job: Job) -> Runner:
     """Export to ONNX and run it in ONNX Runtime."""
     path = job.folder / f"{job.precision}.onnx"
     _export_once(job, path, job.precision)
     return OnnxRuntimeRunner(path, threads=job.threads, batch_size=job.batch_size)
 
 
-def start_openvino(job: Job) -> Runner:
+def _start_openvino(job: Job) -> Runner:
     """Export to OpenVINO's format and run it."""
     if not computes_in(job.precision):
         raise UnsupportedError(
@@ -130,7 +130,7 @@ def start_openvino(job: Job) -> Runner:
     )
 
 
-def start_executorch(job: Job) -> Runner:
+def _start_executorch(job: Job) -> Runner:
     """Export to ExecuTorch and run it, on as many threads as the machine has cores."""
     from backbones.engines.executorch import ExecuTorchConfig, ExecuTorchRunner
 
@@ -159,21 +159,21 @@ ENGINES = {
         # Those that start soonest come first: `auto` has only so much time.
         Engine(
             "onnxruntime",
-            start_onnxruntime,
+            _start_onnxruntime,
             ("fp32", "fp16", "int8"),
             ("onnx", "onnxscript", "onnxruntime"),
             "onnx",
         ),
         Engine(
             "openvino",
-            start_openvino,
+            _start_openvino,
             ("fp32", "bf16", "fp16", "int8"),
             ("openvino", "onnx", "onnxscript"),
             "openvino",
         ),
-        Engine("eager", start_eager, ("fp32", "bf16", "fp16")),
-        Engine("executorch", start_executorch, ("fp32",), ("executorch",), "executorch"),
-        Engine("compile", start_compiled, ("fp32", "bf16", "fp16")),
+        Engine("eager", _start_eager, ("fp32", "bf16", "fp16")),
+        Engine("executorch", _start_executorch, ("fp32",), ("executorch",), "executorch"),
+        Engine("compile", _start_compiled, ("fp32", "bf16", "fp16")),
     )
 }
 

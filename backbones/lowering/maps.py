@@ -35,14 +35,14 @@ def norm_on_maps(norm: nn.Module) -> LayerNorm2d:
 
 def mlp_on_maps(mlp: ChannelMlp) -> ChannelMlp:
     """Let a channel mixer compute on maps, in place."""
-    mlp.fc1, mlp.fc2 = conv_of(mlp.fc1), conv_of(mlp.fc2)
+    mlp.fc1, mlp.fc2 = _conv_of(mlp.fc1), _conv_of(mlp.fc2)
     if isinstance(old := mlp.grn, GlobalResponseNorm):
         mlp.grn = GlobalResponseNorm(len(old.weight), channels_last=False, eps=old.eps)
         mlp.grn.weight, mlp.grn.bias = old.weight, old.bias
     return mlp
 
 
-def conv_of(linear: nn.Module) -> nn.Conv2d:
+def _conv_of(linear: nn.Module) -> nn.Conv2d:
     """Return a linear layer as a 1x1 convolution."""
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{type(linear).__name__} is no linear layer")

@@ -42,7 +42,7 @@ class RotatedMixer(nn.Module):
             outputs_of(proj, torch.arange(dim)), outputs_of(proj, hidden + torch.arange(dim)), act
         )
         self.even, self.odd = (
-            Half(torch.arange(first, hidden, 2), proj, conv, se, proj_out) for first in (0, 1)
+            _Half(torch.arange(first, hidden, 2), proj, conv, se, proj_out) for first in (0, 1)
         )
         self.act, self.conv_act = act, conv_act
         self.se_act, self.se_gate = se.act, se.gate
@@ -68,7 +68,7 @@ class RotatedMixer(nn.Module):
         return first + second
 
 
-class Half(nn.Module):
+class _Half(nn.Module):
     """The parts that belong to the even or to the odd channels.
 
     The first half holds the biases of what both add up to.

@@ -106,10 +106,10 @@ def _other_readers(config: TrainConfig) -> Splits:
 
     train = read(config.train_split, True)
     val = read(config.val_split, False) if config.val_split else None
-    return Splits(train, val, class_names(train))
+    return Splits(train, val, _class_names(train))
 
 
-def class_names(dataset: Any) -> list[str] | None:
+def _class_names(dataset: Any) -> list[str] | None:
     """Return a dataset's class names in order, where it knows them."""
     indices = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if isinstance(indices, Mapping):

@@ -12,7 +12,7 @@ from timm.data import ImageDataset
 
 from backbones.train.images import DataError, find_bad_images, open_image
 
-__all__ = ["ImageFolder", "exclude_bad", "hold_out", "image_folder", "split_folder"]
+__all__ = ["ImageFolder", "exclude_bad", "hold_out", "image_folder", "open_folder", "split_folder"]
 
 SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 SHOWN = 10  # names in a message

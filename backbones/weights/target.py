@@ -14,7 +14,7 @@ from backbones.errors import CheckpointError
 from backbones.skeleton import Layout
 from backbones.weights.untrusted.reading import Checkpoint
 
-__all__ = ["Layout", "Target"]
+__all__ = ["Layout", "Target", "inner_module"]
 
 
 class Target:

@@ -108,24 +108,24 @@ def test_doubts_about_a_choice():
 
 
 def test_models_that_patterns_and_names_stand_for():
-    everything = pareto.expand(None)
+    everything = pareto._expand(None)
     manifest = load_manifest()
     assert set(everything) == {
         name
         for name in backbones.list_models()
         if manifest.find(name) is not None and manifest.find(name).top1 is not None
     }
-    assert pareto.expand(["lsnet_*"]) == backbones.list_models("lsnet_*")
-    tagged = pareto.expand(["convnext_tiny.*_in22k_ft*"])
+    assert pareto._expand(["lsnet_*"]) == backbones.list_models("lsnet_*")
+    tagged = pareto._expand(["convnext_tiny.*_in22k_ft*"])
     assert tagged
     assert set(tagged) <= set(manifest.entries)
-    assert pareto.expand(["resnet18", "lsnet_t", "resnet18"]) == ["resnet18", "lsnet_t"]
+    assert pareto._expand(["resnet18", "lsnet_t", "resnet18"]) == ["resnet18", "lsnet_t"]
     with pytest.raises(UnknownModelError, match="no model matches 'lsmet_"):
-        pareto.expand(["lsmet_*"])
+        pareto._expand(["lsmet_*"])
     with pytest.raises(ConfigError, match="list of names"):
-        pareto.expand("lsnet_t")
+        pareto._expand("lsnet_t")
     with pytest.raises(ConfigError, match="no models to measure"):
-        pareto.expand([])
+        pareto._expand([])
 
 
 def test_models_are_measured_the_cheapest_first_at_the_size_of_their_top1(scripted_front, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from backbones.bench.report import verdict_on
-from backbones.bench.statistics import Times, certain, chance, too_noisy
+from backbones.bench.statistics import Times, _chance, certain, too_noisy
 
 
 def times(*medians, width=0.02):
@@ -65,10 +65,10 @@ def test_a_wide_spread_needs_a_wider_difference():
 
 
 def test_chance_of_a_coin():
-    assert chance(6, 6) == 2 / 64
-    assert chance(5, 5) == 2 / 32
-    assert chance(1, 6) == chance(5, 6) == 14 / 64
-    assert chance(3, 6) == chance(0, 0) == 1
+    assert _chance(6, 6) == 2 / 64
+    assert _chance(5, 5) == 2 / 32
+    assert _chance(1, 6) == _chance(5, 6) == 14 / 64
+    assert _chance(3, 6) == _chance(0, 0) == 1
 
 
 def test_verdicts():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.engines.openvino import depthwise as kernels
+from backbones.engines.openvino import depthwise as widening
 from backbones.engines.openvino import files
 from backbones.engines.openvino.depthwise import WIDE, milliseconds, widen_depthwise
 from backbones.engines.openvino.files import OpenVinoRunner
@@ -21,7 +21,7 @@ def wide_is(request, monkeypatch):
     """Decide the measurement, which depends on the processor."""
     times = {WIDE: 1.0 if request.param == "faster" else 3.0}
     monkeypatch.setattr(
-        depthwise,
+        widening,
         "milliseconds",
         lambda shape, kernels, options: [times.get(kernel, 2.0) for kernel in kernels],
     )

@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import backbones
 from backbones.errors import UnsupportedError
-from backbones.families.overlock.dynamic_conv import DynamicConv, enlarge, shrink
+from backbones.families.overlock.dynamic_conv import DynamicConv, _enlarge, _shrink
 from backbones.families.overlock.model import OverLoCK
 from backbones.weights import load_pretrained
 
@@ -186,9 +186,9 @@ def test_pruning_keeps_the_overview_for_the_focus_net_alone():
 def test_small_maps_are_enlarged_to_the_kernel(size, kernel_size, expected):
     for flip in (False, True):
         x = torch.empty(1, 2, *(size[::-1] if flip else size), device="meta")
-        large = enlarge(x, kernel_size)
+        large = _enlarge(x, kernel_size)
         assert large.shape[-2:] == (expected[::-1] if flip else expected)
-        assert shrink(large, x).shape == x.shape
+        assert _shrink(large, x).shape == x.shape
 
 
 def test_dynamic_conv_is_the_definition():

@@ -84,7 +84,7 @@ def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
             source = made_by.get(id(value))
             if isinstance(module, BATCH_NORM) and merge.is_map(source):
                 faults.append((source, module))
-            if merge.is_unpadded(module) and isinstance(source, BATCH_NORM):
+            if merge._is_unpadded(module) and isinstance(source, BATCH_NORM):
                 faults.append((source, module))
         if isinstance(output, torch.Tensor) and not isinstance(module, nn.Identity):
             made_by[id(output)] = module

@@ -21,7 +21,7 @@ from loopback_hub import COMMIT, Fault, serve
 from backbones import weights
 from backbones.errors import BackbonesError, CheckpointError, WeightsUnavailableError
 from backbones.manifest import WeightsEntry
-from backbones.weights.download import retrying
+from backbones.weights.download import http, retrying
 
 CONTENT = random.Random(0).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

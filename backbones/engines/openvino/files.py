@@ -22,7 +22,7 @@ from backbones.engines.runners import Runner, existing
 from backbones.errors import ExportError, UnsupportedError
 from backbones.optional import optional_import
 
-__all__ = ["OpenVinoConfig", "OpenVinoRunner", "to_openvino"]
+__all__ = ["OpenVinoConfig", "OpenVinoRunner", "computes_in", "to_openvino"]
 
 # What the engine computes in. It would choose a lower precision itself where it were faster.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
@@ -132,7 +132,7 @@ class OpenVinoRunner(Runner):
                 scales_into_weights(model)
                 widen_depthwise(model, options)
                 if not raw:
-                    model = taking_channels_last(model)
+                    model = _taking_channels_last(model)
                     self._channels_last.add(size)
             self._compiled[size] = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
@@ -152,19 +152,19 @@ class OpenVinoRunner(Runner):
                 if size not in self._compiled:
                     self._compiled[size] = self._compile()
             request = self._compiled[size].create_infer_request()
-            requests[size] = request, *(views_of(request) if size in self._channels_last else ())
+            requests[size] = request, *(_views_of(request) if size in self._channels_last else ())
         request, *views = requests[size]
         # The buffers are the request's and are written again by its next call.
         if views:
             place, outputs = views
-            put_channels_last(x.numpy(), place)
+            _put_channels_last(x.numpy(), place)
             request.infer(share_outputs=True)
             return [torch.from_numpy(output.copy()) for output in outputs]
         results = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
         return [torch.from_numpy(results[i].copy()) for i in range(len(results))]
 
 
-def views_of(request: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+def _views_of(request: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the input's and the outputs' buffers of a request whose shapes are fixed.
 
     Asking for them anew costs small models two hundredths of their time.
@@ -174,10 +174,10 @@ def views_of(request: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     return request.get_input_tensor().data, outputs
 
 
-def taking_channels_last(model: Any) -> Any:
+def _taking_channels_last(model: Any) -> Any:
     """Return an ``openvino.Model`` that takes images (B, H, W, C), as its convolutions read them.
 
-    OpenVINO's own change of layout takes three to six times as long as `put_channels_last`.
+    OpenVINO's own change of layout takes three to six times as long as `_put_channels_last`.
     """
     ov = optional_import("openvino", "openvino")
     steps = ov.preprocess.PrePostProcessor(model)
@@ -186,7 +186,7 @@ def taking_channels_last(model: Any) -> Any:
     return steps.build()
 
 
-def put_channels_last(images: np.ndarray, place: np.ndarray) -> None:
+def _put_channels_last(images: np.ndarray, place: np.ndarray) -> None:
     """Copy images (B, C, H, W) to a place (B, H, W, C), with the few channels one by one."""
     for channel in range(images.shape[1]):
         place[..., channel] = images[:, channel]

@@ -41,7 +41,7 @@ def to_pt2(conversion: Conversion, config: Pt2Config, path: Path) -> None:
     Raises:
         ExportError: the model cannot be recorded.
     """
-    facts = json.dumps({**conversion.metadata, "shape": shape_of(conversion)}, allow_nan=False)
+    facts = json.dumps({**conversion.metadata, "shape": _shape_of(conversion)}, allow_nan=False)
     # PyTorch wants its own suffix, whatever the user's is.
     between = path.with_name("program.pt2")
     torch.export.save(traced(conversion), between, extra_files={METADATA: facts})
@@ -54,11 +54,11 @@ def to_aoti(conversion: Conversion, config: AotiConfig, path: Path) -> None:
     Raises:
         ExportError: the model cannot be recorded or compiled; a C++ compiler is needed.
     """
-    facts = json.dumps({**conversion.metadata, "shape": shape_of(conversion)}, allow_nan=False)
+    facts = json.dumps({**conversion.metadata, "shape": _shape_of(conversion)}, allow_nan=False)
     between = path.with_name("package.pt2")
     try:
         with torch.no_grad():
-            inductor().aoti_compile_and_package(
+            _inductor().aoti_compile_and_package(
                 traced(conversion),
                 package_path=str(between),
                 inductor_configs={"aot_inductor.metadata": {"backbones": facts}, "freezing": True},
@@ -70,12 +70,12 @@ def to_aoti(conversion: Conversion, config: AotiConfig, path: Path) -> None:
     between.replace(path)
 
 
-def inductor() -> Any:
+def _inductor() -> Any:
     """Return the module that PyTorch documents for AOTInductor, in spite of its underscore."""
     return importlib.import_module("torch._inductor")
 
 
-def shape_of(conversion: Conversion) -> list[int | str]:
+def _shape_of(conversion: Conversion) -> list[int | str]:
     """Return the sizes of the input's dimensions; free ones by name."""
     axes = conversion.axes
     return [axes.get(i, size) for i, size in enumerate(conversion.example.shape)]
@@ -132,7 +132,7 @@ class AotiRunner(Runner):
     def __init__(self, path: str | PathLike[str], *, threads: int | None = None) -> None:
         self.path = existing(path)
         try:
-            self._run = inductor().aoti_load_package(str(self.path))
+            self._run = _inductor().aoti_load_package(str(self.path))
             facts = json.loads(self._run.loader.get_metadata()["backbones"])
         except Exception as error:  # the loader's errors have no common public class
             raise ExportError(

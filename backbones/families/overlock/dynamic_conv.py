@@ -17,7 +17,7 @@ SMALL_KERNEL = 5
 
 
 @fx_leaf
-def enlarge(x: Tensor, kernel_size: int) -> Tensor:
+def _enlarge(x: Tensor, kernel_size: int) -> Tensor:
     """Resize a map whose shorter side is below the kernel until that side equals it."""
     height, width = x.shape[-2:]
     if min(height, width) >= kernel_size:
@@ -31,7 +31,7 @@ def enlarge(x: Tensor, kernel_size: int) -> Tensor:
 
 
 @fx_leaf
-def shrink(x: Tensor, like: Tensor) -> Tensor:
+def _shrink(x: Tensor, like: Tensor) -> Tensor:
     """Pool an enlarged map back to the size of `like`."""
     height, width = like.shape[-2:]
     same = x.shape[-2:] == like.shape[-2:]
@@ -39,7 +39,7 @@ def shrink(x: Tensor, like: Tensor) -> Tensor:
 
 
 @fx_leaf
-def mix(
+def _mix(
     values: Tensor,
     query: Tensor,
     key: Tensor,
@@ -108,15 +108,15 @@ class DynamicConv(nn.Module):
 
     def forward(self, values: Tensor, guide: Tensor) -> Tensor:
         """Mix `values` (B, dim, H, W) as `guide` says, a map of dim + context_dim channels."""
-        wide = enlarge(values, self.kernel_size)
-        x, context = enlarge(guide, self.kernel_size).split(self.split, dim=1)
+        wide = _enlarge(values, self.kernel_size)
+        x, context = _enlarge(guide, self.kernel_size).split(self.split, dim=1)
         query = self.query(x)
         if self.scale != 1:
             query = query * self.scale
         key = self.key(self.pool(context)).flatten(2)
         kernel = self.kernel.weight, self.kernel.bias
-        mixed = mix(wide, query, key, kernel, (self.bias_small, self.bias_large))
-        return self.proj(shrink(mixed, values))
+        mixed = _mix(wide, query, key, kernel, (self.bias_small, self.bias_large))
+        return self.proj(_shrink(mixed, values))
 
     def reparameterize(self) -> None:
         """Fold the norms, and the scale of the queries into their convolution."""

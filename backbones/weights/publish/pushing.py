@@ -26,7 +26,7 @@ from backbones.weights.publish.model_card import UNSTATED, model_card
 from backbones.weights.saving import save_checkpoint
 from backbones.weights.target import inner_module
 
-__all__ = ["FILES", "PublishError", "push_to_hub", "save_for_hf"]
+__all__ = ["FILES", "PublishError", "check_repo_id", "push_to_hub", "save_for_hf"]
 
 FILES = ("model.safetensors", "config.json", "README.md")
 """What `save_for_hf` writes."""

@@ -64,7 +64,7 @@ class Storage:
     bytes: int
 
 
-class Tensor:
+class _Tensor:
     """Stands for a tensor or a parameter."""
 
 
@@ -138,7 +138,7 @@ def _device(kind: Any, index: Any = 0) -> Any:
 
 
 def _parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> Any:
-    return data if isinstance(data, Tensor) and type(requires_grad) is bool and not hooks else None
+    return data if isinstance(data, _Tensor) and type(requires_grad) is bool and not hooks else None
 
 
 def _tensor(storage: Any, offset: Any, sizes: Any, strides: Any, item_bytes: int = 0) -> Any:
@@ -150,7 +150,7 @@ def _tensor(storage: Any, offset: Any, sizes: Any, strides: Any, item_bytes: int
         last += 1 + sum((n - 1) * step for n, step in zip(sizes, strides))
     if last * (item_bytes or storage.item_bytes) > storage.bytes:
         raise Oddity(f"puts a tensor of shape {tuple(sizes)} beyond the end of its storage")
-    return Tensor()
+    return _Tensor()
 
 
 def _tensor_v2(
