@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
-from backbones.engines.preparation import in_graph_form
+from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import Runner, existing
 from backbones.errors import ExportError
 from backbones.optional import optional_import
@@ -55,12 +55,12 @@ def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
 
 
 def write_onnx(
-    conversion: Conversion, config: OnnxConfig, path: Path, elementary: bool = False
+    conversion: Conversion, config: OnnxConfig, path: Path, decompose: bool = False
 ) -> None:
-    """Write the ONNX file of a model in its precision; `elementary` as for `lowered`."""
+    """Write the ONNX file of a model in its precision; `decompose` as for `rewrite_for_graphs`."""
     optional_import("onnx", "onnx")
     optional_import("onnxscript", "onnx")
-    model = in_graph_form(conversion.model, elementary)
+    model = rewrite_for_graphs(conversion.model, decompose=decompose)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
     try:

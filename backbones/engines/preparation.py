@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from backbones.engines.preprocessing import Preprocessed
 from backbones.errors import UnsupportedError
 from backbones.foreign import reparameterize
-from backbones.lowering import lowered
 from backbones.reparam import backbones_in
 
-__all__ = ["DTYPES", "InPrecision", "Pyramid", "in_graph_form", "merged", "prepared", "unmerged"]
+__all__ = ["DTYPES", "InPrecision", "Pyramid", "merged", "prepared", "unmerged"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,17 +54,6 @@ def merged(model: nn.Module) -> nn.Module:
     clone = unmerged(model)
     known = any(backbones_in(clone)) or getattr(clone, "pretrained_cfg", None) is not None
     return reparameterize(clone) if known else clone
-
-
-def in_graph_form(model: nn.Module, elementary: bool = False) -> nn.Module:
-    """Return a copy of a merged model in the form that graph engines prefer (see `lowering`).
-
-    A model that is not merged, or holds no backbone of this package, is returned as it is.
-    """
-    parts = [part for _, part in backbones_in(model)]
-    if not parts or not all(part.deployed for part in parts):
-        return model
-    return lowered(copy.deepcopy(model), elementary)
 
 
 def unmerged(model: nn.Module) -> nn.Module:

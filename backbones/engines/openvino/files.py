@@ -46,8 +46,8 @@ def to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> N
     """
     ov = optional_import("openvino", "openvino")
     between = path.with_suffix(".onnx")
-    # In int8 norms stay whole operations: NNCF would quantize the statistics of elementary ones.
-    write_onnx(conversion, OnnxConfig(), between, elementary=conversion.precision != "int8")
+    # In int8 norms stay whole operations: NNCF would quantize the statistics of decomposed ones.
+    write_onnx(conversion, OnnxConfig(), between, decompose=conversion.precision != "int8")
     try:
         model = ov.Core().read_model(str(between))
         if conversion.precision == "int8":
