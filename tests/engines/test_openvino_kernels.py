@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from backbones.engines.openvino.files import OpenVinoRunner
 from torch import nn
 
 from backbones.engines.openvino import depthwise as widening
 from backbones.engines.openvino import files
 from backbones.engines.openvino.depthwise import WIDE, milliseconds, widen_depthwise
-from backbones.engines.openvino.files import OpenVinoRunner
 
 ov = pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")

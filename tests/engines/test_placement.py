@@ -3,7 +3,6 @@
 import os
 
 import pytest
-
 from backbones.engines.placement import put_in_place
 
 
