@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.parsing import command, json_flag, positive
-from backbones.cli.saved import load_model
+from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
 from backbones.engines import ExportReport, available_formats, file_suffixes
 from backbones.errors import ConfigError
 
@@ -78,11 +77,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--img-size takes one or two numbers, got {len(args.img_size)}")
     is_file = Path(args.model).suffix in WEIGHTS
     if is_file:
-        model, classes = load_model(args.name, args.model)
+        model = open_model(args.name, args.model)
     elif args.random:
-        model, classes = backbones.create_model(args.model).eval(), None
+        model = backbones.create_model(args.model).eval()
     else:
-        model, classes = load_model(args.model, None)
+        model = open_model(args.model, None)
     size = None
     if args.img_size:
         channels = getattr(model, "in_chans", None) or 3
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         preprocess=args.preprocess,
         features=args.features,
         calibration=args.calibration,
-        classes=classes,
+        classes=label_names(model),
         provenance={"checkpoint": Path(args.model).name} if is_file else None,
     )
     print(json.dumps(report.as_dict()) if args.json else _describe(report))

@@ -28,7 +28,7 @@ from backbones.engines.placement import put_in_place
 from backbones.engines.preparation import DTYPES, merged, prepared, unmerged
 from backbones.engines.verification import Agreement, compare, outputs_of
 from backbones.errors import ConfigError, ExportError, UnsupportedError
-from backbones.reparam import backbones_in
+from backbones.reparameterization import backbones_in
 
 __all__ = ["ExportReport", "export", "random_input", "run"]
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from backbones.engines.preprocessing import Preprocessed
 from backbones.errors import UnsupportedError
-from backbones.foreign import reparameterize
 from backbones.lowering import lowered
-from backbones.reparam import backbones_in
+from backbones.reparameterization import backbones_in, reparameterize
 
 __all__ = ["DTYPES", "InPrecision", "Pyramid", "in_graph_form", "merged", "prepared", "unmerged"]
 
