@@ -62,7 +62,9 @@ def read_for_release(
         if size is not None and size != getattr(opened.model, key):
             found = getattr(opened.model, key)
             raise CheckpointError(f"{path}: {key}={size} was asked for, the file has {found}")
-    entry = load_manifest().entries.get(opened.name) if opened.tag else None
+    entry = None
+    if opened.variant is not None and opened.tag:
+        entry = load_manifest().find(opened.variant.name, opened.tag)
     origin = opened.saved.get("provenance")
     if rewritten or not opened.saved:
         origin = _provenance(Path(path), opened.report, entry, origin, version)
