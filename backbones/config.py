@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from backbones.errors import ConfigError, nearest
-from backbones.schema import PerStage, constructor_hints, describe, fits
+from backbones.schema import PerStage, constructor_hints, fits, in_words
 
 __all__ = [
     "FamilyConfig",
@@ -349,7 +349,7 @@ def check_arguments(variant: Variant, model_class: type, hidden: Sequence[str] =
             )
         if not fits(value, hints[key]):
             raise ConfigError(
-                f"{where}: {variant.name}: {key} must be {describe(hints[key])}, not {value!r}"
+                f"{where}: {variant.name}: {key} must be {in_words(hints[key])}, not {value!r}"
             )
     missing = sorted(required - set(variant.arguments) - set(hidden))
     if missing:

@@ -84,7 +84,7 @@ def save_checkpoint(
         tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     metadata = {
         "format": "pt",
-        "backbones": _describe(inner, path, license, provenance, classes),
+        "backbones": _description_of(inner, path, license, provenance, classes),
     }
 
     try:
@@ -132,7 +132,7 @@ def input_config(model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def _describe(
+def _description_of(
     model: nn.Module,
     path: Path,
     license: str | None,
