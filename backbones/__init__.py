@@ -7,10 +7,10 @@ computes, in plain PyTorch. Importing this package registers every model with ti
 from backbones.bench import BenchReport, benchmark
 from backbones.engines import DeployReport, ExportReport, deploy, export
 from backbones.errors import BackbonesError
-from backbones.factory import create_model, list_families, list_models, model_info
-from backbones.foreign import reparameterize
-from backbones.info import ModelInfo
-from backbones.registry import register_family, register_shipped_families
+from backbones.factory import create_model, list_families, list_models, load_model
+from backbones.info import ModelInfo, model_info
+from backbones.reparameterization import reparameterize
+from backbones.timm_bridge import register_family, register_shipped_families
 from backbones.weights import (
     LoadReport,
     load_checkpoint,
@@ -34,6 +34,7 @@ __all__ = [
     "list_families",
     "list_models",
     "load_checkpoint",
+    "load_model",
     "model_info",
     "push_to_hub",
     "register_family",

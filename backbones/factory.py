@@ -1,26 +1,37 @@
-"""The front door: lists, describes and creates models by name."""
+"""The front door: lists models, creates them by name, and loads them from checkpoints."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_model_config_from_hf, split_model_name_tag
 from torch import nn
 
-from backbones import foreign, info, weights
-from backbones.config import Variant, read_family
-from backbones.errors import ConfigError, UnknownModelError, nearest
-from backbones.info import ModelInfo
+from backbones import weights
+from backbones.config import Variant, check_arguments, read_family
+from backbones.errors import CheckpointError, ConfigError, UnknownModelError, nearest
 from backbones.manifest import load_manifest
-from backbones.registry import build, registry, unknown
+from backbones.registry import PLACEMENT, build_with_report, registry, unknown
+from backbones.reparameterization import reparameterize
 
-__all__ = ["create_model", "find_variant", "list_families", "list_models", "model_info"]
+__all__ = [
+    "REMOTE",
+    "LoadedModel",
+    "create_model",
+    "find_variant",
+    "list_families",
+    "list_models",
+    "load_model",
+    "open_checkpoint",
+]
 
 REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -74,18 +85,6 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
-def model_info(name: str) -> ModelInfo:
-    """Return what is known of a model of ours, by name, alias, name with tag or YAML path.
-
-    Raises:
-        UnknownModelError: no such model or tag.
-    """
-    variant, tag = find_variant(name)
-    if variant is None:
-        raise UnknownModelError(unknown("model", name, registry.names()))
-    return info.describe(variant, tag)
-
-
 def find_variant(name: str) -> tuple[Variant | None, str | None]:
     """Split a name into our variant and its tag; (None, tag) where it is none of ours.
 
@@ -105,9 +104,9 @@ def find_variant(name: str) -> tuple[Variant | None, str | None]:
 
 def _user_variant(path: str, chosen: str) -> Variant:
     config = read_family(path, registry.variants)
-    registry.model_class(config.family)
+    model_class = registry.model_class(config.family)
     if not chosen and len(config.variants) == 1:
-        return next(iter(config.variants.values()))
+        chosen = next(iter(config.variants))
     choices = ", ".join(config.variants)
     if not chosen:
         raise ConfigError(f"{path} holds several variants; name one as {path}#NAME ({choices})")
@@ -115,6 +114,7 @@ def _user_variant(path: str, chosen: str) -> Variant:
         raise UnknownModelError(
             f"no variant {chosen!r} in {path}{nearest(chosen, config.variants)} (there: {choices})"
         )
+    check_arguments(config.variants[chosen], model_class, hidden=PLACEMENT)
     return config.variants[chosen]
 
 
@@ -136,17 +136,15 @@ def create_model(
     Args:
         name: a variant (``convnext_tiny``), with a tag (``convnext_tiny.fb_in1k``), an alias, a
             YAML file of one's own (``./mine.yaml``, ``./mine.yaml#variant``),
-            ``hf-hub:owner/repo@revision``, ``local-dir:path``, or any other model of timm. A
-            family (``spartan``) stands for whatever variant the file `checkpoint_path` holds, in
-            families whose arguments follow from a checkpoint's shapes.
+            ``hf-hub:owner/repo@revision``, ``local-dir:path``, or any other model of timm.
         pretrained: load the released weights of the tag.
         checkpoint_path: load a local checkpoint of any known layout.
         num_classes: width of the classifier; None for that of the weights.
         in_chans: channels of the input; the first convolution of pretrained weights is adapted.
         features_only: return the feature pyramid instead of logits.
         out_indices: which stages' maps; negative values count from the end.
-        deploy: return the model in deploy form (`reparameterize`) and evaluation mode. Checkpoints
-            of the training form are merged on the way; files saved in deploy form need it.
+        deploy: return the model re-parameterized (`reparameterize`) and in evaluation mode.
+            Checkpoints of the training form are merged on the way; re-parameterized ones need it.
         cache_dir: where downloads are kept.
         overrides: further constructor arguments, such as ``drop_path_rate=0.1``.
 
@@ -165,55 +163,177 @@ def create_model(
     if name.startswith(REMOTE):
         return _create_remote(name, pretrained, checkpoint_path, cache_dir, arguments)
     variant, tag = find_variant(name)
-    family = split_model_name_tag(name)[0]
-    if variant is None and family in registry.classes:
-        if pretrained and checkpoint_path is None and (entry := load_manifest().find(family, tag)):
-            checkpoint_path = weights.fetch(entry, cache_dir=cache_dir)
-        variant, pretrained = _variant_of_checkpoint(family, checkpoint_path), False
     if variant is None:
-        return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)
+        return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)[0]
+    checkpoint = None
     if checkpoint_path is not None:
-        model_class = registry.model_class(variant.family)
-        saved = weights.saved_arguments(checkpoint_path, variant.name, model_class)
-        arguments = {**saved, **arguments}
-    return build(
+        checkpoint = weights.read_checkpoint(checkpoint_path)
+        arguments = {**_saved_arguments(checkpoint, variant), **arguments}
+    return build_with_report(
         variant,
         pretrained,
         pretrained_cfg=tag,
-        checkpoint_path=checkpoint_path,
+        checkpoint=checkpoint,
         cache_dir=cache_dir,
         **arguments,
-    )
+    )[0]
 
 
-def _variant_of_checkpoint(family: str, path: str | Path | None) -> Variant:
-    """Return a variant whose arguments are read off a checkpoint."""
-    if path is None:
-        first = list_models(family=family)[0]
+def _saved_arguments(checkpoint: weights.Checkpoint, variant: Variant) -> dict[str, Any]:
+    """Return the arguments that a checkpoint of this very variant was saved with."""
+    if checkpoint.description.get("name") != variant.name:
+        return {}
+    return weights.saved_arguments(checkpoint, registry.model_class(variant.family))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and what the checkpoint that it is made of says and how it was loaded."""
+
+    model: nn.Module
+    name: str
+    variant: Variant | None
+    """None for models of timm."""
+    tag: str | None
+    saved: Mapping[str, Any]
+    """What `save_checkpoint` wrote of this very model; empty for files of others."""
+    report: weights.LoadReport
+
+
+def load_model(path: str | Path, name: str | None = None, **overrides: Any) -> nn.Module:
+    """Return the model that a checkpoint holds, in evaluation mode.
+
+    A checkpoint that `save_checkpoint` wrote says which model it is: arguments, classes,
+    preprocessing and form (re-parameterized or not) are as saved. One of someone else's takes the
+    model's name; number of classes and input channels are those of the file.
+
+    Args:
+        path: the file, in any layout, wrapper or prefix that `load_checkpoint` takes.
+        name: the model, as for `create_model`; None for the one that the file names.
+        overrides: further arguments of `create_model`. Another `num_classes` than the file's leaves
+            its classifier out.
+
+    Returns:
+        The model. ``model.pretrained_cfg`` holds the preprocessing and, as ``label_names``, the
+        names of the classes, where the file says them.
+
+    Raises:
+        ConfigError: the file does not say which model it is of, and no name is given.
+        UnknownModelError: no such model.
+        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
+        CheckpointError: the file cannot be read, or does not fit.
+    """
+    return open_checkpoint(path, name, **overrides).model
+
+
+def open_checkpoint(
+    source: str | Path | weights.Checkpoint,
+    name: str | None = None,
+    *,
+    ours_only: bool = False,
+    **overrides: Any,
+) -> LoadedModel:
+    """As :func:`load_model`, and also return what is known of the checkpoint.
+
+    With `ours_only`, models of timm are unknown.
+    """
+    if not isinstance(source, weights.Checkpoint):
+        source = weights.read_checkpoint(source)
+    checkpoint: weights.Checkpoint = source
+    described = checkpoint.description
+    given = name or described.get("name")
+    if given is None:
         raise ConfigError(
-            f"{family!r} is a family; name a variant, such as {first!r}, or pass"
-            " checkpoint_path=... for a family that can tell its arguments from a checkpoint"
+            f"{checkpoint.source} does not say which model it is of; add --model NAME, or in Python"
+            " load_model(path, NAME)"
         )
-    model_class = registry.model_class(family)
-    arguments = weights.saved_arguments(path, family, model_class)
-    return Variant(family, family, arguments or weights.inferred_arguments(path, model_class))
+    variant, tag = find_variant(given)
+    if variant is None and name is None and described.get("family") in registry.classes:
+        # A variant of a user's own file: its arguments are all that is needed.
+        variant = Variant(given, described["family"], described.get("arguments") or {})
+    if variant is None and ours_only:
+        raise UnknownModelError(unknown("model of this package", given, registry.names()))
+    own_name = variant.name if variant is not None else given
+    saved = described if described.get("name") in (given, own_name) else {}
+    arguments: dict[str, Any] = {"deploy": True} if saved.get("deploy") else {}
+    if variant is None:
+        arguments |= _sizes_in_file(checkpoint, _timm_twin(given)) | overrides
+        model, report = _create_with_timm(given, False, checkpoint, None, arguments)
+    else:
+        model_class = registry.model_class(variant.family)
+        if saved:
+            arguments |= weights.saved_arguments(checkpoint, model_class)
+        else:
+            twin = model_class(**variant.arguments, device="meta")
+            arguments |= _sizes_in_file(checkpoint, twin)
+        model, report = build_with_report(
+            variant, pretrained_cfg=tag, checkpoint=checkpoint, **{**arguments, **overrides}
+        )
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    if cfg is not None:
+        cfg.update(saved.get("input") or {})
+        if saved.get("classes"):
+            cfg["label_names"] = list(saved["classes"])
+    assert report is not None
+    return LoadedModel(model.eval(), given, variant, tag, saved, report)
+
+
+def _sizes_in_file(checkpoint: weights.Checkpoint, twin: Any) -> dict[str, int]:
+    """Return numbers of classes and input channels of a checkpoint of somebody else's.
+
+    Args:
+        checkpoint: the file as read.
+        twin: the model with other sizes, on the meta device.
+    """
+    cfg = getattr(twin, "pretrained_cfg", None) or {}
+    first_conv = getattr(twin, "first_conv", None) or cfg.get("first_conv")
+    if not isinstance(first_conv, str):
+        return {}
+    try:
+        tensors = weights.map_checkpoint(
+            checkpoint.tensors,
+            twin,
+            ignore_classifier=True,
+            any_input_channels=[f"{first_conv}.weight"],
+        ).tensors
+    except CheckpointError:
+        return {}  # what does not fit is named when it is loaded
+    sizes = {}
+    classifier = getattr(twin, "classifier_names", None) or cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    for key, name, axis in (
+        ("num_classes", next(iter(names), None), 0),
+        ("in_chans", first_conv, 1),
+    ):
+        if (tensor := tensors.get(f"{name}.weight")) is not None:
+            sizes[key] = tensor.shape[axis]
+    return sizes
+
+
+def _timm_twin(name: str) -> Any:
+    """Return a model of timm on the meta device; None for those that are no plain names."""
+    if not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 def _create_with_timm(
     name: str,
     pretrained: bool,
-    checkpoint_path: str | Path | None,
+    checkpoint: str | Path | weights.Checkpoint | None,
     cache_dir: str | Path | None,
     arguments: dict[str, Any],
-) -> nn.Module:
+) -> tuple[nn.Module, weights.LoadReport | None]:
     if not timm.is_model(name) and not name.startswith(REMOTE):
         choices = [*registry.names(), *timm.list_models()]
         raise UnknownModelError(unknown("model", name, choices))
     deploy = arguments.pop("deploy", False)
     model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **arguments)
-    if checkpoint_path is not None:
-        weights.load_checkpoint(model, checkpoint_path)
-    return foreign.reparameterize(model.eval(), inplace=True) if deploy else model
+    report = None
+    if checkpoint is not None:
+        report = weights.load_checkpoint(model, checkpoint)
+    return (reparameterize(model.eval(), inplace=True) if deploy else model), report
 
 
 def _create_remote(
@@ -241,12 +361,12 @@ def _create_remote(
         saved = saved or {}
     variant = registry.find(architecture or "")
     if variant is None:
-        return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)
-    return build(
+        return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)[0]
+    return build_with_report(
         variant,
         pretrained,
         pretrained_cfg=described,
-        checkpoint_path=checkpoint_path,
+        checkpoint=checkpoint_path,
         cache_dir=cache_dir,
         **{**saved, **arguments},
-    )
+    )[0]

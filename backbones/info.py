@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones.config import Source, Variant
+from backbones.config import Source
+from backbones.errors import UnknownModelError
+from backbones.factory import find_variant
 from backbones.manifest import WeightsEntry, load_manifest
-from backbones.registry import registry
+from backbones.registry import registry, unknown
 
-__all__ = ["ModelInfo", "count_macs", "count_parameters", "describe"]
+__all__ = ["ModelInfo", "count_macs", "count_parameters", "model_info"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,17 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def describe(variant: Variant, tag: str | None = None) -> ModelInfo:
-    """Collect the facts of a variant; its input size is that of the tag (default: the first)."""
+def model_info(name: str) -> ModelInfo:
+    """Return what is known of a model of ours, by name, alias, name with tag or YAML path.
+
+    Its input size is that of the tag, or else of the default tag.
+
+    Raises:
+        UnknownModelError: no such model or tag.
+    """
+    variant, tag = find_variant(name)
+    if variant is None:
+        raise UnknownModelError(unknown("model", name, registry.names()))
     manifest = load_manifest()
     entry = manifest.find(variant.name, tag)
     size = tuple(entry.input_size) if entry is not None else (3, 224, 224)
@@ -87,5 +98,5 @@ def describe(variant: Variant, tag: str | None = None) -> ModelInfo:
         source=variant.source,
         aliases=[alias for alias, name in registry.aliases.items() if name == variant.name],
         timm_name=variant.timm_name or variant.name,
-        weights=[manifest.find(variant.name, t) for t in manifest.tags(variant.name)],  # type: ignore[misc]
+        weights=list(manifest.by_variant.get(variant.name, {}).values()),
     )

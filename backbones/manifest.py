@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from backbones.config import YamlMapping, data_folder, read_yaml
 from backbones.errors import ConfigError, UnknownModelError, nearest
-from backbones.schema import describe, fits
+from backbones.schema import fits, in_words
 
 __all__ = ["Manifest", "WeightsEntry", "load_manifest", "read_manifest"]
 
@@ -156,7 +156,7 @@ def _check(node: Any, what: str) -> None:
         if key not in ENTRY_KEYS:
             raise ConfigError(f"{where}: {what}: unknown key {key!r}{nearest(key, ENTRY_KEYS)}")
         if not fits(value, hints[key]):
-            raise ConfigError(f"{where}: {what}: {key} must be {describe(hints[key])}: {value!r}")
+            raise ConfigError(f"{where}: {what}: {key} must be {in_words(hints[key])}: {value!r}")
 
 
 @lru_cache(maxsize=1)

@@ -27,7 +27,8 @@ from backbones.engines import (
     export,
 )
 from backbones.errors import ConfigError, ExportError
-from backbones.factory import create_model, model_info
+from backbones.factory import create_model
+from backbones.info import model_info
 from backbones.optional import optional_import
 from backbones.train import (
     Evaluation,

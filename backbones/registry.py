@@ -1,11 +1,10 @@
-"""Families and variants, the one road that builds them, and the bridge into timm's registry."""
+"""Families and variants by name, and the one road that builds them."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import importlib.util
-import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,28 +13,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import timm.models
-from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
-from backbones import reparam, weights
-from backbones.config import FamilyConfig, Variant, check_arguments, data_folder, read_family
+from backbones import weights
+from backbones.config import FamilyConfig, Variant, check_arguments
 from backbones.errors import ConfigError, UnknownModelError
 from backbones.manifest import WeightsEntry, load_manifest
+from backbones.reparameterization import reparameterize
 from backbones.skeleton import StagedBackbone
 
 __all__ = [
+    "PLACEMENT",
     "Registry",
     "build",
+    "build_with_report",
+    "family_class",
     "pretrained_cfg_of",
-    "register_family",
-    "register_shipped_families",
     "registry",
     "unknown",
 ]
 
-_logger = logging.getLogger(__name__)
-MODULE = "backbones"  # timm keys modules by their last component
 PLACEMENT = ("device", "dtype")
 SOURCES = ("file", "state_dict", "url", "hf_hub_id")
 
@@ -95,28 +93,39 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     return f"no {kind} {name!r}{hint}"
 
 
-def build(
+def build(variant: Variant, pretrained: bool = False, **options: Any) -> nn.Module:
+    """Build a variant: the one road that our factory, timm's entry points and user files take.
+
+    For the arguments see :func:`build_with_report`, which also tells what was loaded.
+    """
+    return build_with_report(variant, pretrained, **options)[0]
+
+
+def build_with_report(
     variant: Variant,
     pretrained: bool = False,
     *,
     pretrained_cfg: str | Mapping[str, Any] | PretrainedCfg | None = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-    checkpoint_path: str | Path | None = None,
+    checkpoint: str | Path | weights.Checkpoint | None = None,
     cache_dir: str | Path | None = None,
     deploy: bool = False,
     **overrides: Any,
-) -> nn.Module:
-    """Build a variant: the one road that our factory, timm's entry points and user files take.
+) -> tuple[nn.Module, weights.LoadReport | None]:
+    """Build a variant and load weights into it.
 
     Args:
         variant: what to build.
         pretrained: load the weights of the tag (or of `pretrained_cfg`).
         pretrained_cfg: a tag, or timm's description of other weights.
         pretrained_cfg_overlay: timm's way to override single fields of that description.
-        checkpoint_path: load this local file instead of downloading.
+        checkpoint: load this local file instead of downloading; a path, or as it was read.
         cache_dir: where downloads are kept.
         deploy: re-parameterize the model, which is then in evaluation mode.
         overrides: further arguments of the constructor, ``features_only`` and ``out_indices``.
+
+    Returns:
+        The model, and what was loaded; None where nothing was, or timm loaded it.
 
     Raises:
         ConfigError: the variant's arguments do not fit the family.
@@ -127,10 +136,7 @@ def build(
     check_arguments(variant, model_class, hidden=PLACEMENT)
     overlay = {key: value for key, value in (pretrained_cfg_overlay or {}).items() if value}
     cfg, entry = _resolve_cfg(variant, pretrained_cfg, overlay)
-    by_timm = pretrained and checkpoint_path is None and any(key in overlay for key in SOURCES)
-    source: str | Path | None = checkpoint_path
-    if pretrained and checkpoint_path is None and not by_timm:
-        source = weights.fetch(entry if entry is not None else cfg, cache_dir=cache_dir)
+    by_timm = pretrained and checkpoint is None and any(key in overlay for key in SOURCES)
     model = build_model_with_cfg(
         model_class,
         variant.timm_name or variant.name,
@@ -150,15 +156,19 @@ def build(
                 "family": variant.family,
                 "arguments": body.arguments,
             }
-    if deploy and source is not None and weights.is_deploy_file(source):
-        # Nothing to verify here: what is merged is overwritten by the file.
-        model, _ = reparam.reparameterize(model.eval(), inplace=True, verify=False)
-    if source is not None:
-        lacks = entry.lacks if entry is not None and checkpoint_path is None else ()
-        weights.load_pretrained(
-            model, source, lacks=lacks, new_classifier="num_classes" in overrides
+    report = None
+    if checkpoint is not None or (pretrained and not by_timm):
+        # A tag that was asked for says of a local file too which parts it lacks.
+        is_release = checkpoint is None or isinstance(pretrained_cfg, str)
+        report = weights.load_pretrained(
+            model,
+            checkpoint if checkpoint is not None else entry or cfg,
+            lacks=entry.lacks if entry is not None and is_release else (),
+            new_classifier="num_classes" in overrides,
+            deploy=deploy,
+            cache_dir=cache_dir,
         )
-    return reparam.reparameterize(model.eval(), inplace=True)[0] if deploy else model
+    return (reparameterize(model.eval(), inplace=True) if deploy else model), report
 
 
 def _resolve_cfg(
@@ -222,33 +232,16 @@ def _pool_size(model_class: type[StagedBackbone], input_size: Iterable[int]) -> 
     return math.ceil(height / stride), math.ceil(width / stride)
 
 
-def register_family(config_path: str | Path, module: str | Path | None = None) -> list[str]:
-    """Register a family, ours or a user's, here and with timm.
+def family_class(config: FamilyConfig, module: str | Path | None) -> type[StagedBackbone]:
+    """Import a family and return its class.
 
     Args:
-        config_path: the family's YAML file.
-        module: the module (dotted name) or Python file with its one `StagedBackbone` subclass;
-            None for ``backbones.families.<family>``.
+        config: the family's YAML file as read.
+        module: a dotted name or a Python file; None for ``backbones.families.<family>``.
 
-    Returns:
-        The names of its variants.
+    Raises:
+        ConfigError: there is no such module, or it has not one subclass of `StagedBackbone`.
     """
-    config = read_family(config_path, registry.variants)
-    registry.add(config, _family_class(config, module))
-    for variant in config.variants.values():
-        _register_with_timm(variant, variant.timm_name or variant.name)
-    for alias, target in config.aliases.items():
-        _register_with_timm(config.variants[target], alias)
-    return list(config.variants)
-
-
-def register_shipped_families() -> None:
-    """Register every family of ``configs/``."""
-    for path in sorted((data_folder() / "configs").glob("*.yaml")):
-        register_family(path)
-
-
-def _family_class(config: FamilyConfig, module: str | Path | None) -> type[StagedBackbone]:
     if isinstance(module, Path):
         spec = importlib.util.spec_from_file_location(f"backbones_family_{config.family}", module)
         if spec is None or spec.loader is None:
@@ -275,34 +268,3 @@ def _family_class(config: FamilyConfig, module: str | Path | None) -> type[Stage
         names = [cls.__name__ for cls in found]
         raise ConfigError(f"{loaded.__file__}: expected one StagedBackbone subclass, found {names}")
     return found[0]
-
-
-def _register_with_timm(variant: Variant, name: str) -> None:
-    if timm.models.is_model(name):
-        _logger.warning(
-            "timm has a model %r of its own; ours is reached by backbones.create_model(%r) only."
-            " Give it a 'timm_name' in its YAML file.",
-            name,
-            variant.name,
-        )
-        return
-
-    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build(variant, pretrained, **kwargs)
-
-    entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__module__ = MODULE
-    source = variant.source
-    entry_point.__doc__ = f"{variant.name}: {source.title}, {source.paper}" if source else name
-    module = sys.modules[MODULE]
-    entries = load_manifest().by_variant.get(variant.name, {})
-    cfgs = {tag: pretrained_cfg_of(variant, entry) for tag, entry in entries.items()}
-    default = DefaultCfg(is_pretrained=any(entry.available for entry in entries.values()))
-    for tag, cfg in (cfgs or {"": pretrained_cfg_of(variant, None)}).items():
-        default.tags.append(tag)
-        default.cfgs[tag] = cfg
-    vars(module).setdefault("default_cfgs", {})[name] = default
-    setattr(module, name, entry_point)
-    timm.models.register_model(entry_point)
-    if name != variant.name:
-        registry.timm_names[name] = variant.name

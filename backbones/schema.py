@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union
 
-__all__ = ["PerStage", "constructor_hints", "describe", "fits"]
+__all__ = ["PerStage", "constructor_hints", "in_words", "fits"]
 
 T = TypeVar("T")
 # One value for all stages or one a stage; an inner sequence is cycled over the stage's blocks.
@@ -68,15 +68,15 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(hint, type) and isinstance(value, hint)
 
 
-def describe(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     """Return a type hint in words."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(part) for part in parts))
+        return " or ".join(dict.fromkeys(in_words(part) for part in parts))
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(part) for part in parts)
     if origin is not None:
-        inner = [describe(part) for part in parts if part is not Ellipsis]
+        inner = [in_words(part) for part in parts if part is not Ellipsis]
         return "a list of (" + " / ".join(inner) + ")" if inner else "a list"
     words = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
     return "null" if hint is type(None) else words.get(hint, getattr(hint, "__name__", str(hint)))

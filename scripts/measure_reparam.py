@@ -16,7 +16,7 @@ import torch
 
 import backbones
 from backbones.bench import compare_latency
-from backbones.foreign import reparameterize_with_report
+from backbones.reparameterization import reparameterize_with_report
 
 
 def smallest_of_each_family() -> list[str]:

@@ -12,12 +12,11 @@ from torch import nn
 
 from backbones.errors import ConfigError, UnknownModelError, UnsupportedError
 from backbones.factory import REMOTE, find_variant
-from backbones.foreign import as_ours
 from backbones.manifest import load_manifest
 from backbones.registry import registry, unknown
 from backbones.skeleton import StagedBackbone
-from backbones.weights import local_copy, read_description, save_checkpoint
-from backbones.weights.target import inner_module
+from backbones.timm_bridge import as_ours
+from backbones.weights import inner_module, local_copy, read_description, save_checkpoint
 
 __all__ = ["Subject", "resolve"]
 

@@ -16,7 +16,8 @@ from backbones.bench.measuring import STOPPED, Measurement, Progress, measure_in
 from backbones.bench.model_spec import resolve
 from backbones.bench.pareto_rows import Front, FrontRow, mark_front
 from backbones.errors import ConfigError, UnknownModelError
-from backbones.factory import find_variant, list_models, model_info
+from backbones.factory import find_variant, list_models
+from backbones.info import model_info
 from backbones.manifest import WeightsEntry, load_manifest
 
 __all__ = ["front"]

@@ -15,8 +15,7 @@ from timm.data import (
 )
 from tqdm import tqdm
 
-from backbones.cli.parsing import command, json_flag, positive
-from backbones.cli.saved import load_model
+from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
 from backbones.train import DataError, open_image
 
 __all__ = ["add_parser", "run"]
@@ -53,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the likeliest classes of each image; bad images are named before anything is run."""
     _check_images(args.images)
     name = args.model or (None if args.checkpoint else DEFAULT_MODEL)
-    model, classes = load_model(name, args.checkpoint)
+    model = open_model(name, args.checkpoint)
+    classes = label_names(model)
     if classes is None and (subset := infer_imagenet_subset(model)):
         classes = ImageNetInfo(subset).label_descriptions()
     transform = create_transform(**resolve_model_data_config(model))
     mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
-    answers = []
+    rows = []
     for path in tqdm(args.images, unit="image", leave=False, disable=None):
         with torch.inference_mode():
             scores = model(transform(open_image(path, mode))[None])[0].softmax(dim=0)
@@ -67,13 +67,13 @@ def run(args: argparse.Namespace) -> int:
             {"class": classes[i] if classes else f"class {i}", "index": i, "probability": p}
             for p, i in zip(top.values.tolist(), top.indices.tolist())
         ]
-        answers.append({"image": path, "predictions": found})
+        rows.append({"image": path, "predictions": found})
     if args.json:
-        print(json.dumps(answers))
+        print(json.dumps(rows))
         return 0
-    for answer in answers:
-        print(answer["image"])
-        for guess in answer["predictions"]:
+    for row in rows:
+        print(row["image"])
+        for guess in row["predictions"]:
             print(f"  {guess['probability']:7.2%}  {guess['class']}")
     return 0
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.parsing import command, json_flag
-from backbones.cli.saved import describe, model_name, overrides_of
+from backbones.cli.parsing import command, json_flag, require_file
 from backbones.errors import ConfigError, UnsupportedError
-from backbones.foreign import reparameterize_with_report
+from backbones.factory import open_checkpoint
+from backbones.reparameterization import reparameterize_with_report
 from backbones.skeleton import StagedBackbone
+from backbones.weights import read_checkpoint
 
 __all__ = ["add_parser", "run"]
 
@@ -37,29 +38,26 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the deploy form and print what was merged."""
-    saved = describe(args.input, "IN")
-    name = model_name(args.model, saved, args.input)
-    if saved.get("deploy"):
-        raise ConfigError(f"{args.input} is in deploy form already; there is nothing to merge")
+    """Write the re-parameterized form and print what was merged."""
+    require_file(args.input, "IN")
+    checkpoint = read_checkpoint(args.input)
+    if checkpoint.deploy:
+        raise ConfigError(f"{args.input} is re-parameterized already; there is nothing to merge")
     if Path(args.output).exists() and Path(args.output).samefile(args.input):
         raise ConfigError(f"{args.output}: would replace the training form; name another file")
-    model = backbones.create_model(name, checkpoint_path=args.input, **overrides_of(saved, name))
-    merged, report = reparameterize_with_report(model.eval())
+    opened = open_checkpoint(checkpoint, args.model)
+    merged, report = reparameterize_with_report(opened.model)
     if not isinstance(merged, StagedBackbone):
         raise UnsupportedError(
-            f"{name} is a model of timm that this package has no deploy form of: a file of it could"
-            " not be loaded again. Use backbones.reparameterize(model) in Python"
+            f"{opened.name} is a model of timm that this package has no deploy form of: a file of"
+            " it could not be loaded again. Use backbones.reparameterize(model) in Python"
         )
-    ours = saved if saved.get("name") == name else {}
-    cfg: Any = merged.pretrained_cfg
-    cfg.update(ours.get("input") or {})
     path = backbones.save_checkpoint(
         merged,
         args.output,
-        license=ours.get("license"),
-        provenance=ours.get("provenance") or {"merged from": Path(args.input).name},
-        classes=ours.get("classes"),
+        license=opened.saved.get("license"),
+        provenance=opened.saved.get("provenance") or {"merged from": Path(args.input).name},
+        classes=opened.saved.get("classes"),
     )
     if args.json:
         print(json.dumps({"path": str(path), **dataclasses.asdict(report)}))

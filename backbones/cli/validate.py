@@ -12,8 +12,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from backbones.cli.parsing import command, json_flag, positive
-from backbones.cli.saved import load_model
+from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
 from backbones.train import set_input
@@ -101,10 +100,10 @@ Loaded = tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str] | None, int
 
 def _module(args: argparse.Namespace) -> Loaded:
     arguments = {"deploy": True} if args.reparam else {}
-    model, classes = load_model(args.model, args.checkpoint, **arguments)
+    model = open_model(args.model, args.checkpoint, **arguments)
     set_input(model, args.img_size, crop_pct=args.crop_pct)
     model.to(args.device)
-    return model, resolve_model_data_config(model), classes, model.num_classes  # type: ignore[return-value]
+    return model, resolve_model_data_config(model), label_names(model), model.num_classes  # type: ignore[return-value]
 
 
 def _exported(args: argparse.Namespace) -> Loaded:

@@ -15,10 +15,9 @@ from backbones import weights
 from backbones.cli import weights_publishing
 from backbones.cli.parsing import command, json_flag
 from backbones.errors import BackbonesError, UnknownModelError, nearest
+from backbones.files import new_file
 from backbones.manifest import Manifest, WeightsEntry, load_manifest, read_manifest
 from backbones.registry import registry
-from backbones.weights.download.fetching import mirror_path, verify
-from backbones.weights.download.pinning import measure_pin, write_pin
 
 __all__ = ["add_parser", "run"]
 
@@ -142,11 +141,10 @@ def _fetch_files(args: argparse.Namespace) -> int:
         path = weights.fetch(entry, cache_dir=args.cache_dir, again=args.again)
         if args.to is None:
             return str(path)
-        place = mirror_path(entry, Path(args.to))
+        place = weights.mirror_path(entry, Path(args.to))
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.part")
-        shutil.copyfile(path, part)
-        part.replace(place)
+        with new_file(place) as file:
+            shutil.copyfile(path, file)
         return str(place)
 
     entries = _selected(args)
@@ -161,7 +159,7 @@ def _verify_files(args: argparse.Namespace) -> int:
         path = weights.local_copy(entry, args.cache_dir)
         if path is None:
             return "not here"
-        verify(path, entry)
+        weights.verify(path, entry)
         return f"{'verified' if entry.sha256 else 'no digest recorded'}: {path}"
 
     entries = _selected(args)
@@ -175,8 +173,8 @@ def _lock(args: argparse.Namespace) -> int:
     path = _manifest(args).path
 
     def locked(entry: WeightsEntry) -> str:
-        pin = measure_pin(entry, cache_dir=args.cache_dir)
-        write_pin(path, entry.name, pin)
+        pin = weights.measure_pin(entry, cache_dir=args.cache_dir)
+        weights.write_pin(path, entry.name, pin)
         return f"sha256 {pin.sha256}, {pin.size} bytes, revision {pin.revision}"
 
     entries = [entry for entry in _selected(args) if entry.available]

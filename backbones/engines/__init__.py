@@ -19,7 +19,7 @@ from backbones.engines.targets import (
     file_suffixes,
     open_exported,
 )
-from backbones.engines.timing import take_turns
+from backbones.engines.timing import settle, take_turns, timed, timed_for, torch_threads
 from backbones.engines.verification import Agreement, compare
 
 __all__ = [
@@ -47,6 +47,10 @@ __all__ = [
     "input_size_of",
     "open_exported",
     "processor",
+    "settle",
     "take_turns",
+    "timed",
+    "timed_for",
+    "torch_threads",
     "versions",
 ]

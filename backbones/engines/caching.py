@@ -65,8 +65,8 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-# What a file is made by, beside the forward methods of the model's own family. The algebra of merges
-# is no part of it: what it does shows in the weights and the structure.
+# What makes a file, beside the forward methods of the model's own family. The algebra of merges is
+# no part of it: what it does shows in the weights and the structure.
 _MAKERS = (
     "ops layers stages.py skeleton.py engines/exporting.py engines/formats.py engines/preparation "
     "engines/rewrites engines/onnx.py engines/openvino engines/executorch.py"

@@ -30,7 +30,7 @@ from backbones.engines.targets import find_format
 from backbones.engines.verification import Check, run_model, verify_on_input
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.files import new_file
-from backbones.reparam import backbones_in
+from backbones.reparameterization import backbones_in
 
 __all__ = ["ExportReport", "export"]
 
@@ -49,7 +49,7 @@ class ExportReport:
     bytes: int
     seconds: float
     engine: str | None
-    checks: tuple[_Check, ...]
+    checks: tuple[Check, ...]
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the format tells besides, such as ExecuTorch's share of delegated operations."""
 

@@ -28,7 +28,7 @@ class FormatConfig:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted: a re-parameterized model in eval mode on the CPU, and all that the file must know.
+    """What is converted: a model in eval mode on the CPU, and all that the file must know.
 
     `example` is an input; `dynamic` names the dimensions that stay free; `raw` means uint8 images
     (B, H, W, C); `outputs` names the outputs; `calibration` are images for int8, as the model

@@ -29,7 +29,7 @@ class Agreement:
     `max_error` and `mean_error` are absolute; `relative_error` is the largest difference over the
     reference's largest magnitude; `top1_agreement` is the share of rows (0 to 1) whose highest
     logit is the same; `worst` is the index of the largest difference. Of several outputs (feature
-    maps of all stages) the one with the largest relative error is described; `output` is its number.
+    maps of all stages) the one with the largest relative error counts; `output` is its number.
     """
 
     count: int

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Literal
 
 from backbones.errors import ConfigError, nearest
-from backbones.schema import describe, fits
+from backbones.schema import fits, in_words
 
 __all__ = ["TrainConfig", "check_options", "option_types"]
 
@@ -246,5 +246,5 @@ def check_options(options: Mapping[str, Any], where: str = "", *, also: Sequence
             )
         if not fits(value, option_types()[key]):
             raise ConfigError(
-                f"{place}{key} must be {describe(option_types()[key])}, got {value!r}"
+                f"{place}{key} must be {in_words(option_types()[key])}, got {value!r}"
             )

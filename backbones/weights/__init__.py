@@ -1,36 +1,58 @@
-"""Checkpoints: reading them safely, mapping them to a model, loading and saving."""
+"""Checkpoints: reading them safely, bringing them here, mapping them to a model, publishing."""
 
 from __future__ import annotations
 
-from backbones.weights.download.fetching import fetch, local_copy
-from backbones.weights.inference import inferred_arguments, saved_arguments
-from backbones.weights.loading import LoadReport, filter_for_timm, load_checkpoint
+from backbones.weights.arguments import saved_arguments
+from backbones.weights.download import (
+    fetch,
+    local_copy,
+    measure_pin,
+    mirror_path,
+    sha256_of,
+    verify,
+    write_pin,
+)
+from backbones.weights.loading import (
+    LoadReport,
+    filter_for_timm,
+    load_checkpoint,
+    load_pretrained,
+)
 from backbones.weights.mapping import Mapped, map_checkpoint
-from backbones.weights.pretrained import is_deploy_file, load_pretrained
-from backbones.weights.publish.pushing import PublishError, push_to_hub, save_for_hf
+from backbones.weights.publish import (
+    FILES,
+    PublishError,
+    check_repo_id,
+    push_to_hub,
+    save_for_hf,
+)
 from backbones.weights.saving import save_checkpoint
-from backbones.weights.untrusted.reading import (
+from backbones.weights.target import inner_module
+from backbones.weights.untrusted import (
     Checkpoint,
     read_checkpoint,
     read_content,
     read_description,
     read_metadata,
+    unwrap,
 )
-from backbones.weights.untrusted.state_dicts import unwrap
 
 __all__ = [
+    "FILES",
     "Checkpoint",
     "LoadReport",
     "Mapped",
     "PublishError",
+    "check_repo_id",
     "fetch",
     "filter_for_timm",
-    "inferred_arguments",
-    "is_deploy_file",
+    "inner_module",
     "load_checkpoint",
     "load_pretrained",
     "local_copy",
     "map_checkpoint",
+    "measure_pin",
+    "mirror_path",
     "push_to_hub",
     "read_checkpoint",
     "read_content",
@@ -39,5 +61,8 @@ __all__ = [
     "save_checkpoint",
     "save_for_hf",
     "saved_arguments",
+    "sha256_of",
     "unwrap",
+    "verify",
+    "write_pin",
 ]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from backbones import reparam
 from backbones.errors import CheckpointError
+from backbones.manifest import WeightsEntry
+from backbones.reparameterization import reparameterize
+from backbones.weights.download import fetch
 from backbones.weights.mapping import Mapped, map_checkpoint
 from backbones.weights.target import Target, inner_module
-from backbones.weights.untrusted.reading import Checkpoint, read_checkpoint
-from backbones.weights.untrusted.state_dicts import unwrap_all
+from backbones.weights.untrusted import Checkpoint, read_checkpoint, unwrap_all
 
-__all__ = ["LoadReport", "filter_for_timm", "load_checkpoint"]
+__all__ = ["LoadReport", "filter_for_timm", "load_checkpoint", "load_pretrained"]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def load_checkpoint(
 
     Keys, shapes and values are checked before the first copy. The model keeps its device and
     number type; values are converted. A `features_only` model takes a whole model's checkpoint:
-    its backbone must be complete, the rest is ignored and listed. A model in deploy form takes
+    its backbone must be complete, the rest is ignored and listed. A re-parameterized model takes
     files saved in that form, and any other by merging them on the way.
 
     Args:
@@ -76,35 +82,113 @@ def load_checkpoint(
         UnsafeCheckpointError: reading the file would run code.
         CheckpointError: the file cannot be read, or does not fit the model.
     """
-    inner = inner_module(model)
-    if isinstance(source, Mapping):
-        label = "the given dict"
-    elif isinstance(source, Checkpoint):
-        label = source.source
+    return _load(model, _checkpoint(source), strict=strict)
+
+
+def load_pretrained(
+    model: nn.Module,
+    source: str | PathLike[str] | Checkpoint | WeightsEntry | Any,
+    *,
+    lacks: Sequence[str] = (),
+    new_classifier: bool = False,
+    deploy: bool = False,
+    cache_dir: str | Path | None = None,
+) -> LoadReport:
+    """Load weights into a fresh model, adapting what the user asked to differ.
+
+    The first convolution is adapted to the model's input channels as timm does. Everything else
+    must fit completely; the model is unchanged when it does not.
+
+    Args:
+        model: a model of this package, with or without `features_only`.
+        source: a file, a checkpoint that was read, or what is first brought to this machine: a
+            manifest entry, or timm's `PretrainedCfg`.
+        lacks: parts that the file is known not to hold: ``classifier``, ``head``.
+        new_classifier: the user chose the number of classes; a classifier of another width in the
+            file is left out and the model keeps its fresh one.
+        deploy: the model will be re-parameterized; a file that is already does so first.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        WeightsUnavailableError: there are no such weights, or they cannot be had.
+        CheckpointError: the file cannot be read or does not fit.
+    """
+    if isinstance(source, str | PathLike | Checkpoint):
+        checkpoint = _checkpoint(source)
     else:
-        label = str(source)
-    if any(tensor.is_meta for tensor in inner.state_dict().values()):
+        checkpoint = read_checkpoint(fetch(source, cache_dir=cache_dir))
+    if deploy and checkpoint.deploy:
+        # Nothing to verify here: what is merged is overwritten by the file.
+        reparameterize(model.eval(), inplace=True, verify=False)
+    return _load(
+        model,
+        checkpoint,
+        strict=not lacks,
+        lacks=lacks,
+        ignore_classifier=new_classifier,
+        adapt_input=True,
+    )
+
+
+def _load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    strict: bool,
+    lacks: Sequence[str] = (),
+    ignore_classifier: bool = False,
+    adapt_input: bool = False,
+) -> LoadReport:
+    """Map a checkpoint to the model, adapt what may differ, and only then copy."""
+    target = Target(model)
+    body: Any = target.module
+    if any(tensor.is_meta for tensor in target.present.values()):
         raise CheckpointError(
-            f"{label}: cannot be loaded, the model is on the meta device and has no memory for "
-            "values; call model.to_empty(device=...) first"
+            f"{checkpoint.source}: cannot be loaded, the model is on the meta device and has no"
+            " memory for values; call model.to_empty(device=...) first"
         )
-    checkpoint = source if isinstance(source, Checkpoint) else _checkpoint(source, label)
-    if Target(model).deployed:
-        mapped = _map_to_deploy_form(checkpoint, model, strict)
-    else:
-        mapped = _map(checkpoint, model, strict=strict)
-    inner.load_state_dict(mapped.tensors, strict=False)
+    options: dict[str, Any] = {"ignore_classifier": ignore_classifier}
+    if adapt_input:
+        options["any_input_channels"] = [f"{body.first_conv}.weight"]
+    into = _map_to_deploy_form if target.deployed else _map
+    mapped = into(checkpoint, model, strict=strict, **options)
+    if lacks:
+        _require_known_gaps(mapped, target, lacks, checkpoint.source)
+    tensors, other_width = dict(mapped.tensors), []
+    for key, tensor in mapped.tensors.items():
+        if ignore_classifier and target.is_classifier(key):
+            if tensor.shape != target.present[key].shape:
+                _logger.info(
+                    "%s: %s has another width; the model's own stays", checkpoint.source, key
+                )
+                other_width.append(key)
+                del tensors[key]
+        elif key in options.get("any_input_channels", ()):
+            channels = tensor.shape[1]
+            tensors[key] = adapt_input_conv(body.in_chans, tensor, base_chans=channels)
+    body.load_state_dict(tensors, strict=False)
     return LoadReport(
-        label,
+        checkpoint.source,
         mapped.layout,
         checkpoint.wrapper,
         mapped.prefix,
-        len(mapped.tensors),
-        mapped.dropped,
+        len(tensors),
+        (*mapped.dropped, *other_width),
         (*mapped.ignored, *checkpoint.others),
         mapped.missing,
         mapped.unexpected,
     )
+
+
+def _require_known_gaps(mapped: Mapped, target: Target, lacks: Sequence[str], source: str) -> None:
+    """Refuse a file that lacks more than it is known to lack."""
+    parts = (*target.classifiers, *(("head",) if "head" in lacks else ()))
+    absent = [k for k in mapped.missing if not k.startswith(tuple(f"{p}." for p in parts))]
+    if absent or mapped.unexpected:
+        raise CheckpointError(
+            f"{source}: does not fit {target.name}; missing {absent[:4]}, unexpected"
+            f" {list(mapped.unexpected[:4])}"
+        )
 
 
 def filter_for_timm(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +213,9 @@ def filter_for_timm(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str
     return mapped.tensors
 
 
-def _checkpoint(source: Any, label: str) -> Checkpoint:
+def _checkpoint(source: Any, label: str = "the given dict") -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source
     if isinstance(source, str | PathLike):
         return read_checkpoint(source)
     try:
@@ -139,19 +225,19 @@ def _checkpoint(source: Any, label: str) -> Checkpoint:
     return Checkpoint(tensors, {}, wrapper, others, label)
 
 
-def _map_to_deploy_form(checkpoint: Checkpoint, model: nn.Module, strict: bool) -> Mapped:
+def _map_to_deploy_form(checkpoint: Checkpoint, model: nn.Module, **options: Any) -> Mapped:
     """Map a checkpoint of either form to a re-parameterized model."""
     try:
-        return _map(checkpoint, model)
+        return _map(checkpoint, model, **{**options, "strict": True})
     except CheckpointError:
         if checkpoint.deploy:
             raise
     inner: Any = inner_module(model)
     dtype = next(inner.parameters()).dtype
     twin = type(inner)(**inner.arguments).to(dtype).eval()  # in training form
-    mapped = _map(checkpoint, twin, strict=strict)
+    mapped = _map(checkpoint, twin, **options)
     twin.load_state_dict(mapped.tensors, strict=False)
-    reparam.reparameterize(twin, inplace=True, verify=False)
+    reparameterize(twin, inplace=True, verify=False)
     own = inner.state_dict().keys()
     merged = {key: value for key, value in twin.state_dict().items() if key in own}
     return replace(mapped, tensors=merged)

@@ -134,22 +134,22 @@ def _try(
             if callable(layout)
             else _rename(tensors, layout, attempt)
         )
-    except Exception as error:  # a family's code on foreign tensors; shown if nothing else fits
+    except Exception as error:  # a family's code on others' tensors; shown if nothing fits
         attempt.error = error
         return
-    kept: dict[str, Tensor] = {}
+    needed: dict[str, Tensor] = {}
     for key, tensor in renamed.items():
         counter = key == _BOOKKEEPING and key not in target.present
         if counter or target.is_derived(key) or target.is_absent_auxiliary(key):
             attempt.dropped.append(key)
         else:
-            kept[key] = tensor
-    if any(key in target.present for key in kept):
+            needed[key] = tensor
+    if any(key in target.present for key in needed):
         try:
-            kept = target.complete(kept)
+            needed = target.complete(needed)
         except Exception as error:  # likewise
             attempt.error = error
-    for key, tensor in kept.items():
+    for key, tensor in needed.items():
         if key in target.present:
             own = target.present[key].shape
             free = ignore_classifier and target.is_classifier(key)
@@ -168,7 +168,7 @@ def _try(
     attempt.missing += [
         key
         for key in target.present
-        if key not in kept
+        if key not in needed
         and not key.endswith("num_batches_tracked")
         and not target.is_derived(key)
         and not (ignore_classifier and target.is_classifier(key))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from backbones.errors import CheckpointError
+from backbones.files import new_file
 from backbones.weights.target import inner_module
 
 __all__ = ["input_config", "save_checkpoint"]
@@ -84,26 +84,21 @@ def save_checkpoint(
         tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     metadata = {
         "format": "pt",
-        "backbones": _describe(inner, path, license, provenance, classes),
+        "backbones": _description_of(inner, path, license, provenance, classes),
     }
 
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; save_file makes it private
-        safetensors.torch.save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)
-        with temporary.open("rb+") as stream:
-            _sort_metadata(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with new_file(path) as file:
+            file.touch()
+            mode = file.stat().st_mode  # what the user's umask gives; save_file makes it private
+            safetensors.torch.save_file(tensors, file, metadata)
+            file.chmod(mode)
+            with file.open("rb+") as stream:
+                _sort_metadata(stream)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error}); check free space and rights of the folder"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -137,7 +132,7 @@ def input_config(model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def _describe(
+def _description_of(
     model: nn.Module,
     path: Path,
     license: str | None,
@@ -148,6 +143,7 @@ def _describe(
     config: Mapping[str, Any] = getattr(model, "config", None) or {}
     facts = {
         "name": config.get("name") or pretrained_cfg.get("architecture"),
+        "family": config.get("family"),
         "arguments": config.get("arguments"),
         "deploy": bool(getattr(model, "deployed", False)),
         "license": license or pretrained_cfg.get("license"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backbones.errors import CheckpointError
 from backbones.skeleton import Layout
-from backbones.weights.untrusted.reading import Checkpoint
+from backbones.weights.untrusted import Checkpoint
 
 __all__ = ["Layout", "Target", "inner_module"]
 
@@ -32,7 +32,9 @@ class Target:
         self.deployed = bool(getattr(self.module, "deployed", False))
         layouts = {} if self.deployed else getattr(self.module, "layouts", {})
         self.layouts: Mapping[str, Layout] = layouts
-        self.classifiers: tuple[str, ...] = tuple(getattr(self.module, "classifier_names", ()))
+        cfg = getattr(self.module, "pretrained_cfg", None) or {}
+        names = getattr(self.module, "classifier_names", None) or cfg.get("classifier") or ()
+        self.classifiers: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names)
         self._derived = _any_of(getattr(self.module, "derived_keys", ()))
         self._auxiliary = _any_of(getattr(self.module, "auxiliary_keys", ()))
         self._resizable = _any_of(getattr(self.module, "resizable_keys", ()))

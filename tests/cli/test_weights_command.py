@@ -11,7 +11,7 @@ from loopback_hub import COMMIT, serve
 
 from backbones.cli import main
 from backbones.manifest import read_manifest
-from backbones.weights import retrying
+from backbones.weights.download import retrying
 
 CONTENT = b"weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from backbones.engines.openvino.files import OpenVinoRunner
 from torch import nn
 
+from backbones.engines.openvino import OpenVinoRunner
 from backbones.engines.openvino import depthwise as widening
-from backbones.engines.openvino import files
+from backbones.engines.openvino import runner as running
 from backbones.engines.openvino.depthwise import WIDE, milliseconds, widen_depthwise
 
 ov = pytest.importorskip("openvino")
@@ -115,7 +115,7 @@ def test_the_measurement_measures():
 def test_only_models_of_known_shapes_are_fitted(batch_size, widened, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        files, "widen_depthwise", lambda *given: calls.append(widen_depthwise(*given))
+        running, "widen_depthwise", lambda *given: calls.append(widen_depthwise(*given))
     )
     module = depthwise(13)
     model, x = converted(module, tmp_path, ("batch", 16, 20, 18))

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from backbones.engines.preprocessing import Preprocessed
 from PIL import Image
 from small_models import small
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from backbones.engines import export, open_exported
+from backbones.engines.preparation import Preprocessed
 from backbones.errors import ConfigError, UnsupportedError
 
 datasets = pytest.importorskip("sklearn.datasets")

@@ -17,7 +17,8 @@ import backbones
 from backbones import merge
 from backbones.cli import main
 from backbones.errors import CheckpointError, EquivalenceError, UnsupportedError
-from backbones.foreign import as_ours, reparameterize_with_report
+from backbones.reparameterization import reparameterize_with_report
+from backbones.timm_bridge import as_ours
 from backbones.weights import read_metadata
 
 
@@ -233,7 +234,7 @@ def test_the_command_line_writes_the_deploy_form(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["missing.safetensors", "out.safetensors"], "no such file"),
-        (["deploy.safetensors", "out.safetensors"], "deploy form already"),
+        (["deploy.safetensors", "out.safetensors"], "re-parameterized already"),
         (["training.safetensors", "training.safetensors"], "would replace the training form"),
         (["bare.pth", "out.safetensors"], "add --model NAME"),
         (["training.safetensors", "out.pth"], r"\*.safetensors"),

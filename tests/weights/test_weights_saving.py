@@ -86,6 +86,7 @@ def test_metadata(tmp_path):
         "format": "pt",
         "backbones": {
             "name": "toy_t",
+            "family": None,
             "arguments": {"dim": 4},
             "deploy": False,
             "license": "mit",

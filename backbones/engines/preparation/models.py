@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from backbones.engines.preparation.preprocessing import Preprocessed
 from backbones.errors import UnsupportedError
-from backbones.foreign import reparameterize
-from backbones.reparam import backbones_in
+from backbones.reparameterization import backbones_in, reparameterize
 
 __all__ = [
     "DTYPES",

@@ -20,7 +20,7 @@ from backbones.families import convnext, hornet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention
 from backbones.layers import CenteredNorm2d
-from backbones.reparam import backbones_in
+from backbones.reparameterization import backbones_in
 
 __all__ = ["REWRITES", "rewrite_block", "rewrite_for_graphs"]
 

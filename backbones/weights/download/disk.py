@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backbones.errors import WeightsUnavailableError
 
-__all__ = ["first_line", "require_space", "sha256_of", "unwritable"]
+__all__ = ["require_space", "sha256_of", "unwritable"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,8 +50,3 @@ def unwritable(folder: Path, error: OSError, what: str) -> WeightsUnavailableErr
         f"{what} cannot be kept under {folder} ({error.strerror or error}): {reason}, or name"
         " another place with cache_dir=... (HF_HOME for the Hub's cache)"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

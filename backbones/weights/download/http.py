@@ -19,8 +19,8 @@ from typing import IO, Any
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
 
-from backbones.errors import CheckpointError, WeightsUnavailableError
-from backbones.weights.download.disk import first_line, require_space, sha256_of, unwritable
+from backbones.errors import CheckpointError, WeightsUnavailableError, first_line
+from backbones.weights.download.disk import require_space, sha256_of, unwritable
 from backbones.weights.download.retrying import TransientError, is_transient_status, with_retries
 
 __all__ = ["download"]
@@ -69,12 +69,12 @@ def download(
         with WeakFileLock(path.with_name(f".{path.name}.lock")):
             if path.is_file() and not again:
                 return path  # another process was quicker
-            job = _Job(url, path, sha256, size)
-            job.fetch()
-            if job.resumed and job.difference():
-                job.discard()  # the server's file changed between the parts
-                job.fetch()
-            job.put_in_place()
+            transfer = _Transfer(url, path, sha256, size)
+            transfer.fetch()
+            if transfer.resumed and transfer.difference():
+                transfer.discard()  # the server's file changed between the parts
+                transfer.fetch()
+            transfer.put_in_place()
     except OSError as error:
         if isinstance(error, WeightsUnavailableError):
             raise
@@ -83,7 +83,7 @@ def download(
 
 
 @dataclass
-class _Job:
+class _Transfer:
     url: str
     path: Path
     sha256: str | None
@@ -99,21 +99,21 @@ class _Job:
         """Holds the ETag of the content that the part file belongs to."""
         return self.path.with_name(f".{self.path.name}.part.etag")
 
-    def kept(self) -> int:
+    def received(self) -> int:
         """Return how many bytes are there already."""
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def fetch(self) -> None:
         """Fetch what is missing, in as many attempts as it takes."""
         try:
-            with_retries(self._attempt, self.url, self.kept)
+            with_retries(self._attempt, self.url, self.received)
         except TransientError as error:
             raise WeightsUnavailableError(
                 f"{self.url} cannot be had: {error}; check the connection{_OR_LOCAL}"
             ) from error
 
     def _attempt(self) -> None:
-        if self.kept() and self.kept() == self.size:
+        if self.received() and self.received() == self.size:
             self.resumed = True  # a process ended just before it put the file in place
             return
         with _translated(self.url):
@@ -125,18 +125,18 @@ class _Job:
     def _open(self) -> Any:
         """Ask for the bytes that are missing; None where the server says that none are."""
         request = urllib.request.Request(self.url, headers={"Accept-Encoding": "identity"})
-        kept = self.kept()
+        there = self.received()
         etag = self._validator.read_text() if self._validator.is_file() else ""
-        if kept and (etag or self.sha256):
-            request.add_header("Range", f"bytes={kept}-")
+        if there and (etag or self.sha256):
+            request.add_header("Range", f"bytes={there}-")
             if etag:
                 request.add_header("If-Range", etag)
         opener = urllib.request.build_opener(_NoDowngrade)
         try:
             return opener.open(request, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing lies beyond what is kept
-                if error.headers.get("Content-Range") == f"bytes */{kept}":
+            if error.code == 416:  # nothing lies beyond what is there
+                if error.headers.get("Content-Range") == f"bytes */{there}":
                     self.resumed = True
                     return None
                 self.discard()
@@ -147,7 +147,7 @@ class _Job:
         begin = 0
         etag = response.headers.get("ETag", "")
         if response.status == 206:
-            begin = self.kept()
+            begin = self.received()
             known = self._validator.read_text() if self._validator.is_file() else etag
             if _range_start(response.headers.get("Content-Range", "")) != begin or etag != known:
                 self.discard()
@@ -202,8 +202,8 @@ class _Job:
 
     def difference(self) -> str | None:
         """Say how what arrived differs from what is recorded; None where it does not."""
-        if self.size is not None and self.kept() != self.size:
-            return f"{self.kept()} bytes arrived, recorded are {self.size}"
+        if self.size is not None and self.received() != self.size:
+            return f"{self.received()} bytes arrived, recorded are {self.size}"
         digest = sha256_of(self.part) if self.sha256 else None
         if digest != self.sha256:
             return f"sha256 {digest} arrived, recorded is {self.sha256}"

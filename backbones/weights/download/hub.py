@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from backbones.errors import CheckpointError, WeightsUnavailableError
-from backbones.weights.download.disk import first_line, require_space, unwritable
+from backbones.errors import CheckpointError, WeightsUnavailableError, first_line
+from backbones.weights.download.disk import require_space, unwritable
 from backbones.weights.download.retrying import TransientError, is_transient_status, with_retries
 
 __all__ = [

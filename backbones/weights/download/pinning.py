@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backbones.errors import ConfigError
+from backbones.files import new_file
 from backbones.manifest import WeightsEntry, read_manifest
 from backbones.weights.download.disk import sha256_of
 from backbones.weights.download.fetching import fetch
@@ -70,24 +69,21 @@ def write_pin(manifest: str | Path, name: str, pin: Pin) -> None:
             end += 1
         elif at is not None:
             lines[at] = re.sub(r"(:\s*)[^\s#]+", rf"\g<1>{text}", lines[at], count=1)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.yaml")
+    # A digest of digits alone would be read as a number, quoting styles differ, and so on.
+    changed = replace(
+        before[name], revision=pin.revision, sha256=pin.sha256, size=pin.size, where=""
+    )
+    expected = {key: replace(entry, where="") for key, entry in before.items()} | {name: changed}
     try:
-        temporary.write_text("".join(lines), encoding="utf-8")
-        after = dict(read_manifest(temporary).entries)
-        # A digest of digits alone would be read as a number, quoting styles differ, and so on.
-        changed = replace(
-            before[name], revision=pin.revision, sha256=pin.sha256, size=pin.size, where=""
-        )
-        same = {key: replace(entry, where="") for key, entry in before.items()} | {name: changed}
-        if {key: replace(entry, where="") for key, entry in after.items()} != same:
-            raise ConfigError(
-                f"{path}: {name!r} is not written one key a line; record by hand: {pin}"
-            )
-        os.replace(temporary, path)
+        with new_file(path) as file:
+            file.write_text("".join(lines), encoding="utf-8")
+            after = read_manifest(file).entries
+            if {key: replace(entry, where="") for key, entry in after.items()} != expected:
+                raise ConfigError(
+                    f"{path}: {name!r} is not written one key a line; record by hand: {pin}"
+                )
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error}); check its rights") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _block(path: Path, lines: list[str], name: str) -> tuple[int, int, str]:

@@ -14,9 +14,9 @@ import torch
 from timm.models import filter_pretrained_cfg, is_model_in_modules
 from torch import nn
 
-from backbones import reparam
 from backbones.config import data_folder, read_family
 from backbones.errors import UnsupportedError
+from backbones.reparameterization import reparameterize
 from backbones.skeleton import StagedBackbone
 from backbones.weights.saving import input_config
 from backbones.weights.target import Target, inner_module
@@ -102,7 +102,7 @@ def check_rebuilt(model: nn.Module, folder: Path) -> None:
     with torch.device("meta"):
         twin: Any = timm.create_model(f"local-dir:{folder}")
     if body.deployed:
-        twin, _ = reparam.reparameterize(twin.eval(), inplace=True, verify=False)
+        reparameterize(twin.eval(), inplace=True, verify=False)
     own, other = body.state_dict(), twin.state_dict()
     target = Target(body)
     wrong = sorted(own.keys() ^ other.keys()) + [

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from backbones.errors import BackbonesError, CheckpointError, ConfigError
-from backbones.weights.download.disk import first_line
-from backbones.weights.download.hub import is_connection_error
+from backbones.errors import BackbonesError, CheckpointError, ConfigError, first_line
+from backbones.files import new_folder, write_json, write_text
+from backbones.weights.download import is_connection_error
 from backbones.weights.publish.config_json import check_rebuilt, hub_config
 from backbones.weights.publish.model_card import UNSTATED, model_card
 from backbones.weights.saving import save_checkpoint
@@ -79,13 +74,22 @@ def save_for_hf(
     license = license or (getattr(body, "pretrained_cfg", None) or {}).get("license") or UNSTATED
     config = hub_config(model, license=license, classes=classes)
     card = model_card(model, config, repo_id=repo_id, license=license, provenance=provenance)
-    with _appearing(folder) as place:
-        save_checkpoint(
-            model, place / FILES[0], license=license, provenance=provenance, classes=classes
-        )
-        _write(place / FILES[1], json.dumps(config, indent=2) + "\n")
-        _write(place / FILES[2], card)
-        check_rebuilt(model, place)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; name a folder")
+    if not folder.parent.is_dir():
+        raise CheckpointError(f"{folder}: the folder {folder.parent} does not exist; make it first")
+    try:
+        with new_folder(folder) as place:
+            save_checkpoint(
+                model, place / FILES[0], license=license, provenance=provenance, classes=classes
+            )
+            write_json(place / FILES[1], config)
+            write_text(place / FILES[2], card)
+            check_rebuilt(model, place)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error}); check free space and rights of the folder"
+        ) from error
     return folder
 
 
@@ -166,37 +170,6 @@ def check_repo_id(repo_id: str) -> None:
         raise ConfigError(f"{repo_id!r} is no repository; name it as owner/name")
 
 
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Give a place to write files; they appear in `folder` if nothing fails, or else not at all."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; name a folder")
-    if not folder.parent.is_dir():
-        raise CheckpointError(f"{folder}: the folder {folder.parent} does not exist; make it first")
-    exists = folder.is_dir()
-    place = (folder if exists else folder.parent) / f".{secrets.token_hex(8)}.tmp"
-    try:
-        place.mkdir()
-        yield place
-        if not exists:
-            place.rename(folder)
-        for path in sorted(place.iterdir()) if exists else ():
-            path.replace(folder / path.name)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written ({error}); check free space and rights of the folder"
-        ) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _sent(upload: Callable[[], str], repo_id: str) -> str:
     """Run an upload and translate the client's errors."""
     try:
@@ -205,11 +178,11 @@ def _sent(upload: Callable[[], str], repo_id: str) -> str:
         raise PublishError(f"{repo_id}: HF_HUB_OFFLINE forbids to send; unset it") from error
     except HfHubHTTPError as error:
         status = int(error.response.status_code) if error.response is not None else 0
-        answer = error.server_message or first_line(error)
-        raise PublishError(_refusal(repo_id, status, answer)) from error
+        said = error.server_message or first_line(error)
+        raise PublishError(_refusal(repo_id, status, said)) from error
     except ValueError as error:  # the client's words for an answer it does not like
-        answer = " ".join(str(error).split())
-        raise PublishError(f"{constants.ENDPOINT} refuses {repo_id}: {answer}") from error
+        said = " ".join(str(error).split())
+        raise PublishError(f"{constants.ENDPOINT} refuses {repo_id}: {said}") from error
     except Exception as error:
         if not is_connection_error(error):
             raise
@@ -219,7 +192,7 @@ def _sent(upload: Callable[[], str], repo_id: str) -> str:
         ) from error
 
 
-def _refusal(repo_id: str, status: int, answer: str) -> str:
+def _refusal(repo_id: str, status: int, message: str) -> str:
     owner = repo_id.partition("/")[0]
     hint = {
         400: "the Hub does not accept the files as they are",
@@ -230,5 +203,5 @@ def _refusal(repo_id: str, status: int, answer: str) -> str:
         409: "the repository is being changed by somebody else; push again",
         429: "the Hub asks to wait; push again later",
     }.get(status, "push again later" if status >= 500 else "nothing more is known")
-    said = " ".join(answer.split())
+    said = " ".join(message.split())
     return f"{constants.ENDPOINT} refuses {repo_id} (status {status}): {hint}. It says: {said}"

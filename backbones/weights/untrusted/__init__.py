@@ -6,7 +6,6 @@ from backbones.weights.untrusted.reading import (
     read_content,
     read_description,
     read_metadata,
-    read_shapes,
 )
 from backbones.weights.untrusted.state_dicts import unwrap, unwrap_all
 
@@ -16,7 +15,6 @@ __all__ = [
     "read_content",
     "read_description",
     "read_metadata",
-    "read_shapes",
     "unwrap",
     "unwrap_all",
 ]

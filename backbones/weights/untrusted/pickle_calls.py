@@ -2,7 +2,7 @@
 
 A list of names alone would not do: a set copied a million times over, a dict key made of nested
 tuples and a storage of a terabyte are all made of harmless names. Every call here is checked for
-what it costs, and answered with a likeness of its result.
+what it costs, and given a stand-in for its result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["CALLS", "Name", "Object", "Oddity", "Storage", "checked_key", "is_allowed", "is_size"]
+__all__ = [
+    "CALLS",
+    "Name",
+    "Object",
+    "Refused",
+    "Storage",
+    "checked_key",
+    "is_allowed",
+    "is_size",
+]
 
 _MAX_DIMS = 16
 _STORAGES = {
@@ -35,7 +44,7 @@ _STORAGES = {
 }
 
 
-class Oddity(Exception):
+class Refused(Exception):
     """A pickle does something that no checkpoint needs; the message says what."""
 
 
@@ -52,7 +61,7 @@ class Name:
         if dtype is not None:
             return dtype.itemsize
         if self.name not in _STORAGES:
-            raise Oddity(f"takes {self.name[:80]!r} for a number type")
+            raise Refused(f"takes {self.name[:80]!r} for a number type")
         return _STORAGES[self.name]
 
 
@@ -86,11 +95,11 @@ def checked_key(key: Any) -> Any:
     """Return a dict key whose hash costs little; that of nested tuples can take forever.
 
     Raises:
-        Oddity: it may cost more.
+        Refused: it may cost more.
     """
     parts = key if type(key) is tuple and len(key) <= _MAX_DIMS else (key,)
     if not all(part is None or isinstance(part, str | int | float | Name) for part in parts):
-        raise Oddity(f"uses a {type(key).__name__} as a key")
+        raise Refused(f"uses a {type(key).__name__} as a key")
     return key
 
 
@@ -149,7 +158,7 @@ def _tensor(storage: Any, offset: Any, sizes: Any, strides: Any, item_bytes: int
     if math.prod(sizes):
         last += 1 + sum((n - 1) * step for n, step in zip(sizes, strides))
     if last * (item_bytes or storage.item_bytes) > storage.bytes:
-        raise Oddity(f"puts a tensor of shape {tuple(sizes)} beyond the end of its storage")
+        raise Refused(f"puts a tensor of shape {tuple(sizes)} beyond the end of its storage")
     return _Tensor()
 
 

@@ -16,14 +16,14 @@ from backbones.weights.untrusted.pickle_calls import (
     CALLS,
     Name,
     Object,
-    Oddity,
+    Refused,
     Storage,
     checked_key,
     is_allowed,
     is_size,
 )
 
-__all__ = ["Oddity", "Rehearsal"]
+__all__ = ["Refused", "PickleCheck"]
 
 # The model of the zoo with most tensors, with its averages and optimizer, takes 1.4 million.
 _MAX_STEPS = 2_000_000
@@ -35,7 +35,7 @@ _IMPORTS = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 _MADE_NEW = {"argparse.Namespace", "torch.nn.parameter.Parameter"}
 
 
-class Rehearsal:
+class PickleCheck:
     """Follows the pickles of one file; `blocked` fills with the names they must not use."""
 
     def __init__(self, file_bytes: int, storages: Mapping[str, int] | None = None) -> None:
@@ -49,57 +49,57 @@ class Rehearsal:
         self._steps = 0
 
     def follow(self, stream: BinaryIO) -> Any:
-        """Follow one pickle to its end and return a likeness of its object.
+        """Follow one pickle to its end and return a stand-in for its object.
 
         Raises:
-            Oddity: it does something no checkpoint needs; its names are in `blocked` even so.
+            Refused: it does something no checkpoint needs; its names are in `blocked` even so.
             Exception: whatever `pickletools` makes of bytes that are no pickle.
         """
         machine = _Machine(self)
         names = _Names()
-        oddity: Oddity | None = None
+        refused: Refused | None = None
         for opcode, argument, _ in pickletools.genops(stream):
             self.charge(1)
             name = names.see(opcode.name, argument)
             if name is not None and not is_allowed(name):
                 self.blocked.add(name[:80])
-            if oddity is None:
+            if refused is None:
                 try:
                     machine.step(opcode.name, argument, name)
-                except Oddity as error:
-                    oddity = error
+                except Refused as error:
+                    refused = error
                 except (IndexError, KeyError, TypeError) as error:
-                    oddity = Oddity(f"breaks its own rules at a step {opcode.name} ({error!r})")
-        if oddity is None and not machine.stack:
-            oddity = Oddity("ends without an object")
-        if oddity is not None:
-            raise oddity
+                    refused = Refused(f"breaks its own rules at a step {opcode.name} ({error!r})")
+        if refused is None and not machine.stack:
+            refused = Refused("ends without an object")
+        if refused is not None:
+            raise refused
         return machine.stack.pop()
 
     def charge(self, steps: int) -> None:
-        """Count steps of work; raise `Oddity` when they are too many."""
+        """Count steps of work; raise `Refused` when they are too many."""
         self._steps += steps
         if self._steps > _MAX_STEPS:
-            raise Oddity(f"takes more than {_MAX_STEPS} steps to read")
+            raise Refused(f"takes more than {_MAX_STEPS} steps to read")
 
     def storage(self, identity: Any) -> Storage:
         """Check a reference to a block of numbers against what the file holds."""
         parts = 6 if self._storages is None else 5  # only the old format has views of storages
         if type(identity) is not tuple or len(identity) != parts or identity[0] != "storage":
-            raise Oddity("refers to something outside of it that is no storage")
+            raise Refused("refers to something outside of it that is no storage")
         _, kind, key, location, count, *view = identity
         spelled = isinstance(kind, Name) and isinstance(key, str) and isinstance(location, str)
         if not spelled or not is_size(count) or view not in ([], [None]):
-            raise Oddity("refers to a storage in an unknown way")
+            raise Refused("refers to a storage in an unknown way")
         size = count * kind.item_bytes
         held = self._storages.get(key, -1) if self._storages is not None else size
         if held != size or self.declared.get(key, size) != size:
-            raise Oddity(f"declares {size} bytes for storage {key[:80]!r}, which has another size")
+            raise Refused(f"declares {size} bytes for storage {key[:80]!r}, which has another size")
         if key not in self.declared:
             self.declared[key] = size
             self.declared_bytes += size
         if self.declared_bytes > self._file_bytes:
-            raise Oddity(f"declares storages larger than the file ({self._file_bytes} bytes)")
+            raise Refused(f"declares storages larger than the file ({self._file_bytes} bytes)")
         return Storage(kind.item_bytes, size)
 
 
@@ -134,13 +134,13 @@ class _Names:
 
 
 class _Machine:
-    """The stack machine, with likenesses in place of objects."""
+    """The stack machine, with stand-ins for objects."""
 
-    def __init__(self, rehearsal: Rehearsal) -> None:
+    def __init__(self, check: PickleCheck) -> None:
         self.stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        self._rehearsal = rehearsal
+        self._check = check
 
     def step(self, opcode: str, argument: Any, name: str | None) -> None:
         """Take one step; `name` is what it imports."""
@@ -164,7 +164,7 @@ class _Machine:
         elif opcode == "GLOBAL":
             stack.append(Name(str(name)))
         elif opcode == "BINPERSID":
-            stack.append(self._rehearsal.storage(stack.pop()))
+            stack.append(self._check.storage(stack.pop()))
         elif opcode in ("REDUCE", "NEWOBJ"):
             function, arguments = self._popped(2)
             stack.append(self._call(function, arguments, opcode))
@@ -175,16 +175,16 @@ class _Machine:
         elif opcode in ("SETITEM", "SETITEMS"):
             pairs = self._since_mark() if opcode == "SETITEMS" else self._popped(2)
             if not isinstance(self.stack[-1], dict) or len(pairs) % 2:
-                raise Oddity("sets items of something that is no dict")
+                raise Refused("sets items of something that is no dict")
             for key, value in zip(pairs[::2], pairs[1::2]):
                 self.stack[-1][checked_key(key)] = value
         elif opcode in ("APPEND", "APPENDS"):
             items = self._since_mark() if opcode == "APPENDS" else self._popped(1)
             if type(self.stack[-1]) is not list:
-                raise Oddity("appends to something that is no list")
+                raise Refused("appends to something that is no list")
             self.stack[-1].extend(items)
         elif opcode not in ("PROTO", "STOP"):
-            raise Oddity(f"uses {opcode}, which torch.save never writes by itself")
+            raise Refused(f"uses {opcode}, which torch.save never writes by itself")
 
     def _since_mark(self) -> list[Any]:
         items, self.stack = self.stack, self._marked.pop()
@@ -200,26 +200,26 @@ class _Machine:
     def _build(self, state: Any, target: Any) -> None:
         """Check attributes given to an object: a state dict's metadata, a namespace's content."""
         if not isinstance(state, dict):
-            raise Oddity("sets attributes in an unknown way")
-        self._rehearsal.charge(_OBJECT_STEPS + len(state))
+            raise Refused("sets attributes in an unknown way")
+        self._check.charge(_OBJECT_STEPS + len(state))
         # Any other attribute of a dict could stand in for one of its methods.
         metadata = type(target) is OrderedDict and state.keys() <= {"_metadata"}
         if not metadata and type(target) is not Object:
-            raise Oddity("sets attributes of something other than a namespace")
+            raise Refused("sets attributes of something other than a namespace")
 
     def _call(self, function: Any, arguments: Any, opcode: str) -> Any:
-        """Check a call and return a likeness of its result."""
+        """Check a call and return a stand-in for its result."""
         name = function.name if isinstance(function, Name) else "something that is no function"
         made = opcode == "REDUCE" or name in _MADE_NEW
         if name not in CALLS or not made or type(arguments) is not tuple:
-            raise Oddity(f"calls {name[:80]}, which no checkpoint does")
+            raise Refused(f"calls {name[:80]}, which no checkpoint does")
         # Most of these copy what they are given.
         sizes = (len(a) for a in arguments if hasattr(a, "__len__"))
         tensor = "_rebuild" in name or "Parameter" in name
-        self._rehearsal.charge(sum(sizes) + (_TENSOR_STEPS if tensor else _OBJECT_STEPS))
+        self._check.charge(sum(sizes) + (_TENSOR_STEPS if tensor else _OBJECT_STEPS))
         result = CALLS[name](*arguments)
         if result is None:
-            raise Oddity(f"calls {name} with arguments that no checkpoint gives")
+            raise Refused(f"calls {name} with arguments that no checkpoint gives")
         return result
 
 

@@ -6,6 +6,7 @@ import json
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +25,6 @@ __all__ = [
     "read_content",
     "read_description",
     "read_metadata",
-    "read_shapes",
 ]
 
 _NOT_A_CHECKPOINT = (
@@ -35,7 +35,15 @@ _NOT_A_CHECKPOINT = (
     (b"\x93numpy", "a NumPy array; give PyTorch weights"),
 )
 
-_DESCRIPTION = {"name": str, "arguments": dict, "deploy": bool, "license": str, "input": dict}
+_DESCRIPTION = {
+    "name": str,
+    "family": str,
+    "arguments": dict,
+    "deploy": bool,
+    "license": str,
+    "classes": list,
+    "input": dict,
+}
 _MAX_DEPTH = 12  # of nested containers
 _MAX_SHARING = 8  # how often the entries of a state dict may repeat the bytes of the file
 
@@ -54,10 +62,15 @@ class Checkpoint:
     source: str = "the checkpoint"
     """The file, for messages."""
 
+    @cached_property
+    def description(self) -> Mapping[str, Any]:
+        """What `save_checkpoint` wrote of the model; empty for files of others."""
+        return _description(self.metadata, self.source)
+
     @property
     def deploy(self) -> bool:
-        """Whether `save_checkpoint` wrote it from a model in deploy form."""
-        return bool(_description(self.metadata, self.source).get("deploy"))
+        """Whether `save_checkpoint` wrote it from a re-parameterized model."""
+        return bool(self.description.get("deploy"))
 
 
 def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
@@ -190,16 +203,6 @@ def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     if "backbones" in metadata:
         metadata["backbones"] = _description(metadata, path)
     return metadata
-
-
-def read_shapes(path: str | PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a safetensors file's tensors, reading its header only.
-
-    Raises:
-        WeightsUnavailableError: there is no such file.
-        CheckpointError: it is no intact safetensors file.
-    """
-    return _header(Path(path)).shapes
 
 
 def _header(path: Path) -> Header:

@@ -1,9 +1,9 @@
 """Reading `torch.save` files without running anything they ask for.
 
 Two guards, one behind the other. First the pickle is followed step by step without building
-anything (`Rehearsal`), and every class or function it names is compared with a short list of what a
-checkpoint of tensors needs. That list is narrower than PyTorch's own, which also admits calls that
-allocate any amount of memory (`bytearray`, chained encodings). Then PyTorch's weights-only
+anything (`PickleCheck`), and every class or function it names is compared with a short list of what
+a checkpoint of tensors needs. That list is narrower than PyTorch's own, which also admits calls
+that allocate any amount of memory (`bytearray`, chained encodings). Then PyTorch's weights-only
 unpickler reads the file, memory-mapped.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from backbones.errors import CheckpointError, UnsafeCheckpointError
+from backbones.errors import CheckpointError, UnsafeCheckpointError, first_line
 from backbones.weights.untrusted.archive import read_archive
-from backbones.weights.untrusted.pickle_check import Oddity, Rehearsal
+from backbones.weights.untrusted.pickle_check import PickleCheck, Refused
 
 __all__ = ["CONVERTER", "load_archive", "load_pickle"]
 
@@ -47,10 +47,10 @@ def load_archive(path: Path, size: int) -> Any:
             archive = read_archive(stream, size, _MAX_PICKLE_BYTES)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    rehearsal = Rehearsal(size, archive.storages)
-    _, oddity = _rehearse(path, io.BytesIO(archive.pickled), rehearsal, pickles=1)
-    if oddity:
-        raise _odd(path, oddity)
+    check = PickleCheck(size, archive.storages)
+    _, refused = _followed(path, io.BytesIO(archive.pickled), check, pickles=1)
+    if refused:
+        raise _refusal(path, refused)
     return _torch_load(path, mmap=True)
 
 
@@ -64,20 +64,20 @@ def load_pickle(path: Path, head: bytes, size: int) -> Any:
     legacy = head.startswith(_LEGACY_MAGIC)
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
-    rehearsal = Rehearsal(size)
+    check = PickleCheck(size)
     pickles = _LEGACY_PICKLES if legacy else 1
-    keys, oddity = _rehearse(path, stream, rehearsal, pickles=pickles)
+    keys, refused = _followed(path, stream, check, pickles=pickles)
     if not legacy:
         raise CheckpointError(
             f"{path}: a plain pickle, not written by torch.save; if you trust where it comes from, "
             f"{CONVERTER} turns it into a file that loads here"
         )
-    if oddity:
-        raise _odd(path, oddity)
+    if refused:
+        raise _refusal(path, refused)
     texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    if not texts or sorted(keys) != sorted(rehearsal.declared):
+    if not texts or sorted(keys) != sorted(check.declared):
         raise CheckpointError(f"{path}: damaged, it lists other storages than it uses; fetch again")
-    needed = stream.tell() + rehearsal.declared_bytes + _LEGACY_COUNT_BYTES * len(keys)
+    needed = stream.tell() + check.declared_bytes + _LEGACY_COUNT_BYTES * len(keys)
     if needed != size:
         raise CheckpointError(
             f"{path}: damaged or cut short, {needed} bytes are declared and {size} are there; "
@@ -86,31 +86,31 @@ def load_pickle(path: Path, head: bytes, size: int) -> Any:
     return _torch_load(path, mmap=False)
 
 
-def _rehearse(
-    path: Path, stream: io.BytesIO, rehearsal: Rehearsal, *, pickles: int
-) -> tuple[Any, Oddity | None]:
+def _followed(
+    path: Path, stream: io.BytesIO, check: PickleCheck, *, pickles: int
+) -> tuple[Any, Refused | None]:
     """Follow the first `pickles` pickles of a file.
 
     Returns:
-        A likeness of the last one's object, and the first thing found that no checkpoint does.
+        A stand-in for the last one's object, and the first thing found that no checkpoint does.
 
     Raises:
         UnsafeCheckpointError: they name anything but the parts of a checkpoint.
         CheckpointError: they are damaged.
     """
     result: Any = None
-    oddity: Oddity | None = None
+    refused: Refused | None = None
     damage: Exception | None = None
     for _ in range(pickles):
         try:
-            result = rehearsal.follow(stream)
-        except Oddity as error:
-            oddity = oddity or error
+            result = check.follow(stream)
+        except Refused as error:
+            refused = refused or error
         except Exception as error:  # pickletools has no error class of its own
             damage = error
             break  # where the next pickle starts is unknown
-    if rehearsal.blocked:
-        names = ", ".join(sorted(rehearsal.blocked)[:8])
+    if check.blocked:
+        names = ", ".join(sorted(check.blocked)[:8])
         raise UnsafeCheckpointError(
             f"{path}: refused, because reading it would call {names}. Nothing was run. If you trust"
             f" where the file comes from, 'python {CONVERTER} --i-trust-this-file IN "
@@ -122,13 +122,13 @@ def _rehearse(
             f"{path}: damaged or cut short, its pickle cannot be read ({str(damage)[:200]}); "
             "fetch the file again"
         ) from damage
-    return result, oddity
+    return result, refused
 
 
-def _odd(path: Path, oddity: Oddity) -> CheckpointError:
+def _refusal(path: Path, refused: Refused) -> CheckpointError:
     return CheckpointError(
-        f"{path}: its pickle {oddity}; do not use this file, or, if you trust where it comes from, "
-        f"convert it with {CONVERTER}"
+        f"{path}: its pickle {refused}; do not use this file, or, if you trust where it comes from,"
+        f" convert it with {CONVERTER}"
     )
 
 
@@ -148,9 +148,8 @@ def _torch_load(path: Path, *, mmap: bool) -> Any:
                 mmap=mmap and not misnamed,
             )
     except Exception as error:  # PyTorch raises a dozen classes on damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: damaged or cut short, or not readable by PyTorch's safe reader "
-            f"({reason[:300]}); fetch the file again, or save its tensors with safetensors where it"
-            " was made"
+            f"({first_line(error)[:300]}); fetch the file again, or save its tensors with"
+            " safetensors where it was made"
         ) from error

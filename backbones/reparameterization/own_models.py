@@ -1,4 +1,4 @@
-"""Re-parameterization: the walk over a model's blocks, the proof of equivalence, the report.
+"""The models of this package: the walk over their blocks, the comparison, the report.
 
 The blocks' own ``reparameterize()`` are written in the algebra of :mod:`backbones.merge`; timm's
 ``reparameterize_model`` calls the same ones.
@@ -24,8 +24,8 @@ __all__ = [
     "TOLERANCE",
     "ReparamReport",
     "backbones_in",
+    "merge_backbones",
     "relative_difference",
-    "reparameterize",
     "require_eval",
     "smallest_input",
 ]
@@ -58,14 +58,14 @@ class ReparamReport:
         return "\n".join(lines)
 
 
-def reparameterize(
-    model: nn.Module, *, inplace: bool = False, verify: bool = True, count_operations: bool = False
+def merge_backbones(
+    model: nn.Module, *, inplace: bool, verify: bool, count_operations: bool
 ) -> tuple[nn.Module, ReparamReport]:
     """Merge everything that can be merged exactly in all backbones of this package in `model`.
 
     The backbone may be the model itself or any part of it (of a U-Net, a detector, an
     ``nn.Sequential``), with `features_only`, pruned, of any type and memory layout. Merges are
-    computed in float64 and stored in the model's type. Doing it twice changes nothing.
+    computed in float64 and stored in the model's type.
 
     Args:
         model: in evaluation mode.
@@ -75,19 +75,14 @@ def reparameterize(
         count_operations: also count the operators of a forward pass before and after.
 
     Returns:
-        The model in deploy form and what was done.
+        The re-parameterized model and what was done.
 
     Raises:
-        UnsupportedError: the model holds no backbone of this package, or is in training mode.
+        UnsupportedError: the model is in training mode.
         EquivalenceError: the two forms differ; `model` is unchanged. The message names the first
             module that differs.
     """
     parts = list(backbones_in(model))
-    if not parts:
-        raise UnsupportedError(
-            f"{type(model).__name__} holds no model of this package to re-parameterize; for others"
-            " use timm.models.reparameterize_model"
-        )
     for name, part in parts:
         require_eval(part, name)
     differences = [_verify(name, part) for name, part in parts if verify and not _on_meta(part)]
@@ -102,9 +97,12 @@ def reparameterize(
     parameters, entries, operations = (
         (sum(sizes[i] for sizes in before), sum(sizes[i] for sizes in after)) for i in range(3)
     )
-    largest = max(differences, default=None)
     return model, ReparamReport(
-        dict(merges), parameters, entries, operations if count_operations else None, largest
+        dict(merges),
+        parameters,
+        entries,
+        operations if count_operations else None,
+        max(differences, default=None),
     )
 
 
@@ -190,26 +188,27 @@ def _first_that_differs(one: nn.Module, other: nn.Module, x: Tensor) -> str:
         inside = any(name.startswith(f"{outer}.") for outer in names)
         if name and hasattr(module, "reparameterize") and not inside:
             names.append(name)
-    kept: list[dict[str, Tensor]] = []
+    recorded: list[dict[str, Tensor]] = []
     for model in (one, other):
         outputs: dict[str, Tensor] = {}
         hooks = []
         for name in names:
             module = dict(model.named_modules()).get(name)
             if module is not None:
-                hook = _keep(outputs, name)
+                hook = _recording(outputs, name)
                 hooks.append(module.register_forward_hook(hook))
         _outputs(model, x)  # type: ignore[arg-type]
         for handle in hooks:
             handle.remove()
-        kept.append(outputs)
-    for name, value in kept[0].items():
-        if name not in kept[1] or not relative_difference(value, kept[1][name]) <= TOLERANCE:
+        recorded.append(outputs)
+    first, second = recorded
+    for name, value in first.items():
+        if name not in second or not relative_difference(value, second[name]) <= TOLERANCE:
             return name
     return "the order of modules"
 
 
-def _keep(outputs: dict[str, Tensor], name: str) -> Any:
+def _recording(outputs: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             outputs.setdefault(name, output)
