@@ -31,7 +31,6 @@ __all__ = [
     "factor_into_outputs",
     "fold_chain",
     "is_map",
-    "like",
     "norm_into_next",
     "norm_into_previous",
     "pass_outputs_into_kernel",
@@ -334,7 +333,7 @@ def pass_outputs_into_kernel(conv: nn.Conv2d, kept: int) -> nn.Conv2d:
     kernel = weight.new_zeros(dim, *weight.shape[1:])
     kernel[:kept, :, weight.shape[-2] // 2, weight.shape[-1] // 2] = 1
     kernel[kept:] = weight
-    full = like(conv, dim, dim, groups=dim, bias=conv.bias is not None)
+    full = _like(conv, dim, dim, groups=dim, bias=conv.bias is not None)
     offset = None if conv.bias is None else torch.cat((bias.new_zeros(kept), bias))
     _store(full, kernel, offset)
     record("identity into a kernel")
@@ -352,7 +351,7 @@ def split_contrast(conv: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
     """
     wide = _wide(gain).flatten().view(-1, 1, 1, 1)
     weight = _weight(conv)
-    mean = like(conv, conv.in_channels, conv.out_channels, conv.groups, bias=False)
+    mean = _like(conv, conv.in_channels, conv.out_channels, conv.groups, bias=False)
     _store(mean, -wide * weight, None)
     _store(conv, (1 + wide) * weight, None)
     record("contrast with the mean into maps")
@@ -366,7 +365,7 @@ def stack_maps(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
         ValueError: grouped convolutions, whose outputs see different inputs.
     """
     _require(first.groups == second.groups == 1, "grouped maps cannot be stacked", first)
-    both = like(first, first.in_channels, first.out_channels + second.out_channels, first.groups)
+    both = _like(first, first.in_channels, first.out_channels + second.out_channels, first.groups)
     weight = torch.cat((_weight(first), _weight(second)))
     _store(both, weight, torch.cat((_bias(first), _bias(second))))
     record("maps of one input into one map")
@@ -405,7 +404,7 @@ def rotation_into_next(rotation: Tensor, conv: nn.Conv2d) -> nn.Conv2d:
     r, s = (part.view(groups, 1, -1, 1, 1) for part in (real, imaginary))
     a, b = pairs.unbind(3)
     turned = torch.stack((a * r + b * s, b * r - a * s), 3).view(weight.shape)
-    full = like(conv, conv.in_channels, conv.out_channels, groups, bias=conv.bias is not None)
+    full = _like(conv, conv.in_channels, conv.out_channels, groups, bias=conv.bias is not None)
     _store(full, turned, None if conv.bias is None else _bias(conv))
     record("rotation into the map after")
     return full
@@ -489,7 +488,7 @@ def _store(linear: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Non
         linear.register_parameter(name, nn.Parameter(fresh, like.requires_grad))
 
 
-def like(
+def _like(
     conv: nn.Conv2d, in_channels: int, out_channels: int, groups: int, bias: bool = True
 ) -> nn.Conv2d:
     """A convolution with `conv`'s geometry, type and device and other channels, uninitialized."""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from backbones import ops
 from backbones.bench.statistics import Times
-from backbones.engines.timing import take_turns
+from backbones.engines import take_turns
 
 Operator = Callable[..., Tensor]
 

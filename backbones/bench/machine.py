@@ -16,7 +16,7 @@ import torch
 
 import backbones
 from backbones.bench.child import WORKER, Child
-from backbones.engines.caching import processor, versions
+from backbones.engines import processor, versions
 
 __all__ = ["Machine", "count", "examine", "matmul_peak", "peak_memory_mib", "usable_cpus"]
 

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from backbones import ops
 from backbones.bench.machine import matmul_peak, peak_memory_mib, usable_cpus
 from backbones.bench.protocol import Channel
-from backbones.engines import deploy, input_size_of
-from backbones.engines.timing import settle, timed_for
+from backbones.engines import deploy, input_size_of, settle, timed_for
 from backbones.errors import BackbonesError, UnsupportedError
 from backbones.factory import create_model
 from backbones.info import count_macs, count_parameters

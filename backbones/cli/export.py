@@ -9,7 +9,7 @@ from typing import Any
 
 import backbones
 from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
-from backbones.engines import ExportReport, available_formats, file_suffixes
+from backbones.engines import available_formats, file_suffixes
 from backbones.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
@@ -100,30 +100,5 @@ def run(args: argparse.Namespace) -> int:
         classes=label_names(model),
         provenance={"checkpoint": Path(args.model).name} if is_file else None,
     )
-    print(json.dumps(report.as_dict()) if args.json else _describe(report))
+    print(json.dumps(report.as_dict()) if args.json else report)
     return 0
-
-
-def _describe(report: ExportReport) -> str:
-    """Return the report for people."""
-    size = "x".join(str(n) for n in report.input_size)
-    lines = [
-        f"wrote {report.path}: {report.format} in {report.precision}, input {size},"
-        f" {report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s"
-    ]
-    for one in report.checks:
-        kind = "real images" if one.real else "random images"
-        found = one.agreement
-        lines.append(
-            f"  {report.engine} on {kind} {'x'.join(str(n) for n in one.shape)}: largest error"
-            f" {found.max_error:.1e}, mean {found.mean_error:.1e}, relative"
-            f" {found.relative_error:.1e}, same top-1 for {found.top1_agreement:.1%}"
-        )
-    if "delegated_share" in report.notes:
-        notes = report.notes
-        lines.append(
-            f"  XNNPACK runs {notes['delegated_operations']} of"
-            f" {notes['delegated_operations'] + notes['other_operations']} operations"
-            f" ({notes['delegated_share']:.0%}), portable kernels the rest"
-        )
-    return "\n".join(lines)

@@ -1,26 +1,30 @@
-"""Export to deployment formats, each file proved against the model, and runners for the files."""
+"""Export to deployment formats, each file compared with the model, and runners for the files."""
 
 from __future__ import annotations
 
+from backbones.engines.caching import processor, versions
 from backbones.engines.deploying import Candidate, DeployReport, deploy
 from backbones.engines.executorch import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
-from backbones.engines.formats import (
-    FormatConfig,
+from backbones.engines.formats import FormatConfig
+from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner
+from backbones.engines.openvino import OpenVinoConfig
+from backbones.engines.preparation import PRECISIONS, check_input_size, input_size_of
+from backbones.engines.pytorch import AotiConfig, Pt2Config
+from backbones.engines.runners import Runner
+from backbones.engines.targets import (
+    ENGINES,
+    available_engines,
     available_formats,
     file_suffixes,
     open_exported,
 )
-from backbones.engines.metadata import check_input_size, input_size_of
-from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner
-from backbones.engines.openvino.files import OpenVinoConfig
-from backbones.engines.pytorch.programs import AotiConfig, Pt2Config
-from backbones.engines.runners import Runner
-from backbones.engines.starting import ENGINES, available_engines
+from backbones.engines.timing import settle, take_turns, timed, timed_for, torch_threads
 from backbones.engines.verification import Agreement, compare
 
 __all__ = [
     "ENGINES",
+    "PRECISIONS",
     "Agreement",
     "AotiConfig",
     "Candidate",
@@ -42,4 +46,11 @@ __all__ = [
     "file_suffixes",
     "input_size_of",
     "open_exported",
+    "processor",
+    "settle",
+    "take_turns",
+    "timed",
+    "timed_for",
+    "torch_threads",
+    "versions",
 ]

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import platform
 import re
 import secrets
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from backbones.files import write_json
 
 __all__ = ["content_key", "default_folder", "processor", "read_choice", "versions", "write_choice"]
 
@@ -37,7 +38,7 @@ def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = N
         "size": list(size),
         "versions": versions(VERSIONS),
         "machine": platform.machine(),
-        "code": _code_digest(),
+        "code": _code_digest(model, Path(__file__).parents[1]),
         "classes": _sources(model),
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
@@ -64,13 +65,25 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _code_digest() -> str:
-    """Return a digest of this package's own code, which changes between two versions of it."""
+# What makes a file, beside the forward methods of the model's own family. The algebra of merges is
+# no part of it: what it does shows in the weights and the structure.
+_MAKERS = (
+    "ops layers stages.py skeleton.py engines/exporting.py engines/formats.py engines/preparation "
+    "engines/rewrites engines/onnx.py engines/openvino engines/executorch.py"
+).split()
+
+
+def _code_digest(model: nn.Module, package: Path) -> str:
+    """Return a digest of the code that decides what a model's file holds."""
+    modules = {type(module).__module__ for module in model.modules()}
+    families = {name.split(".")[2] for name in modules if name.startswith("backbones.families.")}
     digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode())
-        digest.update(path.read_bytes())
+    for place in (*_MAKERS, *(f"families/{family}" for family in sorted(families))):
+        path = package / place
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        for file in files:
+            digest.update(str(file.relative_to(package)).encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -101,23 +114,20 @@ def processor() -> str:
     return platform.processor() or platform.machine() or "unknown processor"
 
 
-def read_choice(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what was chosen before for the same question on this kind of processor."""
-    path = _choice_path(folder, question)
+def read_choice(folder: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what was chosen before for the same request on this kind of processor."""
+    path = _choice_path(folder, request)
     if not path.is_file():
         return None
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_choice(folder: Path, question: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
+def write_choice(folder: Path, request: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
     """Remember a choice."""
-    path = _choice_path(folder, question)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    temporary.write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(_choice_path(folder, request), choice)
 
 
-def _choice_path(folder: Path, question: Mapping[str, Any]) -> Path:
-    """Return the file of a question's answer."""
-    text = json.dumps({**question, "processor": processor()}, sort_keys=True)
+def _choice_path(folder: Path, request: Mapping[str, Any]) -> Path:
+    """Return the file that remembers what was chosen for a request."""
+    text = json.dumps({**request, "processor": processor()}, sort_keys=True)
     return folder / f"choice-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"

@@ -16,19 +16,23 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from backbones.engines.caching import content_key, default_folder, read_choice, write_choice
-from backbones.engines.exporting import random_input, run
-from backbones.engines.images import Images, load_images
-from backbones.engines.metadata import input_size_of
-from backbones.engines.preparation import merged
-from backbones.engines.runners import Runner
-from backbones.engines.starting import ENGINES, Engine, Job, available_engines, find_engine, start
+from backbones.engines.exporting import export
+from backbones.engines.preparation import (
+    PRECISIONS,
+    Images,
+    input_size_of,
+    load_images,
+    random_input,
+    reparameterized_copy,
+)
+from backbones.engines.runners import Deployment, Engine, Runner
+from backbones.engines.targets import ENGINES, available_engines, find_engine
 from backbones.engines.timing import take_turns
-from backbones.engines.verification import Agreement, compare, outputs_of
+from backbones.engines.verification import Agreement, as_list, compare, run_model
 from backbones.errors import BackbonesError, ConfigError
 
 __all__ = ["Candidate", "DeployReport", "deploy"]
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LEAST_AGREEMENT = 0.99  # of the top-1 classes, for a lower precision to be chosen by itself
 TIME_LIMIT = 180.0
 
@@ -142,40 +146,55 @@ def deploy(
     size = input_size_of(model, input_size)
     data_config = {**resolve_model_data_config(model), "input_size": size}
     images = None if calibration is None else load_images(calibration, data_config)
-    clone = merged(model)
+    clone = reparameterized_copy(model)
     folder = Path(cache_dir) if cache_dir is not None else default_folder()
-    job = Job(
+    deployment = Deployment(
         model=clone,
         size=size,
         batch_size=batch_size,
         precision=precision,
         threads=threads or torch.get_num_threads(),
         folder=folder / content_key(clone, size, images),
+        export=export,
         images=images,
     )
-    job.folder.mkdir(parents=True, exist_ok=True)
-    say = progress or (lambda line: None)
-    question = {
+    deployment.folder.mkdir(parents=True, exist_ok=True)
+    request = {
         "engines": names,
         "precision": precision,
-        "threads": job.threads,
+        "threads": deployment.threads,
         "batch_size": batch_size,
     }
     several = len(names) > 1 or precision == "auto"
-    answer = read_choice(job.folder, question) if several else None
-    if answer is not None:
-        chosen, report = _resumed(job, answer)
+    earlier = read_choice(deployment.folder, request) if several else None
+    if earlier is not None:
+        chosen, report = _as_before(deployment, earlier)
     else:
         precisions = PRECISIONS if precision == "auto" else (precision,)
-        tried = {
-            (name, p): dataclasses.replace(job, precision=p) for p in precisions for name in names
+        wanted = {
+            (name, p): dataclasses.replace(deployment, precision=p)
+            for p in precisions
+            for name in names
         }
-        chosen, report = _choose(tried, several, say, time_limit)
+        say = progress or (lambda line: None)
+        runners, not_started = _started(wanted, several, say, time_limit)
+        say(f"measuring {len(runners)} candidates")
+        candidates = _measured(runners, deployment, several)
+        best = _fastest(candidates, several)
+        chosen = runners[best.engine, best.precision]
+        report = DeployReport(
+            engine=best.engine,
+            precision=best.precision,
+            candidates=(*candidates, *not_started),
+            folder=deployment.folder,
+            remembered=False,
+            real_images=images is not None,
+        )
         if several:
-            write_choice(job.folder, question, report.as_dict())
+            write_choice(deployment.folder, request, report.as_dict())
     chosen.report = report
     for _ in range(3):
-        chosen(_example_of(job))
+        chosen(deployment.example)
     return chosen
 
 
@@ -191,55 +210,62 @@ def _list_of(engine: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _choose(
-    jobs: dict[tuple[str, str], Job],
+Runners = dict[tuple[str, str], Runner]  # by engine and precision
+
+
+def _started(
+    wanted: dict[tuple[str, str], Deployment],
     several: bool,
     say: Callable[[str], None],
     time_limit: float,
-) -> tuple[Runner, DeployReport]:
-    """Start candidates and take the fastest that computes what the model computes.
+) -> tuple[Runners, list[Candidate]]:
+    """Start engines, and say why others did not start.
 
     Raises:
-        BackbonesError: the only candidate does not start.
+        BackbonesError: the only one does not start.
         ConfigError: none of several does.
     """
     began = time.perf_counter()
-    job = next(iter(jobs.values()))
-    out: list[Candidate] = []
-    runners: dict[tuple[str, str], Runner] = {}
-    for (name, precision), one in jobs.items():
-        found = ENGINES[name]
-        if several and precision not in found.precisions:
+    runners: Runners = {}
+    others: list[Candidate] = []
+    for (name, precision), deployment in wanted.items():
+        engine = ENGINES[name]
+        if several and precision not in engine.precisions:
             continue
         spent = time.perf_counter() - began
-        if several and runners and spent > _share_of(found, time_limit):
+        if several and runners and spent > _latest_start(engine, time_limit):
             reason = f"not tried, the time limit of {time_limit:.0f} s was near"
-            out.append(Candidate(name, precision, reason=reason))
+            others.append(Candidate(name, precision, reason=reason))
             continue
         say(f"starting {name} in {precision}")
         try:
-            runners[name, precision] = start(found, one)
+            runners[name, precision] = engine.start(deployment)
         except BackbonesError as error:
             if not several:
                 raise
-            out.append(Candidate(name, precision, reason=str(error)))
+            others.append(Candidate(name, precision, reason=str(error)))
     if not runners:
-        reasons = "; ".join(f"{one.engine}: {one.reason}" for one in out)
+        reasons = "; ".join(f"{one.engine}: {one.reason}" for one in others)
         raise ConfigError(f"no engine can run this model in the precision asked for: {reasons}")
-    say(f"measuring {len(runners)} candidates")
-    example = _example_of(job)
-    names = {" ".join(key): runner for key, runner in runners.items()}
-    times = take_turns(names, example, warmup_s=0.2, seconds=1.0)
-    images = job.images if job.images is not None else random_input((8, *job.size))
-    expected = run(job.model, images)
-    measured = []
+    return runners, others
+
+
+def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[Candidate]:
+    """Let runners take turns, and compare what they compute with the model."""
+    named = {" ".join(key): runner for key, runner in runners.items()}
+    times = take_turns(named, deployment.example, warmup_s=0.2, seconds=1.0)
+    images = deployment.images
+    if images is None:
+        images = random_input((8, *deployment.size))
+    expected = run_model(deployment.model, images)
+    candidates = []
     for key, runner in runners.items():
         values = [ms for turn in times[" ".join(key)] for ms in turn]
         agreement, problem = _agreement_of(runner, images, expected)
         if agreement is not None and agreement.top1_agreement < LEAST_AGREEMENT and several:
             # On random images classes lie close together, and only fp32 is compared on them.
             problem = f"names the class of fp32 for less than {LEAST_AGREEMENT:.0%} of images"
-        measured.append(
+        candidates.append(
             Candidate(
                 *key,
                 layout=runner.layout,
@@ -249,60 +275,52 @@ def _choose(
                 reason=problem,
             )
         )
-    fit = [one for one in measured if one.reason is None or not several]
+    return candidates
+
+
+def _fastest(candidates: Sequence[Candidate], several: bool) -> Candidate:
+    """Return the fastest of those that compute what the model computes.
+
+    Raises:
+        ConfigError: none of several does.
+    """
+    fit = [one for one in candidates if one.reason is None or not several]
     if not fit:
-        raise ConfigError(f"no candidate agrees with the model: {measured}")
-    best = min(fit, key=lambda one: one.median_ms or 0.0)
-    report = DeployReport(
-        engine=best.engine,
-        precision=best.precision,
-        candidates=(*measured, *out),
-        folder=job.folder,
-        remembered=False,
-        real_images=job.images is not None,
-    )
-    return runners[best.engine, best.precision], report
+        raise ConfigError(f"no candidate agrees with the model: {list(candidates)}")
+    return min(fit, key=lambda one: one.median_ms or 0.0)
 
 
-def _resumed(job: Job, answer: dict[str, Any]) -> tuple[Runner, DeployReport]:
+def _as_before(deployment: Deployment, earlier: dict[str, Any]) -> tuple[Runner, DeployReport]:
     """Start what was chosen at an earlier time."""
-    job = dataclasses.replace(job, precision=answer["precision"])
     candidates = []
-    for one in answer["candidates"]:
+    for one in earlier["candidates"]:
         agreement = one["agreement"]
         if agreement is not None:
             agreement = Agreement(**{**agreement, "worst": tuple(agreement["worst"])})
         candidates.append(Candidate(**{**one, "agreement": agreement}))
     report = DeployReport(
-        engine=answer["engine"],
-        precision=answer["precision"],
+        engine=earlier["engine"],
+        precision=earlier["precision"],
         candidates=tuple(candidates),
-        folder=job.folder,
+        folder=deployment.folder,
         remembered=True,
-        real_images=answer["real_images"],
+        real_images=earlier["real_images"],
     )
-    return start(ENGINES[answer["engine"]], job), report
+    deployment = dataclasses.replace(deployment, precision=earlier["precision"])
+    return ENGINES[earlier["engine"]].start(deployment), report
 
 
 def _agreement_of(
     runner: Runner, images: Tensor, expected: Any
 ) -> tuple[Agreement | None, str | None]:
     """Return how well a runner agrees with the model, or why it cannot be told."""
-    parts = [outputs_of(runner(part)) for part in images.split(8)]
+    parts = [as_list(runner(part)) for part in images.split(8)]
     try:
         return compare(expected, [torch.cat(outputs) for outputs in zip(*parts)]), None
     except BackbonesError as error:
         return None, str(error)
 
 
-def _example_of(job: Job) -> Tensor:
-    """Return an input of the size that is measured."""
-    return random_input((job.batch_size, *job.size))
-
-
-def _share_of(engine: Engine, time_limit: float) -> float:
-    """Return the seconds after which an engine is not started any more.
-
-    Compiling takes minutes and cannot be interrupted, so that it needs half of the time before it.
-    """
-    return time_limit / 2 if engine.name == "compile" else time_limit
+def _latest_start(engine: Engine, time_limit: float) -> float:
+    """Return the seconds after which an engine is not started any more."""
+    return time_limit / 2 if engine.slow else time_limit

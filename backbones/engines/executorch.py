@@ -13,20 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import (
-    Conversion,
-    Format,
-    FormatConfig,
-    Notes,
-    register,
-    summary,
-    traced,
-)
-from backbones.engines.runners import Runner, existing
-from backbones.errors import ExportError
+from backbones.engines.formats import Conversion, Format, FormatConfig, Notes, traced
+from backbones.engines.runners import Deployment, Engine, Runner, existing
+from backbones.errors import ExportError, first_line
 from backbones.optional import optional_import
 
-__all__ = ["ExecuTorchConfig", "ExecuTorchRunner", "to_executorch"]
+__all__ = ["ENGINE", "FORMAT", "ExecuTorchConfig", "ExecuTorchRunner"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class ExecuTorchConfig(FormatConfig):
     max_batch: int = 8
 
 
-def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> Notes:
+def _to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> Notes:
     """Write the program, what XNNPACK knows delegated to it; metadata is the method ``backbones``.
 
     Returns:
@@ -74,7 +66,9 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
     except OSError:
         raise
     except Exception as error:  # whatever the many stages of lowering raise
-        raise ExportError(f"{path.name}: ExecuTorch cannot lower it: {summary(error)}") from error
+        raise ExportError(
+            f"{path.name}: ExecuTorch cannot lower it: {first_line(error)}"
+        ) from error
     delegated, others = found.num_delegated_nodes, found.num_non_delegated_nodes
     return {
         "delegated_operations": delegated,
@@ -110,7 +104,7 @@ class ExecuTorchRunner(Runner):
         except Exception as error:  # the runtime's errors have no common public class
             raise ExportError(
                 f"{self.path}: cannot be loaded as an ExecuTorch program that this package wrote:"
-                f" {summary(error)}"
+                f" {first_line(error)}"
             ) from error
         batch, *rest = facts["shape"]
         self.max_batch = int(self._method.metadata.input_tensor_meta(0).sizes()[0])
@@ -134,13 +128,15 @@ class ExecuTorchRunner(Runner):
         return [torch.cat(outputs) for outputs in zip(*parts)]
 
 
-register(
-    Format(
-        "executorch",
-        ".pte",
-        ExecuTorchConfig,
-        to_executorch,
-        ExecuTorchRunner,
-        dynamic=("batch",),
-    )
+def _start(deployment: Deployment) -> Runner:
+    """Export to ExecuTorch and run it, on as many threads as the machine has cores."""
+    batch = deployment.batch_size
+    config = ExecuTorchConfig(max_batch=max(2, batch))
+    path = deployment.exported(f"{deployment.precision}-{batch}.pte", deployment.precision, config)
+    return ExecuTorchRunner(path, threads=deployment.threads)
+
+
+FORMAT = Format(
+    "executorch", ".pte", ExecuTorchConfig, _to_executorch, ExecuTorchRunner, dynamic=("batch",)
 )
+ENGINE = Engine("executorch", _start, ("fp32",), ("executorch",), extra="executorch")

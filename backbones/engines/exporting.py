@@ -4,53 +4,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-# The imports register the formats.
-import backbones.engines.executorch
-import backbones.engines.onnx
-import backbones.engines.openvino
-import backbones.engines.pytorch  # noqa: F401
-from backbones.engines.formats import Conversion, Format, FormatConfig, find_format
-from backbones.engines.images import Images, load_images
-from backbones.engines.metadata import describe, input_size_of
-from backbones.engines.placement import put_in_place
-from backbones.engines.preparation import DTYPES, merged, prepared, unmerged
-from backbones.engines.verification import Agreement, compare, outputs_of
-from backbones.errors import ConfigError, ExportError, UnsupportedError
+from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.preparation import (
+    HALVES,
+    PRECISIONS,
+    Images,
+    input_size_of,
+    load_images,
+    plain_copy,
+    prepared,
+    random_input,
+    reparameterized_copy,
+)
+from backbones.engines.targets import find_format
+from backbones.engines.verification import Check, run_model, verify_on_input
+from backbones.errors import ConfigError, UnsupportedError
+from backbones.files import new_file
 from backbones.reparameterization import backbones_in
 
-__all__ = ["ExportReport", "export", "random_input", "run"]
+__all__ = ["ExportReport", "export"]
 
 DYNAMIC = ("batch", "height", "width")
-# Largest difference over the output's largest magnitude. Half precision keeps three digits
-# (fp16) or two (bf16) of every step. What 256 levels cost depends on the weights, and they hold for
-# images like those of calibration only: int8 is compared on these, and its report tells how far it
-# is; only what has lost the model altogether is refused.
-TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1, "int8": 1.0}
-PART = 32  # images that are compared at a time
-
-
-@dataclass(frozen=True)
-class _Check:
-    """One comparison of the exported file with the model.
-
-    `shape` is the input's; `real` tells whether it held the user's images instead of random ones.
-    """
-
-    shape: tuple[int, ...]
-    agreement: Agreement
-    real: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +49,36 @@ class ExportReport:
     bytes: int
     seconds: float
     engine: str | None
-    checks: tuple[_Check, ...]
+    checks: tuple[Check, ...]
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the format tells besides, such as ExecuTorch's share of delegated operations."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {**dataclasses.asdict(self), "path": str(self.path)}
+
+    def __str__(self) -> str:
+        size = "x".join(str(n) for n in self.input_size)
+        lines = [
+            f"wrote {self.path}: {self.format} in {self.precision}, input {size},"
+            f" {self.bytes / 1e6:.1f} MB, {self.seconds:.0f} s"
+        ]
+        for one in self.checks:
+            kind = "real images" if one.real else "random images"
+            found = one.agreement
+            lines.append(
+                f"  {self.engine} on {kind} {'x'.join(str(n) for n in one.shape)}: largest error"
+                f" {found.max_error:.1e}, mean {found.mean_error:.1e}, relative"
+                f" {found.relative_error:.1e}, same top-1 for {found.top1_agreement:.1%}"
+            )
+        if "delegated_share" in self.notes:
+            notes = self.notes
+            lines.append(
+                f"  XNNPACK runs {notes['delegated_operations']} of"
+                f" {notes['delegated_operations'] + notes['other_operations']} operations"
+                f" ({notes['delegated_share']:.0%}), portable kernels the rest"
+            )
+        return "\n".join(lines)
 
 
 def export(
@@ -98,7 +105,7 @@ def export(
     The model itself stays as it is.
 
     Args:
-        model: images (B, C, H, W) to logits (B, classes) or to a list of maps.
+        model: images (B, C, H, W) to logits (B, classes) or to a list of feature maps.
         path: where the file goes; its folder must exist, an old file is replaced. OpenVINO's
             weights, and ONNX weights beyond 2 GB, go to a second file beside it.
         format: a format's name or config; None for that of the path's suffix.
@@ -110,7 +117,7 @@ def export(
         preprocess: the file takes decoded images, uint8 (B, H, W, C), and resizes, crops and
             normalizes them itself: images of any size, or of `input_size` where the format cannot
             leave sizes free.
-        features: the file gives the maps of all stages instead of logits.
+        features: the file gives the feature maps of all stages instead of logits.
         calibration: for int8, and for agreement figures on real images: a folder of images, or a
             batch (N, C, H, W) that is normalized.
         classes: names of the classes, written into the file.
@@ -127,58 +134,49 @@ def export(
     """
     start, path = time.perf_counter(), Path(path)
     target, config = find_format(format, path)
-    if preprocess:
-        dynamic = [name for name in DYNAMIC if name in dynamic or name in DYNAMIC[1:]]
-        dynamic = [name for name in dynamic if name in target.dynamic]
-    _check_request(target, dynamic, precision, path)
-    if precision == "int8" and calibration is None:
-        raise ConfigError(
-            f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
-        )
+    free = _free_dimensions(target, dynamic, preprocess)
+    _check_request(target, free, precision, path)
     size = input_size_of(model, input_size)
     data_config = {**resolve_model_data_config(model), "input_size": size}
-    real = None if calibration is None else load_images(calibration, data_config)
-    if preprocess and real is not None:
-        raise UnsupportedError("calibration images are normalized; leave preprocess out")
-    clone = merged(model) if merge else unmerged(model)
-    _check_sizes(clone, [] if preprocess else dynamic)
+    real = _real_images(calibration, data_config, precision, preprocess, path)
+    clone = reparameterized_copy(model) if merge else plain_copy(model)
+    _check_free_sizes(clone, () if preprocess else free)
     wrap = {"preprocess": preprocess, "features": features}
-    half = precision in DTYPES  # which changes the very model
+    half = precision in HALVES  # which changes the very model
     reference = prepared(
         copy.deepcopy(clone) if half else clone, data_config, precision="fp32", **wrap
     )
-    example = random_input((2 if "batch" in dynamic else 1, *size), raw=preprocess)
-    outputs = _names_of(run(reference, example))
+    example = random_input((2 if "batch" in free else 1, *size), raw=preprocess)
+    outputs = _output_names(run_model(reference, example))
     conversion = Conversion(
         model=prepared(clone, data_config, precision=precision, **wrap) if half else reference,
         example=example,
-        dynamic=tuple(dynamic),
+        dynamic=free,
         raw=preprocess,
         outputs=outputs,
         precision=precision,
         calibration=real,
         metadata={
-            **describe(model, size, classes, provenance),
+            **_metadata(model, size, classes, provenance),
             "precision": precision,
             "preprocess": preprocess,
             "outputs": outputs,
-            "dynamic": list(dynamic),
+            "dynamic": list(free),
         },
     )
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder) / path.name
+    with new_file(path) as file:
         notes = target.convert(conversion, config, file)
         # The runner is gone before the file moves: some systems do not move a file that is open.
         engine, checks = (
             _verified(reference, target, file, conversion, path) if verify else (None, ())
         )
-        written = put_in_place(file, path)
+        written = sum(one.stat().st_size for one in file.parent.iterdir() if one.is_file())
     return ExportReport(
         path=path,
         format=target.name,
         precision=precision,
         input_size=size,
-        dynamic=tuple(dynamic),
+        dynamic=free,
         bytes=written,
         seconds=time.perf_counter() - start,
         engine=engine,
@@ -187,30 +185,12 @@ def export(
     )
 
 
-def _verified(
-    reference: nn.Module, target: Format, file: Path, conversion: Conversion, path: Path
-) -> tuple[str, tuple[_Check, ...]]:
-    """Run a file in its engine and compare it with the model.
-
-    Returns:
-        The engine's name, and the comparisons.
-
-    Raises:
-        ExportError: the file cannot be opened, or does not compute what the model computes.
-    """
-    runner = target.open(file)
-    inputs: list[tuple[Tensor, bool]] = []
-    if conversion.precision != "int8":
-        random = [random_input(shape, raw=conversion.raw) for shape in _shapes(conversion)]
-        inputs += [(x, False) for x in random]
-    if conversion.calibration is not None:
-        real = conversion.calibration
-        inputs.append((real if "batch" in conversion.dynamic else real[:1], True))
-    tolerance = TOLERANCE[conversion.precision]
-    return runner.engine, tuple(
-        _Check(tuple(x.shape), _check(reference, runner, x, tolerance, path), real)
-        for x, real in inputs
-    )
+def _free_dimensions(target: Format, dynamic: Sequence[str], preprocess: bool) -> tuple[str, ...]:
+    """Return the dimensions that stay free; a file that resizes takes images of any size."""
+    if not preprocess:
+        return tuple(dynamic)
+    asked = [name for name in DYNAMIC if name in dynamic or name in DYNAMIC[1:]]
+    return tuple(name for name in asked if name in target.dynamic)
 
 
 def _check_request(target: Format, dynamic: Sequence[str], precision: str, path: Path) -> None:
@@ -220,8 +200,8 @@ def _check_request(target: Format, dynamic: Sequence[str], precision: str, path:
         UnsupportedError: a precision or free dimension that the format does not have.
         ConfigError: no such precision or dimension, or no folder to write to.
     """
-    if precision not in TOLERANCE:
-        raise ConfigError(f"no precision {precision!r}; there are {', '.join(TOLERANCE)}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if precision not in target.precisions:
         raise UnsupportedError(
             f"format {target.name!r} has no precision {precision!r}; it has"
@@ -239,7 +219,32 @@ def _check_request(target: Format, dynamic: Sequence[str], precision: str, path:
         raise ConfigError(f"{path}: give a file in a folder that exists")
 
 
-def _check_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
+def _real_images(
+    calibration: Images | None,
+    data_config: Mapping[str, Any],
+    precision: str,
+    preprocess: bool,
+    path: Path,
+) -> Tensor | None:
+    """Return the images to calibrate on and to compare with, as the model takes them.
+
+    Raises:
+        ConfigError: int8 without images.
+        UnsupportedError: a file with preprocessing takes other images.
+    """
+    if calibration is None:
+        if precision == "int8":
+            raise ConfigError(
+                f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
+            )
+        return None
+    real = load_images(calibration, data_config)
+    if preprocess:
+        raise UnsupportedError("calibration images are normalized; leave preprocess out")
+    return real
+
+
+def _check_free_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
     """Refuse a free image size where the graph would be wrong for other sizes than its own.
 
     Raises:
@@ -253,7 +258,7 @@ def _check_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
             )
 
 
-def _names_of(result: Any) -> tuple[str, ...]:
+def _output_names(result: Any) -> tuple[str, ...]:
     """Return names for a model's outputs.
 
     Raises:
@@ -264,6 +269,55 @@ def _names_of(result: Any) -> tuple[str, ...]:
     if not isinstance(result, list | tuple) or not all(isinstance(x, Tensor) for x in result):
         raise UnsupportedError("only models that return a tensor or a list of them can be exported")
     return tuple(f"features_{i}" for i in range(len(result)))
+
+
+def _metadata(
+    model: nn.Module,
+    size: Sequence[int],
+    classes: Sequence[str] | None,
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return name, arguments, license, provenance, classes and preprocessing as JSON values.
+
+    `input` is what ``timm.data.create_transform`` takes, so that a reader of the file needs
+    nothing else to prepare an image.
+    """
+    config: Mapping[str, Any] = getattr(model, "config", None) or {}
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    source = {key: cfg[key] for key in ("hf_hub_id", "url", "tag") if cfg.get(key)}
+    return {
+        "name": config.get("name") or cfg.get("architecture"),
+        "arguments": config.get("arguments"),
+        "license": cfg.get("license"),
+        "provenance": dict(provenance) if provenance is not None else source or None,
+        "classes": None if classes is None else list(classes),
+        "input": {**resolve_model_data_config(model), "input_size": list(size)},
+    }
+
+
+def _verified(
+    reference: nn.Module, target: Format, file: Path, conversion: Conversion, path: Path
+) -> tuple[str, tuple[Check, ...]]:
+    """Run a file in its engine and compare it with the model.
+
+    Returns:
+        The engine's name, and the comparisons.
+
+    Raises:
+        ExportError: the file cannot be opened, or does not compute what the model computes.
+    """
+    runner = target.open(file)
+    inputs: list[tuple[Tensor, bool]] = []
+    if conversion.precision != "int8":
+        random = [random_input(shape, raw=conversion.raw) for shape in _shapes(conversion)]
+        inputs += [(x, False) for x in random]
+    if conversion.calibration is not None:
+        real = conversion.calibration
+        inputs.append((real if "batch" in conversion.dynamic else real[:1], True))
+    return runner.engine, tuple(
+        verify_on_input(reference, runner, x, conversion.precision, path, real)
+        for x, real in inputs
+    )
 
 
 def _shapes(conversion: Conversion) -> list[tuple[int, ...]]:
@@ -278,56 +332,3 @@ def _shapes(conversion: Conversion) -> list[tuple[int, ...]]:
     if (other_height, other_width) != (height, width):
         found.append((1, channels, other_height, other_width))
     return found
-
-
-def _check(
-    model: nn.Module,
-    runner: Callable[[Tensor], Any],
-    x: Tensor,
-    tolerance: float,
-    path: Path,
-) -> Agreement:
-    """Compare runner and model on an input.
-
-    Raises:
-        ExportError: they differ by more than `tolerance`, relative to the output's magnitude.
-    """
-    expected, shape = run(model, x), tuple(x.shape)
-    found = runner(x)
-    try:
-        agreement = compare(expected, found)
-    except ExportError as error:
-        raise ExportError(f"{path}: input {shape}: {error}; no file was written") from None
-    if agreement.relative_error > tolerance:
-        at, number = agreement.worst, agreement.output
-        is_, should = outputs_of(found)[number][at], outputs_of(expected)[number][at]
-        raise ExportError(
-            f"{path}: the exported file does not compute what the model computes: input {shape},"
-            f" output {at} is {float(is_):.6g} instead of {float(should):.6g}"
-            f" (relative error {agreement.relative_error:.1e}, allowed {tolerance:.0e};"
-            f" same top-1 for {agreement.top1_agreement:.0%}); no file was written"
-        )
-    return agreement
-
-
-def run(model: nn.Module, x: Tensor) -> Any:
-    """Run the model without gradients, a few images at a time."""
-    with torch.no_grad():
-        parts = [model(part) for part in x.split(PART)]
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return [torch.cat(outputs) for outputs in zip(*parts)]
-
-
-def random_input(shape: Sequence[int], *, raw: bool = False) -> Tensor:
-    """Return an input for images (B, C, H, W), the same in every call: values like those of
-    normalized images, or uint8 (B, H, W, C) if `raw`."""
-    generator = torch.Generator().manual_seed(0)
-    if not raw:
-        return torch.randn(*shape, generator=generator)
-    batch, channels, height, width = shape
-    return torch.randint(
-        0, 256, (batch, height, width, channels), generator=generator, dtype=torch.uint8
-    )

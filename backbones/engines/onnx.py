@@ -1,4 +1,8 @@
-"""ONNX: PyTorch's exporter in, ONNX Runtime out."""
+"""ONNX: PyTorch's exporter in, ONNX Runtime out.
+
+int8 is static: weights a channel, activations a tensor, ranges from real images. The engine's own
+quantizer places the operations where the engine can fuse them.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,20 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
-from backbones.engines.preparation import in_graph_form
-from backbones.engines.runners import Runner, existing
-from backbones.errors import ExportError
+from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.rewrites import rewrite_for_graphs
+from backbones.engines.runners import Deployment, Engine, Runner, existing
+from backbones.errors import ExportError, first_line
 from backbones.optional import optional_import
 
-__all__ = ["OnnxConfig", "OnnxRuntimeRunner", "to_onnx", "write_onnx"]
+__all__ = ["ENGINE", "FORMAT", "OnnxConfig", "OnnxRuntimeRunner", "write_onnx"]
 
 LARGEST = 2**31 - 2**20  # protobuf's limit for one file, with room for the graph itself
+QUANTIZED = ("Conv", "Gemm", "MatMul")  # norms, spectra and pooled statistics stay in float32
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class OnnxConfig(FormatConfig):
     opset: int | None = None
 
 
-def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
+def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
     """Write an ONNX file with input ``input`` and the metadata property ``backbones`` (JSON).
 
     Weights beyond the 2 GB that one file holds go to ``<path>.data`` beside it. In int8 the
@@ -45,22 +51,20 @@ def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
     if conversion.precision != "int8":
         write_onnx(conversion, config, path)
         return
-    from backbones.engines.int8 import quantize_onnx
-
     plain = path.with_name(f"fp32-{path.name}")
     write_onnx(conversion, config, plain)
-    quantize_onnx(plain, path, conversion)
+    _quantize(plain, path, conversion)
     for file in path.parent.glob(f"{plain.name}*"):
         file.unlink()
 
 
 def write_onnx(
-    conversion: Conversion, config: OnnxConfig, path: Path, elementary: bool = False
+    conversion: Conversion, config: OnnxConfig, path: Path, decompose: bool = False
 ) -> None:
-    """Write the ONNX file of a model in its precision; `elementary` as for `lowered`."""
+    """Write the ONNX file of a model in its precision; `decompose` as for `rewrite_for_graphs`."""
     optional_import("onnx", "onnx")
     optional_import("onnxscript", "onnx")
-    model = in_graph_form(conversion.model, elementary)
+    model = rewrite_for_graphs(conversion.model, decompose=decompose)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
     try:
@@ -80,8 +84,57 @@ def write_onnx(
         program.save(path, external_data=size > LARGEST)
     except Exception as error:  # whatever torch.export, the translation and protobuf raise
         raise ExportError(
-            f"{path.name}: PyTorch's ONNX exporter failed: {summary(error)}"
+            f"{path.name}: PyTorch's ONNX exporter failed: {first_line(error)}"
         ) from error
+
+
+class _Batches:
+    """Calibration images, a batch at a time, as ONNX Runtime's quantizer reads them."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        self._left = conversion.calibration_batches()
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Return the next batch by input name; None at the end."""
+        batch = next(self._left, None)
+        return None if batch is None else {"input": batch}
+
+
+def _quantize(source: Path, path: Path, conversion: Conversion) -> None:
+    """Write the int8 form (QuantizeLinear and DequantizeLinear) of an ONNX file.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        ConfigError: there are no calibration images.
+    """
+    tools = optional_import("onnxruntime.quantization", "onnx")
+    prepared = source.with_name(f"prepared-{source.name}")
+    reader = _Batches(conversion)
+    shaped = optional_import("onnxruntime.quantization.shape_inference", "onnx")
+    shaped.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    tools.quantize_static(
+        str(prepared),
+        str(path),
+        reader,
+        quant_format=tools.QuantFormat.QDQ,
+        op_types_to_quantize=list(QUANTIZED),
+        per_channel=True,
+        activation_type=tools.QuantType.QUInt8,
+        weight_type=tools.QuantType.QInt8,
+        calibrate_method=tools.CalibrationMethod.MinMax,
+        # 8 bits in the weights would overflow the 16-bit sums of processors without VNNI.
+        reduce_range=not _has_vnni(),
+    )
+    prepared.unlink()
+
+
+def _has_vnni() -> bool:
+    """Tell whether the processor sums products of 8-bit numbers in 32 bits."""
+    flags = Path("/proc/cpuinfo")
+    if not flags.is_file():
+        return False
+    text = flags.read_text(encoding="utf-8", errors="replace")
+    return any(flag in text for flag in ("avx512_vnni", "avx_vnni", "asimddp", "i8mm"))
 
 
 class OnnxRuntimeRunner(Runner):
@@ -152,4 +205,14 @@ class OnnxRuntimeRunner(Runner):
         return [torch.from_numpy(one) for one in session.run(None, {self._name: x.numpy()})]
 
 
-register(Format("onnx", ".onnx", OnnxConfig, to_onnx, OnnxRuntimeRunner, ("fp32", "fp16", "int8")))
+def _start(deployment: Deployment) -> Runner:
+    """Export to ONNX and run it in ONNX Runtime."""
+    path = deployment.exported(f"{deployment.precision}.onnx", deployment.precision)
+    return OnnxRuntimeRunner(path, threads=deployment.threads, batch_size=deployment.batch_size)
+
+
+_PRECISIONS = ("fp32", "fp16", "int8")
+FORMAT = Format("onnx", ".onnx", OnnxConfig, _to_onnx, OnnxRuntimeRunner, _PRECISIONS)
+ENGINE = Engine(
+    "onnxruntime", _start, _PRECISIONS, ("onnx", "onnxscript", "onnxruntime"), extra="onnx"
+)

@@ -1,21 +1,29 @@
-"""What every engine offers: a model or file as a callable, images in, outputs out."""
+"""What an engine is: how it starts a model, and the callable that it gives, images to outputs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbones.engines.verification import outputs_of
-from backbones.errors import ConfigError, InputSizeError, WeightsUnavailableError
+from backbones.engines.preparation import random_input
+from backbones.engines.verification import as_list
+from backbones.errors import (
+    ConfigError,
+    InputSizeError,
+    UnsupportedError,
+    WeightsUnavailableError,
+)
+from backbones.optional import is_installed
 
-__all__ = ["Runner", "existing"]
+__all__ = ["Deployment", "Engine", "Runner", "existing"]
 
 Shape = Sequence[int | str | None]  # a number is fixed, anything else is free
 
@@ -89,7 +97,7 @@ class Runner(ABC):
         with torch.inference_mode():
             given = given.detach().cpu()
             result = self.infer((given if self.raw else given.float()).contiguous())
-        outputs = list(outputs_of(result))
+        outputs = as_list(result)
         converted = outputs if isinstance(x, Tensor) else [output.numpy() for output in outputs]
         return converted[0] if isinstance(result, Tensor) or len(outputs) == 1 else converted
 
@@ -104,3 +112,76 @@ def existing(path: str | PathLike[str]) -> Path:
     if not path.is_file():
         raise WeightsUnavailableError(f"{path}: no such file; export the model first")
     return path
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What an engine starts: a re-parameterized model in eval mode on the CPU, for which inputs.
+
+    `folder` is where files stay, those of an earlier time included; `images` are real ones,
+    normalized (N, C, H, W); `export` writes a file.
+    """
+
+    model: nn.Module
+    size: tuple[int, ...]
+    batch_size: int
+    precision: str
+    threads: int
+    folder: Path
+    export: Callable[..., Any]
+    images: Tensor | None = None
+
+    @property
+    def example(self) -> Tensor:
+        """An input of the size that is measured, (B, C, H, W)."""
+        return random_input((self.batch_size, *self.size))
+
+    def exported(self, name: str, precision: str, format: Any = None) -> Path:
+        """Return the path of the model's file of this name, which is written if it is new."""
+        path = self.folder / name
+        if not path.exists():
+            self.export(
+                self.model,
+                path,
+                format=format,
+                input_size=self.size,
+                precision=precision,
+                merge=False,  # it is re-parameterized
+                calibration=self.images if precision == "int8" else None,
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine: what it computes in, the packages it needs, and how it starts a model.
+
+    `slow` tells that a start takes minutes and cannot be interrupted.
+    """
+
+    name: str
+    open: Callable[[Deployment], Runner]
+    precisions: tuple[str, ...]
+    packages: tuple[str, ...] = field(default=())
+    extra: str = ""
+    slow: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether the packages are there; they are not imported for it."""
+        return all(is_installed(name) for name in self.packages)
+
+    def start(self, deployment: Deployment) -> Runner:
+        """Start a model.
+
+        Raises:
+            UnsupportedError: the engine does not compute in the precision asked for.
+            MissingDependencyError: a package is missing.
+            ExportError: the model cannot be converted, or does not compute the same there.
+        """
+        if deployment.precision not in self.precisions:
+            raise UnsupportedError(
+                f"engine {self.name!r} has no precision {deployment.precision!r}; it has"
+                f" {', '.join(self.precisions)}"
+            )
+        return self.open(deployment)

@@ -8,10 +8,13 @@ begins with calls that are not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["SETTLE_S", "least", "settle", "take_turns", "timed", "timed_for"]
+import torch
+
+__all__ = ["SETTLE_S", "least", "settle", "take_turns", "timed", "timed_for", "torch_threads"]
 
 SETTLE_S = 0.1  # about twice what small models need to reach their speed again
 TURN_S, CALLS = 0.1, 5  # counted seconds and calls of a turn, at least
@@ -76,3 +79,17 @@ def least(function: Callable[[Any], Any], input: Any, rounds: int) -> float:
     """
     function(input)
     return min(timed(function, input) for _ in range(rounds))
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Set PyTorch's number of threads in this thread of the process; None leaves it."""
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

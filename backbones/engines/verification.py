@@ -1,17 +1,25 @@
-"""How far two computations of the same outputs are apart."""
+"""Running a model and a file on the same inputs, and how far their outputs are apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones.errors import ExportError
 
-__all__ = ["Agreement", "compare", "outputs_of"]
+__all__ = ["TOLERANCE", "Agreement", "Check", "as_list", "compare", "run_model", "verify_on_input"]
+
+# Largest difference over the output's largest magnitude. Half precision keeps three digits
+# (fp16) or two (bf16) of every step. What 256 levels cost depends on the weights, and they hold for
+# images like those of calibration only: int8 is compared on these, and its report tells how far it
+# is; only what has lost the model altogether is refused.
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1, "int8": 1.0}
+PART = 32  # images that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -20,8 +28,8 @@ class Agreement:
 
     `max_error` and `mean_error` are absolute; `relative_error` is the largest difference over the
     reference's largest magnitude; `top1_agreement` is the share of rows (0 to 1) whose highest
-    logit is the same; `worst` is the index of the largest difference. Of several outputs (maps of
-    a pyramid) the one with the largest relative error is described; `output` is its number.
+    logit is the same; `worst` is the index of the largest difference. Of several outputs (feature
+    maps of all stages) the one with the largest relative error counts; `output` is its number.
     """
 
     count: int
@@ -33,7 +41,19 @@ class Agreement:
     output: int = 0
 
 
-def outputs_of(result: Any) -> list[Tensor]:
+@dataclass(frozen=True)
+class Check:
+    """One comparison of an exported file with the model.
+
+    `shape` is the input's; `real` tells whether it held the user's images instead of random ones.
+    """
+
+    shape: tuple[int, ...]
+    agreement: Agreement
+    real: bool = False
+
+
+def as_list(result: Any) -> list[Tensor]:
     """Return what a model gave, a tensor or a list of them, as a list."""
     return [result] if isinstance(result, Tensor) else list(result)
 
@@ -44,7 +64,7 @@ def compare(reference: Tensor | Sequence[Tensor], output: Tensor | Sequence[Tens
     Raises:
         ExportError: another number of outputs, other shapes, or values that are not finite.
     """
-    expected, found = outputs_of(reference), outputs_of(output)
+    expected, found = as_list(reference), as_list(output)
     if len(expected) != len(found):
         raise ExportError(f"there are {len(expected)} outputs and {len(found)}")
     several = [_compare(a, b, i) for i, (a, b) in enumerate(zip(expected, found))]
@@ -73,3 +93,54 @@ def _compare(reference: Tensor, output: Tensor, number: int) -> Agreement:
         worst=tuple(int(i) for i in worst),
         output=number,
     )
+
+
+def verify_on_input(
+    model: nn.Module,
+    runner: Callable[[Tensor], Any],
+    x: Tensor,
+    precision: str,
+    path: Path,
+    real: bool = False,
+) -> Check:
+    """Compare the runner of a file and the model on an input.
+
+    Args:
+        model: the reference, in float32.
+        runner: what runs the file.
+        x: the input.
+        precision: of the file.
+        path: where the file shall go, for the message.
+        real: whether `x` holds real images.
+
+    Raises:
+        ExportError: they differ by more than the precision may, relative to the output's magnitude.
+    """
+    expected, shape = run_model(model, x), tuple(x.shape)
+    found = runner(x)
+    try:
+        agreement = compare(expected, found)
+    except ExportError as error:
+        raise ExportError(f"{path}: input {shape}: {error}; no file was written") from None
+    tolerance = TOLERANCE[precision]
+    if agreement.relative_error > tolerance:
+        at, number = agreement.worst, agreement.output
+        is_, should = as_list(found)[number][at], as_list(expected)[number][at]
+        raise ExportError(
+            f"{path}: the exported file does not compute what the model computes: input {shape},"
+            f" output {at} is {float(is_):.6g} instead of {float(should):.6g}"
+            f" (relative error {agreement.relative_error:.1e}, allowed {tolerance:.0e};"
+            f" same top-1 for {agreement.top1_agreement:.0%}); no file was written"
+        )
+    return Check(shape, agreement, real)
+
+
+def run_model(model: nn.Module, x: Tensor) -> Any:
+    """Run the model without gradients, a few images at a time."""
+    with torch.no_grad():
+        parts = [model(part) for part in x.split(PART)]
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return [torch.cat(outputs) for outputs in zip(*parts)]

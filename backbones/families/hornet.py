@@ -26,7 +26,6 @@ from backbones.layers import (
     norm_conv_downsample,
     statistics_dtype,
 )
-from backbones.lowering import FilteredGates, MapBlock, SeparateGates, mlp_on_maps, norm_on_maps
 from backbones.ops import resize_filter, spectral_filter
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
@@ -135,12 +134,6 @@ class GatedConv(nn.Module):
         else:
             self.scale = merge.factor_into_norm(self.mixer.post_norm, self.scale)
 
-    def graph_form(self, elementary: bool) -> nn.Module:
-        rest = (self.dims, self.pws, self.proj_out)
-        if not isinstance(self.mixer, GlobalLocalFilter):
-            return SeparateGates(self.proj_in, self.mixer, *rest)
-        return FilteredGates(self.proj_in, self.mixer, *rest) if elementary else self
-
 
 class Block(nn.Module):
     """``x + gamma1 * gnconv(norm1(x))``, then ``x + gamma2 * mlp(norm2(x))`` (figure 2)."""
@@ -173,9 +166,6 @@ class Block(nn.Module):
         merge.scale_into_previous(self.gnconv.proj_out, self.gamma1)
         merge.scale_into_previous(self.mlp.fc2, self.gamma2)
         self.gamma1 = self.gamma2 = None
-
-    def graph_form(self, elementary: bool) -> nn.Module:
-        return MapBlock(self.norm1, self.gnconv, norm_on_maps(self.norm2), mlp_on_maps(self.mlp))
 
 
 class HorNet(StagedBackbone):

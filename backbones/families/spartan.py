@@ -20,7 +20,6 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
 from backbones.layers import Chain, Head, conv_norm
-from backbones.lowering import PairMixer, RotatedMixer, contrast_after, side_by_side
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -35,7 +34,7 @@ class SpatialMixer(nn.Module):
         groups = half if depthwise else 1
         self.proj_in = nn.Conv2d(dim, half, 1)
         self.gamma: nn.Parameter | None = nn.Parameter(torch.full((half,), init_value))
-        self.contrast: nn.Module = nn.Identity()
+        self.contrast: nn.Module = nn.Identity()  # `gamma` as a convolution, once merged
         self.conv_h = conv_norm(half, half, 3, groups=groups, eps=EPS, act=nn.GELU())
         self.conv_l = Chain(
             nn.Conv2d(half, half, 3, padding=2, dilation=2, groups=groups, bias=False),
@@ -43,19 +42,16 @@ class SpatialMixer(nn.Module):
         )
         self.se_h = SqueezeExcite(half, rd_channels=dim // 8)
         self.se_l = SqueezeExcite(half, rd_channels=dim // 8)
-        self.se: nn.Module = nn.Identity()  # both, in the form for graph engines
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.proj_in(x)
         if self.gamma is not None:
             y = y + self.gamma.view(1, -1, 1, 1) * (y - y.mean((2, 3), keepdim=True))
-        elif isinstance(self.contrast, nn.Conv2d):
-            y = y + self.contrast(x.mean((2, 3), keepdim=True))
         else:
-            y = self.contrast(y)
+            y = y + self.contrast(x.mean((2, 3), keepdim=True))
         mixed = self.se_h(self.conv_h(y)), self.se_l(self.conv_l(y))
-        return self.proj_out(self.se(torch.cat(mixed, dim=1)))
+        return self.proj_out(torch.cat(mixed, dim=1))
 
     def reparameterize(self) -> None:
         """Fold the norms, and the contrast: with W' = (1 + g) W, minus g W on the mean."""
@@ -64,15 +60,6 @@ class SpatialMixer(nn.Module):
         if self.gamma is not None:
             self.contrast = merge.split_contrast(self.proj_in, self.gamma)
             self.gamma = None
-
-    def graph_form(self, elementary: bool) -> nn.Module:
-        contrast = self.contrast
-        if isinstance(contrast, nn.Conv2d) and (after := contrast_after(self.proj_in, contrast)):
-            self.proj_in, self.contrast = after
-        if isinstance(self.se, nn.Identity):
-            self.se = side_by_side(self.se_h, self.se_l)
-            self.se_h = self.se_l = nn.Identity()
-        return self
 
 
 class ChannelMixer(nn.Module):
@@ -122,15 +109,6 @@ class ChannelMixer(nn.Module):
         if isinstance(self.theta, nn.Conv2d):
             self.proj = merge.stack_maps(self.proj, self.theta)
             self.theta = nn.Identity()
-
-    def graph_form(self, elementary: bool) -> nn.Module:
-        conv, act = self.conv.get_submodule("conv"), self.conv.get_submodule("act")
-        if not isinstance(conv, nn.Conv2d) or not PairMixer.fits(conv):
-            return self
-        parts = (self.proj, self.act, conv, act, self.se, self.proj_out)
-        if elementary and RotatedMixer.fits(conv):
-            return RotatedMixer(*parts)
-        return PairMixer(*parts, elementary=elementary)
 
 
 class Block(nn.Module):

@@ -1,7 +1,9 @@
 """deploy(): one callable for every engine, chosen by measurement, kept by content."""
 
 import json
+import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ import torch
 from small_models import small
 from torch import nn
 
-from backbones.engines import available_engines, deploy, starting
-from backbones.engines.caching import content_key
+import backbones
+from backbones.engines import available_engines, deploy, deploying
+from backbones.engines.caching import _code_digest, content_key
 from backbones.errors import ConfigError, InputSizeError, UnsupportedError
 
 pytest.importorskip("onnxruntime")
@@ -92,7 +95,7 @@ def test_the_fastest_is_chosen_and_remembered(model, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("nothing is to be exported again")
 
-    monkeypatch.setattr(starting, "export", refuse)
+    monkeypatch.setattr(deploying, "export", refuse)
     again = deploy(model, engine=QUICK, input_size=SIZE, cache_dir=tmp_path, threads=1)
     assert again.report.remembered
     assert again.engine == first.engine
@@ -134,6 +137,21 @@ def twins():
         return Twin
 
     return one(), other()
+
+
+def test_files_follow_the_code_that_makes_them(tmp_path):
+    package = tmp_path / "backbones"
+    shutil.copytree(Path(backbones.__file__).parent, package)
+    model = backbones.create_model("convnext_atto", device="meta")
+    before = _code_digest(model, package)
+    for name in ("cli/bench.py", "weights/saving.py", "families/hornet.py", "engines/timing.py"):
+        (package / name).write_text("changed")
+        assert _code_digest(model, package) == before, name
+    for name in ("engines/rewrites/norms.py", "families/convnext/model.py", "ops/spectral.py"):
+        (package / name).write_text("changed")
+        after = _code_digest(model, package)
+        assert after != before, name
+        before = after
 
 
 def test_files_of_other_code_are_not_taken():
@@ -232,11 +250,12 @@ def test_what_cannot_be_is_said(model, tmp_path):
 
 
 def test_a_precision_the_processor_lacks_is_refused(model, tmp_path):
-    openvino_format = pytest.importorskip("backbones.engines.openvino.files")
+    from backbones.engines.openvino import runner as openvino_runner
+
     pytest.importorskip("openvino")
     for precision in ("bf16", "fp16"):
         options = {"engine": "openvino", "precision": precision, "input_size": SIZE}
-        if openvino_format.computes_in(precision):
+        if openvino_runner.computes_in(precision):
             runner = deploy(model, cache_dir=tmp_path, **options)
             assert runner.precision == precision
             continue

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from backbones.engines.openvino import OpenVinoRunner
 from backbones.engines.openvino import depthwise as widening
-from backbones.engines.openvino import files
+from backbones.engines.openvino import runner as running
 from backbones.engines.openvino.depthwise import WIDE, milliseconds, widen_depthwise
-from backbones.engines.openvino.files import OpenVinoRunner
 
 ov = pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
@@ -115,7 +115,7 @@ def test_the_measurement_measures():
 def test_only_models_of_known_shapes_are_fitted(batch_size, widened, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        files, "widen_depthwise", lambda *given: calls.append(widen_depthwise(*given))
+        running, "widen_depthwise", lambda *given: calls.append(widen_depthwise(*given))
     )
     module = depthwise(13)
     model, x = converted(module, tmp_path, ("batch", 16, 20, 18))

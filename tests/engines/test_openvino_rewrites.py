@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from backbones import create_model, export
-from backbones.engines.openvino.files import OpenVinoRunner
+from backbones.engines.openvino import OpenVinoRunner
 from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights
 
 ov = pytest.importorskip("openvino")

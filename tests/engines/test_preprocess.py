@@ -9,7 +9,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from backbones.engines import export, open_exported
-from backbones.engines.preprocessing import Preprocessed
+from backbones.engines.preparation import Preprocessed
 from backbones.errors import ConfigError, UnsupportedError
 
 datasets = pytest.importorskip("sklearn.datasets")

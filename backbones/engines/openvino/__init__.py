@@ -1,5 +1,6 @@
 """OpenVINO: its files, its runner, and the passes over its graphs."""
 
-from backbones.engines.openvino.files import OpenVinoConfig, OpenVinoRunner, computes_in
+from backbones.engines.openvino.format import FORMAT, OpenVinoConfig
+from backbones.engines.openvino.runner import ENGINE, OpenVinoRunner
 
-__all__ = ["OpenVinoConfig", "OpenVinoRunner", "computes_in"]
+__all__ = ["ENGINE", "FORMAT", "OpenVinoConfig", "OpenVinoRunner"]

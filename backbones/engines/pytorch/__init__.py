@@ -1,6 +1,6 @@
-"""PyTorch itself as an engine: memory layouts, and the files of torch.export and AOTInductor."""
+"""PyTorch itself: modules, eager or compiled, and the files of torch.export and AOTInductor."""
 
-from backbones.engines.pytorch.layouts import choose_layout
-from backbones.engines.pytorch.programs import AotiConfig, Pt2Config
+from backbones.engines.pytorch.modules import COMPILE, EAGER
+from backbones.engines.pytorch.programs import AOTI, PT2, AotiConfig, Pt2Config
 
-__all__ = ["AotiConfig", "Pt2Config", "choose_layout"]
+__all__ = ["AOTI", "COMPILE", "EAGER", "PT2", "AotiConfig", "Pt2Config"]

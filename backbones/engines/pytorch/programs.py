@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary, traced
+from backbones.engines.formats import Conversion, Format, FormatConfig, traced
+from backbones.engines.preparation import DTYPES
 from backbones.engines.runners import Runner, existing
-from backbones.engines.threads import torch_threads
-from backbones.errors import ExportError
+from backbones.engines.timing import torch_threads
+from backbones.errors import ExportError, first_line
 
-__all__ = ["AotiConfig", "AotiRunner", "Pt2Config", "Pt2Runner", "to_aoti", "to_pt2"]
+__all__ = ["AOTI", "PT2", "AotiConfig", "AotiRunner", "Pt2Config", "Pt2Runner"]
 
 METADATA = "backbones.json"
 
@@ -35,7 +36,7 @@ class AotiConfig(FormatConfig):
     """A package of AOTInductor, compiled for the processor of this machine."""
 
 
-def to_pt2(conversion: Conversion, config: Pt2Config, path: Path) -> None:
+def _to_pt2(conversion: Conversion, config: Pt2Config, path: Path) -> None:
     """Write the program, with metadata as the extra file ``backbones.json``.
 
     Raises:
@@ -48,7 +49,7 @@ def to_pt2(conversion: Conversion, config: Pt2Config, path: Path) -> None:
     between.replace(path)
 
 
-def to_aoti(conversion: Conversion, config: AotiConfig, path: Path) -> None:
+def _to_aoti(conversion: Conversion, config: AotiConfig, path: Path) -> None:
     """Compile the model and write the package, with metadata in the library.
 
     Raises:
@@ -66,7 +67,7 @@ def to_aoti(conversion: Conversion, config: AotiConfig, path: Path) -> None:
     except ExportError:
         raise
     except Exception as error:  # whatever the compiler's many stages raise
-        raise ExportError(f"{path.name}: AOTInductor failed: {summary(error)}") from error
+        raise ExportError(f"{path.name}: AOTInductor failed: {first_line(error)}") from error
     between.replace(path)
 
 
@@ -104,7 +105,7 @@ class Pt2Runner(Runner):
         except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ExportError(
                 f"{self.path}: cannot be loaded as a program of torch.export that this package"
-                f" wrote: {summary(error)}"
+                f" wrote: {first_line(error)}"
             ) from error
         shape, raw = facts["shape"], facts["preprocess"]
         super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
@@ -137,7 +138,7 @@ class AotiRunner(Runner):
         except Exception as error:  # the loader's errors have no common public class
             raise ExportError(
                 f"{self.path}: cannot be loaded as a package of AOTInductor that this package"
-                f" wrote for this kind of processor: {summary(error)}"
+                f" wrote for this kind of processor: {first_line(error)}"
             ) from error
         shape, raw = facts["shape"], facts["preprocess"]
         super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
@@ -149,6 +150,5 @@ class AotiRunner(Runner):
             return self._run(x)
 
 
-HALVES = ("fp32", "bf16", "fp16")
-register(Format("pt2", ".pt2", Pt2Config, to_pt2, Pt2Runner, HALVES))
-register(Format("aoti", ".aoti", AotiConfig, to_aoti, AotiRunner, HALVES))
+PT2 = Format("pt2", ".pt2", Pt2Config, _to_pt2, Pt2Runner, tuple(DTYPES))
+AOTI = Format("aoti", ".aoti", AotiConfig, _to_aoti, AotiRunner, tuple(DTYPES))

@@ -36,7 +36,6 @@ from backbones.layers import (
     Head,
     norm_conv_downsample,
 )
-from backbones.lowering import mlp_on_maps, norm_on_maps
 from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -117,12 +116,6 @@ class Block(nn.Module):
         self.norm = merge.norm_into_next(self.norm, self.mlp.fc1)
         merge.scale_into_previous(self.mlp.fc2, self.gamma)
         self.gamma = None
-
-    def graph_form(self, elementary: bool) -> nn.Module:
-        if self.channels_last:
-            self.channels_last = False
-            self.norm, self.mlp = norm_on_maps(self.norm), mlp_on_maps(self.mlp)
-        return self
 
 
 class SpacedStage(Stage):

@@ -1,4 +1,4 @@
-"""From a user's model to what is converted or run: merged, in eval mode, on the CPU."""
+"""From a user's model to what is converted or run: a copy in eval mode on the CPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.engines.preprocessing import Preprocessed
+from backbones.engines.preparation.preprocessing import Preprocessed
 from backbones.errors import UnsupportedError
-from backbones.lowering import lowered
 from backbones.reparameterization import backbones_in, reparameterize
 
-__all__ = ["DTYPES", "InPrecision", "Pyramid", "in_graph_form", "merged", "prepared", "unmerged"]
+__all__ = [
+    "DTYPES",
+    "HALVES",
+    "PRECISIONS",
+    "InPrecision",
+    "plain_copy",
+    "prepared",
+    "reparameterized_copy",
+]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of PyTorch
+HALVES = ("bf16", "fp16")
 
 
 class InPrecision(nn.Module):
@@ -34,8 +43,8 @@ class InPrecision(nn.Module):
         return [output.float() for output in result]
 
 
-class Pyramid(nn.Module):
-    """A classifier as the maps of all its stages, strides ascending."""
+class _Pyramid(nn.Module):
+    """A classifier as the feature maps of all its stages, strides ascending."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -46,30 +55,19 @@ class Pyramid(nn.Module):
         return model.forward_intermediates(x, intermediates_only=True)
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """Return a merged copy in float32, in eval mode on the CPU.
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in float32, in eval mode on the CPU."""
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def reparameterized_copy(model: nn.Module) -> nn.Module:
+    """Return a re-parameterized copy in float32, in eval mode on the CPU.
 
     A model that is none of this package's nor timm's has nothing to merge and is copied.
     """
-    clone = unmerged(model)
+    clone = plain_copy(model)
     known = any(backbones_in(clone)) or getattr(clone, "pretrained_cfg", None) is not None
     return reparameterize(clone) if known else clone
-
-
-def in_graph_form(model: nn.Module, elementary: bool = False) -> nn.Module:
-    """Return a copy of a merged model in the form that graph engines prefer (see `lowering`).
-
-    A model that is not merged, or holds no backbone of this package, is returned as it is.
-    """
-    parts = [part for _, part in backbones_in(model)]
-    if not parts or not all(part.deployed for part in parts):
-        return model
-    return lowered(copy.deepcopy(model), elementary)
-
-
-def unmerged(model: nn.Module) -> nn.Module:
-    """Return a copy in float32, in eval mode on the CPU."""
-    return copy.deepcopy(model).cpu().float().eval()
 
 
 def prepared(
@@ -80,14 +78,14 @@ def prepared(
     preprocess: bool,
     features: bool,
 ) -> nn.Module:
-    """Wrap a merged model in what the file shall contain besides it.
+    """Wrap a model in what the file shall contain besides it.
 
     Args:
-        model: merged; it becomes a part of the result and changes its type with it.
+        model: float32; it becomes a part of the result and changes its type with it.
         data_config: the model's preprocessing.
         precision: ``bf16`` and ``fp16`` compute in that type; others leave the model as it is.
         preprocess: put resizing and normalization before it.
-        features: return the maps of the stages instead of logits.
+        features: return the feature maps of the stages instead of logits.
 
     Raises:
         UnsupportedError: the model has no stages, or its preprocessing cannot be put in.
@@ -98,7 +96,7 @@ def prepared(
                 f"{type(model).__name__} has no stages to export; create it with"
                 " features_only=True instead"
             )
-        model = Pyramid(model)
-    if precision in DTYPES:
+        model = _Pyramid(model)
+    if precision in HALVES:
         model = InPrecision(model, precision)
     return (Preprocessed(model, data_config) if preprocess else model).eval()

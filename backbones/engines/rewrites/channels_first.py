@@ -1,31 +1,26 @@
-"""Blocks that move the channels to the end and back, as blocks on maps (B, C, H, W)."""
+"""Blocks that move the channels to the end and back, as blocks on feature maps (B, C, H, W)."""
 
 from __future__ import annotations
 
 from timm.layers import LayerNorm2d
-from torch import Tensor, nn
+from torch import nn
 
+from backbones.families import convnext
 from backbones.layers import ChannelMlp, GlobalResponseNorm
 
-__all__ = ["MapBlock", "mlp_on_maps", "norm_on_maps"]
+__all__ = ["convnext_block_channels_first", "mlp_channels_first", "norm_channels_first"]
 
 
-class MapBlock(nn.Module):
-    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))``."""
-
-    def __init__(
-        self, norm1: nn.Module, mixer: nn.Module, norm2: nn.Module, mlp: nn.Module
-    ) -> None:
-        super().__init__()
-        self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+def convnext_block_channels_first(block: convnext.Block) -> convnext.Block:
+    """Let a block of ConvNeXt leave the channels where they are, in place."""
+    if block.channels_last:
+        block.channels_last = False
+        block.norm, block.mlp = norm_channels_first(block.norm), mlp_channels_first(block.mlp)
+    return block
 
 
-def norm_on_maps(norm: nn.Module) -> LayerNorm2d:
-    """Return a layer norm over the last axis as one over the channels of maps."""
+def norm_channels_first(norm: nn.Module) -> LayerNorm2d:
+    """Return a layer norm over the last axis as one over the channels of feature maps."""
     if not isinstance(norm, nn.LayerNorm):
         raise TypeError(f"{type(norm).__name__} is no layer norm")
     twin = LayerNorm2d(norm.normalized_shape[0], eps=norm.eps, affine=norm.elementwise_affine)
@@ -33,8 +28,8 @@ def norm_on_maps(norm: nn.Module) -> LayerNorm2d:
     return twin.train(norm.training)
 
 
-def mlp_on_maps(mlp: ChannelMlp) -> ChannelMlp:
-    """Let a channel mixer compute on maps, in place."""
+def mlp_channels_first(mlp: ChannelMlp) -> ChannelMlp:
+    """Let a channel mixer compute on feature maps, in place."""
     mlp.fc1, mlp.fc2 = _conv_of(mlp.fc1), _conv_of(mlp.fc2)
     if isinstance(old := mlp.grn, GlobalResponseNorm):
         mlp.grn = GlobalResponseNorm(len(old.weight), channels_last=False, eps=old.eps)

@@ -1,4 +1,4 @@
-"""The forms for graph engines compute what the merged model computes."""
+"""The forms for graph engines compute what the re-parameterized model computes."""
 
 import pytest
 import torch
@@ -9,28 +9,23 @@ from torch import nn
 
 import backbones
 from backbones import merge
-from backbones.engines.preparation import in_graph_form
-from backbones.families import hornet, spartan
-from backbones.families.cpubone.attention import ConvAttention
-from backbones.families.lsnet.attention import DistanceAttention
-from backbones.layers.norm import CenteredNorm2d
-from backbones.lowering import (
-    NORMS,
-    FilteredGates,
-    MapBlock,
-    PairMixer,
-    RotatedMixer,
-    SeparateGates,
-    SeparateHeads,
-    SeparateProjections,
-    side_by_side,
-)
-from backbones.lowering.contrast import ContrastAfter, contrast_after
-from backbones.lowering.norms import FEW, ElementaryNorm2d, WholeNorm2d
-from backbones.lowering.parts import depthwise, inputs_of, outputs_of
+from backbones.engines.rewrites import REWRITES, rewrite_block, rewrite_for_graphs
+from backbones.engines.rewrites.convolutions import depthwise, select_inputs, select_outputs
+from backbones.engines.rewrites.cpubone import SeparateHeads
+from backbones.engines.rewrites.hornet import ChannelsFirstBlock, FilteredGates, SeparateGates
+from backbones.engines.rewrites.lsnet import SeparateProjections
+from backbones.engines.rewrites.norms import FEW, DecomposedNorm2d, WholeNorm2d
+from backbones.engines.rewrites.spartan_channel import PairMixer, RotatedMixer
+from backbones.engines.rewrites.spartan_spatial import ContrastAfter, contrast_after, side_by_side
+from backbones.families import convnext, hornet, spartan
+from backbones.families.cpubone import ConvAttention
+from backbones.families.lsnet import DistanceAttention
+from backbones.layers import CenteredNorm2d
+
+NORMS = {CenteredNorm2d, GroupNorm1, LayerNorm2d}
 
 
-def merged(name, **arguments):
+def reparameterized(name, **arguments):
     model = backbones.create_model(name, num_classes=4, dtype=torch.float64, **arguments)
     return backbones.reparameterize(randomize(model).eval())
 
@@ -50,11 +45,11 @@ def kinds(model):
 NAMES = [*families_by_default(), "hornet_tiny_gf", "convnextv2_atto", "convnext_dcls_tiny"]
 
 
-@pytest.mark.parametrize("elementary", [False, True])
+@pytest.mark.parametrize("decompose", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_function_stays_the_same(name, elementary):
-    model = merged(name, **shallow(name))
-    other = in_graph_form(model, elementary)
+def test_the_function_stays_the_same(name, decompose):
+    model = reparameterized(name, **shallow(name))
+    other = rewrite_for_graphs(model, decompose=decompose)
     for size in ((2, 3, 64, 64), (1, 3, 96, 64)):
         x = images(*size)
         with torch.no_grad():
@@ -65,8 +60,8 @@ def test_the_function_stays_the_same(name, elementary):
                 assert relative(ours, theirs) < 1e-12
 
 
-@pytest.mark.parametrize("elementary", [False, True])
-def test_every_form_is_met(elementary):
+@pytest.mark.parametrize("decompose", [False, True])
+def test_every_form_is_met(decompose):
     """A form that no model has would stand there unused; what is replaced must be gone."""
     names = (
         "convnext_atto",
@@ -81,21 +76,31 @@ def test_every_form_is_met(elementary):
         hornet.Block,
         hornet.GatedConv,
         spartan.ChannelMixer,
+        spartan.SpatialMixer,
         ConvAttention,
         DistanceAttention,
-        *(NORMS if elementary else ()),
+        *(NORMS if decompose else ()),
     }
+    assert replaced | NORMS == set(REWRITES) - {convnext.Block}  # which stays, changed
     assert replaced <= set().union(*map(kinds, models))
-    after = set().union(*(kinds(in_graph_form(model, elementary)) for model in models))
+    after = set().union(
+        *(kinds(rewrite_for_graphs(model, decompose=decompose)) for model in models)
+    )
     assert not replaced & after
-    assert {MapBlock, SeparateGates, PairMixer, SeparateHeads, SeparateProjections} <= after
+    assert {
+        ChannelsFirstBlock,
+        SeparateGates,
+        PairMixer,
+        SeparateHeads,
+        SeparateProjections,
+    } <= after
     assert ContrastAfter in after
-    for form in (RotatedMixer, ElementaryNorm2d, WholeNorm2d):
-        assert (form in after) == elementary
+    for form in (RotatedMixer, DecomposedNorm2d, WholeNorm2d):
+        assert (form in after) == decompose
 
 
 def test_channels_stay_where_they_are():
-    model = in_graph_form(merged("convnext_atto"), elementary=True)
+    model = rewrite_for_graphs(reparameterized("convnext_atto"), decompose=True)
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     moves = [n for n in program.graph.nodes if "permute" in str(n.target)]
     assert len(moves) == 0
@@ -104,39 +109,39 @@ def test_channels_stay_where_they_are():
 
 @pytest.mark.parametrize("name", ["cpubone_nano", "hornet_tiny_7x7", "lsnet_t"])
 def test_projections_are_not_split(name):
-    model = in_graph_form(merged(name))
+    model = rewrite_for_graphs(reparameterized(name))
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     assert not [n for n in program.graph.nodes if "split" in str(n.target)]
     assert {SeparateGates, SeparateHeads, SeparateProjections} & kinds(model)
     assert not {hornet.GatedConv, ConvAttention, DistanceAttention} & kinds(model)
 
 
-def test_the_global_filter_has_projections_of_its_own_in_elementary_form():
-    model = merged("hornet_tiny_gf")
-    assert {SeparateGates, hornet.GatedConv} <= kinds(in_graph_form(model))
-    found = kinds(in_graph_form(model, elementary=True))
+def test_the_global_filter_has_projections_of_its_own_where_norms_are_decomposed():
+    model = reparameterized("hornet_tiny_gf")
+    assert {SeparateGates, hornet.GatedConv} <= kinds(rewrite_for_graphs(model))
+    found = kinds(rewrite_for_graphs(model, decompose=True))
     assert {SeparateGates, FilteredGates} <= found and hornet.GatedConv not in found
 
 
-def merged_mixer(dim, hidden):
+def pair_mixer(dim, hidden):
     mixer = randomize(spartan.ChannelMixer(dim, hidden, groups=dim)).eval()
     mixer.reparameterize()
     return mixer
 
 
-def merged_rotation(dim, hidden):
+def rotation_mixer(dim, hidden):
     mixer = randomize(spartan.ChannelMixer(dim, hidden, groups=hidden)).eval()
     mixer.reparameterize()
     return mixer
 
 
 def test_rotations_are_told_from_other_mixtures_of_pairs():
-    assert type(merged_rotation(8, 32).graph_form(elementary=True)) is RotatedMixer
-    assert type(merged_mixer(8, 16).graph_form(elementary=True)) is PairMixer
-    changed = merged_rotation(8, 32)
+    assert type(rewrite_block(rotation_mixer(8, 32), decompose=True)) is RotatedMixer
+    assert type(rewrite_block(pair_mixer(8, 16), decompose=True)) is PairMixer
+    changed = rotation_mixer(8, 32)
     with torch.no_grad():
         changed.conv.conv.weight[3, 1] += 1e-3
-    assert type(changed.graph_form(elementary=True)) is PairMixer
+    assert type(rewrite_block(changed, decompose=True)) is PairMixer
 
 
 def contrasted(gain, bias=True):
@@ -175,8 +180,9 @@ def test_spartan_without_a_fitting_contrast():
     with torch.no_grad():
         expected = mixer(x)
         mixer.reparameterize()
-        assert relative(mixer.graph_form(elementary=True)(x), expected) < 1e-12
-    assert isinstance(mixer.contrast, nn.Conv2d)
+        other = rewrite_block(mixer, decompose=True)
+        assert relative(other(x), expected) < 1e-12
+    assert isinstance(other.contrast, nn.Conv2d)
 
 
 @pytest.mark.parametrize("channels", [FEW, FEW + 1])
@@ -190,14 +196,14 @@ def test_norms_where_the_data_lies(kind, channels):
         norm = kind(channels)
     norm = randomize(norm).double()
     with torch.no_grad():
-        assert relative(NORMS[kind](norm)(x), norm(x)) < 1e-12
+        assert relative(rewrite_block(norm, decompose=True)(x), norm(x)) < 1e-12
 
 
-@pytest.mark.parametrize("elementary", [False, True])
-@pytest.mark.parametrize("mixer", [lambda: merged_mixer(8, 16), lambda: merged_rotation(8, 32)])
-def test_ties_for_the_strongest_channel_go_to_the_first(mixer, elementary):
+@pytest.mark.parametrize("decompose", [False, True])
+@pytest.mark.parametrize("mixer", [lambda: pair_mixer(8, 16), lambda: rotation_mixer(8, 32)])
+def test_ties_for_the_strongest_channel_go_to_the_first(mixer, decompose):
     mixer = mixer().double()
-    other = mixer.graph_form(elementary)
+    other = rewrite_block(mixer, decompose=decompose)
     assert isinstance(other, PairMixer | RotatedMixer)
     x = torch.randint(0, 3, (2, 8, 5, 5), generator=torch.Generator().manual_seed(0)).double()
     assert (x == x.amax(1, keepdim=True)).sum(1).max() > 1
@@ -208,7 +214,7 @@ def test_ties_for_the_strongest_channel_go_to_the_first(mixer, elementary):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [256, 320])
 def test_the_strongest_channel_is_found_in_half_precision(dtype, dim):
-    other = merged_mixer(dim, 2 * dim).graph_form(elementary=True).to(dtype)
+    other = rewrite_block(pair_mixer(dim, 2 * dim), decompose=True).to(dtype)
     x = torch.zeros(1, dim, 1, dim)
     x[0, range(dim), 0, range(dim)] = 1  # position i has its strongest channel at i
     token = torch.randn(1, 2 * dim, 1, dim).to(dtype)
@@ -216,14 +222,14 @@ def test_the_strongest_channel_is_found_in_half_precision(dtype, dim):
 
 
 def test_other_groups_keep_their_convolution():
-    mixer = merged_mixer(8, 32)  # four channels to four
-    assert mixer.graph_form(elementary=False) is mixer
+    mixer = pair_mixer(8, 32)  # four channels to four
+    assert rewrite_block(mixer, decompose=False) is mixer
 
 
 @pytest.mark.parametrize("name", ["hornet_tiny_7x7", "spartan_t"])
-def test_models_that_are_not_merged_are_left_alone(name):
+def test_models_that_are_not_reparameterized_are_left_alone(name):
     model = backbones.create_model(name, num_classes=4).eval()
-    assert in_graph_form(model) is model
+    assert rewrite_for_graphs(model) is model
 
 
 def test_parts_of_convolutions():
@@ -231,12 +237,12 @@ def test_parts_of_convolutions():
     order = torch.tensor([5, 0, 3])
     x = images(1, 4, 9, 9)
     with torch.no_grad():
-        assert relative(outputs_of(conv, order)(x), conv(x)[:, order]) < 1e-12
+        assert relative(select_outputs(conv, order)(x), conv(x)[:, order]) < 1e-12
         turned = torch.tensor([2, 3, 1, 0])
-        assert relative(inputs_of(conv, turned)(x[:, turned]), conv(x)) < 1e-12
+        assert relative(select_inputs(conv, turned)(x[:, turned]), conv(x)) < 1e-12
         each = randomize(nn.Conv2d(6, 6, 3, padding=1, groups=6).double())
         y = images(1, 6, 9, 9)
-        assert relative(outputs_of(each, order)(y[:, order]), each(y)[:, order]) < 1e-12
+        assert relative(select_outputs(each, order)(y[:, order]), each(y)[:, order]) < 1e-12
         assert relative(depthwise(each, each.weight, each.bias)(y), each(y)) < 1e-12
 
 

@@ -1,65 +1,29 @@
-"""OpenVINO's intermediate representation: an ``.xml`` file of the graph, a ``.bin`` of weights."""
+"""Running OpenVINO's files on the CPU."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig, register, summary
-from backbones.engines.onnx import OnnxConfig, write_onnx
 from backbones.engines.openvino.depthwise import widen_depthwise
 from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights
-from backbones.engines.runners import Runner, existing
-from backbones.errors import ExportError, UnsupportedError
+from backbones.engines.preparation import PRECISIONS
+from backbones.engines.runners import Deployment, Engine, Runner, existing
+from backbones.errors import ExportError, UnsupportedError, first_line
 from backbones.optional import optional_import
 
-__all__ = ["OpenVinoConfig", "OpenVinoRunner", "computes_in", "to_openvino"]
+__all__ = ["ENGINE", "OpenVinoRunner", "computes_in"]
 
 # What the engine computes in. It would choose a lower precision itself where it were faster.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 NEEDS = {"bf16": "BF16", "fp16": "FP16"}  # the processor's capability, as OpenVINO calls it
-
-
-@dataclass(frozen=True)
-class OpenVinoConfig(FormatConfig):
-    """OpenVINO by way of ONNX."""
-
-
-def to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> None:
-    """Write ``<path>`` and, beside it, the weights as ``.bin``; metadata is ``rt_info/backbones``.
-
-    In fp16 the weights are stored in half precision; what is computed in is said when the file is
-    opened. In int8 NNCF quantizes weights and activations.
-
-    Raises:
-        MissingDependencyError: openvino, onnx or onnxscript is not installed; int8 needs nncf.
-        ExportError: a converter failed.
-    """
-    ov = optional_import("openvino", "openvino")
-    between = path.with_suffix(".onnx")
-    # In int8 norms stay whole operations: NNCF would quantize the statistics of elementary ones.
-    write_onnx(conversion, OnnxConfig(), between, elementary=conversion.precision != "int8")
-    try:
-        model = ov.Core().read_model(str(between))
-        if conversion.precision == "int8":
-            from backbones.engines.int8 import quantize_openvino
-
-            model = quantize_openvino(model, conversion)
-        model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
-        ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
-    except RuntimeError as error:
-        raise ExportError(f"{path.name}: OpenVINO cannot convert it: {summary(error)}") from error
-    for file in path.parent.glob(f"{between.name}*"):
-        file.unlink()
 
 
 class OpenVinoRunner(Runner):
@@ -93,55 +57,63 @@ class OpenVinoRunner(Runner):
     ) -> None:
         ov = optional_import("openvino", "openvino")
         self.path = existing(path)
-        self._lock = threading.Lock()
-        core = ov.Core()
-        try:
-            model = core.read_model(str(self.path))
-            facts = (
-                json.loads(model.get_rt_info("backbones").value)
-                if model.has_rt_info("backbones")
-                else {}
-            )
-            written = facts.get("precision", "fp32")
-            if precision is None:
-                precision = written if computes_in(written) else "fp32"
-            elif not computes_in(precision):
-                raise UnsupportedError(
-                    f"this processor has no {precision} instructions, and OpenVINO would compute"
-                    " in fp32; use precision='fp32' or 'int8'"
-                )
-            taken = model.inputs[0]
-            shape = [d.get_length() if d.is_static else None for d in taken.get_partial_shape()]
-            raw = taken.get_element_type() == ov.Type.u8
-            options = {
-                "INFERENCE_PRECISION_HINT": HINTS[precision],
-                "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-                "PERFORMANCE_HINT": "LATENCY",
-            }
-            place = str(self.path)
-            self._compile = lambda: core.compile_model(core.read_model(place), "CPU", options)
-            self._compiled: dict[int | None, Any] = {}  # by batch size
-            size = batch_size if shape[0] is None else None
-            if size is not None:
-                dimensions = taken.get_partial_shape()
-                dimensions[0] = size
-                model.reshape(dimensions)
-            self._channels_last: set[int | None] = set()  # those that take (B, H, W, C)
-            if not model.is_dynamic():
-                norms_on_rows(model)
-                scales_into_weights(model)
-                widen_depthwise(model, options)
-                if not raw:
-                    model = _taking_channels_last(model)
-                    self._channels_last.add(size)
-            self._compiled[size] = core.compile_model(model, "CPU", options)
-        except RuntimeError as error:
-            if isinstance(error, UnsupportedError):
-                raise
-            raise ExportError(f"{self.path}: OpenVINO cannot load it: {summary(error)}") from error
+        self._core = ov.Core()
+        model = self._read()
+        has_facts = model.has_rt_info("backbones")
+        facts = json.loads(model.get_rt_info("backbones").value) if has_facts else {}
+        precision = _possible(precision, facts.get("precision", "fp32"))
+        self._options = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        taken = model.inputs[0]
+        shape = [d.get_length() if d.is_static else None for d in taken.get_partial_shape()]
+        raw = taken.get_element_type() == ov.Type.u8
+        size = batch_size if shape[0] is None else None
+        # by batch size, None for any; and of them those that take (B, H, W, C)
+        self._compiled: dict[int | None, Any] = {}
+        self._channels_last: set[int | None] = set()
+        self._compiled[size] = self._compile(self._fitted(model, size, raw))
         super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
         self.precision = precision
+        self._lock = threading.Lock()
         self._of_thread = threading.local()
+
+    def _read(self) -> Any:
+        """Return the file's model."""
+        try:
+            return self._core.read_model(str(self.path))
+        except RuntimeError as error:
+            raise self._cannot_load(error) from error
+
+    def _fitted(self, model: Any, size: int | None, raw: bool) -> Any:
+        """Return the model for a batch size; rewritten where that makes all shapes known."""
+        try:
+            if size is not None:
+                dimensions = model.inputs[0].get_partial_shape()
+                dimensions[0] = size
+                model.reshape(dimensions)
+            if model.is_dynamic():
+                return model
+            norms_on_rows(model)
+            scales_into_weights(model)
+            widen_depthwise(model, self._options)
+            if raw:
+                return model
+            self._channels_last.add(size)
+            return _taking_channels_last(model)
+        except RuntimeError as error:
+            raise self._cannot_load(error) from error
+
+    def _compile(self, model: Any) -> Any:
+        try:
+            return self._core.compile_model(model, "CPU", self._options)
+        except RuntimeError as error:
+            raise self._cannot_load(error) from error
+
+    def _cannot_load(self, error: RuntimeError) -> ExportError:
+        return ExportError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}")
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run this thread's own request: requests share the model, not the buffers."""
@@ -150,7 +122,7 @@ class OpenVinoRunner(Runner):
         if size not in requests:
             with self._lock:
                 if size not in self._compiled:
-                    self._compiled[size] = self._compile()
+                    self._compiled[size] = self._compile(self._read())
             request = self._compiled[size].create_infer_request()
             requests[size] = request, *(_views_of(request) if size in self._channels_last else ())
         request, *views = requests[size]
@@ -192,6 +164,22 @@ def _put_channels_last(images: np.ndarray, place: np.ndarray) -> None:
         place[..., channel] = images[:, channel]
 
 
+def _possible(asked: str | None, written: str) -> str:
+    """Return the precision asked for, or else that of the file, if this processor has it.
+
+    Raises:
+        UnsupportedError: the processor does not compute in the precision asked for.
+    """
+    if asked is None:
+        return written if computes_in(written) else "fp32"
+    if not computes_in(asked):
+        raise UnsupportedError(
+            f"this processor has no {asked} instructions, and OpenVINO would compute in fp32; use"
+            " precision='fp32' or 'int8'"
+        )
+    return asked
+
+
 def computes_in(precision: str) -> bool:
     """Tell whether OpenVINO computes in a precision on this processor, rather than emulate it."""
     ov = optional_import("openvino", "openvino")
@@ -199,13 +187,19 @@ def computes_in(precision: str) -> bool:
     return needed is None or needed in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-register(
-    Format(
-        "openvino",
-        ".xml",
-        OpenVinoConfig,
-        to_openvino,
-        OpenVinoRunner,
-        ("fp32", "fp16", "int8"),
+def _start(deployment: Deployment) -> Runner:
+    """Export to OpenVINO's format and run it."""
+    _possible(deployment.precision, "fp32")
+    # bf16 and fp16 are what is computed in; the weights stay whole in the file.
+    written = deployment.precision if deployment.precision == "int8" else "fp32"
+    return OpenVinoRunner(
+        deployment.exported(f"{written}.xml", written),
+        threads=deployment.threads,
+        batch_size=deployment.batch_size,
+        precision=deployment.precision,
     )
+
+
+ENGINE = Engine(
+    "openvino", _start, PRECISIONS, ("openvino", "onnx", "onnxscript"), extra="openvino"
 )

@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from timm.layers import GroupNorm1, LayerNorm2d
 from torch import Tensor, nn
 
-from backbones.layers.norm import CenteredNorm2d, scaled, to_unit_variance
+from backbones.layers import CenteredNorm2d, scaled, to_unit_variance
 
-__all__ = ["NORMS", "ElementaryNorm2d", "WholeNorm2d"]
+__all__ = ["FEW", "DecomposedNorm2d", "WholeNorm2d"]
 
 FEW = 48  # channels whose mean is faster as a convolution, whose inner loop is over positions
 
 
-class ElementaryNorm2d(nn.Module):
-    """A norm of maps (B, C, H, W) over the channels, in elementary operations.
+class DecomposedNorm2d(nn.Module):
+    """A norm of feature maps (B, C, H, W) over the channels, in plain operations.
 
     It takes over the parameters of `norm`, and moves no channels to the end.
     """
@@ -38,7 +38,8 @@ class ElementaryNorm2d(nn.Module):
 
 
 class WholeNorm2d(nn.Module):
-    """A norm of maps (B, C, H, W) over channels and positions, as a layer norm of three axes.
+    """A norm of feature maps (B, C, H, W) over channels and positions, as a layer norm of three
+    axes.
 
     It takes over the parameters of `norm`. Exporters write group norm with reshapes around it,
     and reductions take three times as long as the kernel for this.
@@ -51,10 +52,3 @@ class WholeNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return scaled(F.layer_norm(x, x.shape[1:], eps=self.eps), self.weight, self.bias)
-
-
-NORMS = {
-    CenteredNorm2d: ElementaryNorm2d,
-    GroupNorm1: WholeNorm2d,
-    LayerNorm2d: ElementaryNorm2d,
-}

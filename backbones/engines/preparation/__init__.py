@@ -1,0 +1,35 @@
+"""From a user's model and images to what is converted, run and compared."""
+
+from backbones.engines.preparation.inputs import (
+    Images,
+    check_input_size,
+    input_size_of,
+    load_images,
+    random_input,
+)
+from backbones.engines.preparation.models import (
+    DTYPES,
+    HALVES,
+    PRECISIONS,
+    InPrecision,
+    plain_copy,
+    prepared,
+    reparameterized_copy,
+)
+from backbones.engines.preparation.preprocessing import Preprocessed
+
+__all__ = [
+    "DTYPES",
+    "HALVES",
+    "PRECISIONS",
+    "Images",
+    "InPrecision",
+    "Preprocessed",
+    "check_input_size",
+    "input_size_of",
+    "load_images",
+    "plain_copy",
+    "prepared",
+    "random_input",
+    "reparameterized_copy",
+]

@@ -1,0 +1,91 @@
+"""What goes into a model: the size of images, random ones, and real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from backbones.errors import ConfigError
+
+__all__ = ["Images", "check_input_size", "input_size_of", "load_images", "random_input"]
+
+Images = Union[Tensor, str, "PathLike[str]"]
+_MOST = 256
+
+
+def input_size_of(model: nn.Module, asked: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """Return (channels, height, width) of what the model takes.
+
+    Args:
+        model: any model; its own input configuration counts where nothing is asked for.
+        asked: ([channels,] height, width).
+
+    Raises:
+        ConfigError: `asked` is something else.
+    """
+    _, height, width = resolve_model_data_config(model)["input_size"]
+    channels = getattr(model, "in_chans", None) or 3
+    if asked is None:
+        return (channels, height, width)
+    check_input_size(asked)
+    *own, height, width = asked
+    return (own[0] if own else channels, height, width)
+
+
+def check_input_size(asked: Sequence[int]) -> None:
+    """Raise :class:`ConfigError` unless `asked` is ([channels,] height, width)."""
+    is_size = isinstance(asked, Sequence) and not isinstance(asked, str)
+    if not is_size or len(asked) not in (2, 3) or min(asked) < 1:
+        raise ConfigError(f"input_size must be ([channels,] height, width), got {asked!r}")
+
+
+def load_images(images: Images, data_config: Mapping[str, Any], most: int = _MOST) -> Tensor:
+    """Return images (N, C, H, W) as a model takes them.
+
+    Args:
+        images: a folder of images in any depth of folders, of which `most` are taken, evenly
+            spread; or a batch that is already normalized.
+        data_config: the model's, for ``timm.data.create_transform``.
+        most: how many at most.
+
+    Raises:
+        ConfigError: no folder, or no image in it.
+    """
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or not len(images):
+            raise ConfigError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
+        return images[:most].detach().cpu().float()
+    folder = Path(images)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give a folder of images")
+    mode = "L" if data_config["input_size"][0] == 1 else "RGB"
+    dataset: Any = create_dataset(
+        "", root=str(folder), transform=create_transform(**data_config), input_img_mode=mode
+    )
+    if not len(dataset):
+        raise ConfigError(f"{folder}: no images in it")
+    count = min(most, len(dataset))
+    chosen = [i * len(dataset) // count for i in range(count)]
+    try:
+        return torch.stack([dataset[i][0] for i in chosen])
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{folder}: an image in it cannot be read ({error})") from error
+
+
+def random_input(shape: Sequence[int], *, raw: bool = False) -> Tensor:
+    """Return an input for images (B, C, H, W), the same in every call: values like those of
+    normalized images, or uint8 (B, H, W, C) if `raw`."""
+    generator = torch.Generator().manual_seed(0)
+    if not raw:
+        return torch.randn(*shape, generator=generator)
+    batch, channels, height, width = shape
+    return torch.randint(
+        0, 256, (batch, height, width, channels), generator=generator, dtype=torch.uint8
+    )
