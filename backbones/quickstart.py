@@ -35,13 +35,13 @@ from backbones.train import (
     ImageFolder,
     TrainConfig,
     Update,
+    draw_predictions,
     eval_loader,
     evaluate,
     image_folder,
+    write_digits,
 )
 from backbones.train import run as train
-from backbones.train.digits import write_digits
-from backbones.train.plots import draw_predictions
 from backbones.weights import save_checkpoint
 
 __all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]
@@ -122,7 +122,7 @@ def run(
         f" after {trained.seconds:.0f} s of training"
     )
 
-    beginning = trained.start.sentence
+    beginning = str(trained.initial_weights)
     facts = {"trained_on": "scikit-learn digits", "start": beginning}
     checkpoint = save_checkpoint(
         model, output / "model.safetensors", classes=classes, provenance=facts

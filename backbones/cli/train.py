@@ -15,8 +15,7 @@ from timm.utils import ParseKwargs
 from backbones import train
 from backbones.cli.parsing import command
 from backbones.cli.progress import Bars
-from backbones.train import TrainConfig
-from backbones.train.run import BEST, CURVES
+from backbones.train import BEST, CURVES, TrainConfig
 
 __all__ = ["add_parser", "run"]
 

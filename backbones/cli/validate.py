@@ -15,8 +15,7 @@ from torch import Tensor
 from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
-from backbones.train import set_input
-from backbones.train.validation import validate, write_validation
+from backbones.train import set_input, validate, write_validation
 
 __all__ = ["add_parser", "run"]
 

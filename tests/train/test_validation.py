@@ -12,8 +12,8 @@ from timm.data import resolve_model_data_config
 import backbones
 from backbones import train
 from backbones.cli import main
-from backbones.train import DataError, set_input
-from backbones.train.validation import RESULTS, validate, write_validation
+from backbones.train import DataError, set_input, validate, write_validation
+from backbones.train.validation import RESULTS
 
 
 @pytest.fixture(scope="module")
