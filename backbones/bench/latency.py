@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from backbones.bench.statistics import Times
-from backbones.engines.threads import torch_threads
-from backbones.engines.timing import take_turns
+from backbones.engines import take_turns, torch_threads
 from backbones.errors import ConfigError
 
 __all__ = ["Latency", "compare_latency", "measure"]

@@ -79,16 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.as_dict()))
         return 0
-    found = result.evaluation
-    print(
-        f"{found.correct} of {found.count} right: {found.top1:.2f} % top-1, {found.top5:.2f} %"
-        f" top-5, loss {found.loss:.4f}, {found.count / found.seconds:.0f} images/s"
-    )
-    for line in result.skipped:
-        print(f"left out: {line}")
-    known = [row for row in result.per_class if row["images"]]
-    for row in sorted(known, key=lambda row: row["accuracy"])[:5]:
-        print(f"  {row['accuracy']:6.2f} %  {row['class']} ({row['correct']} of {row['images']})")
+    print(result)
     if written:
         print(f"{args.output} holds {', '.join(path.name for path in written)}")
     return 0

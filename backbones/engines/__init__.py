@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backbones.engines.caching import processor, versions
 from backbones.engines.deploying import Candidate, DeployReport, deploy
 from backbones.engines.executorch import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
@@ -17,6 +18,8 @@ from backbones.engines.openvino.files import OpenVinoConfig
 from backbones.engines.pytorch.programs import AotiConfig, Pt2Config
 from backbones.engines.runners import Runner
 from backbones.engines.starting import ENGINES, available_engines
+from backbones.engines.threads import torch_threads
+from backbones.engines.timing import settle, take_turns, timed_for
 from backbones.engines.verification import Agreement, compare
 
 __all__ = [
@@ -42,4 +45,10 @@ __all__ = [
     "file_suffixes",
     "input_size_of",
     "open_exported",
+    "processor",
+    "settle",
+    "take_turns",
+    "timed_for",
+    "torch_threads",
+    "versions",
 ]

@@ -32,7 +32,7 @@ def test_one_model_against_its_published_form(capsys, tmp_path, monkeypatch):
     assert report["params"] == sum(p.numel() for p in model.parameters())
     assert [(r["engine"], r["form"]) for r in report["rows"]] == [
         ("eager", "published"),
-        ("eager", "merged"),
+        ("eager", "reparameterized"),
     ]
     for row in report["rows"]:
         assert row["reason"] is None
