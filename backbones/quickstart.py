@@ -213,9 +213,9 @@ def _measure(
     engines = [name for name in ("onnxruntime", "openvino") if name in available_engines()]
     # The engines' files are for this once and are not to stay.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        merged = deploy(model, engine="eager", threads=threads, cache_dir=folder)
+        plain = deploy(model, engine="eager", threads=threads, cache_dir=folder)
         best = deploy(model, engine=engines, threads=threads, cache_dir=folder)
-    latencies = compare_latency({"pytorch": model, "reparameterized": merged, "best": best}, image)
+    latencies = compare_latency({"pytorch": model, "reparameterized": plain, "best": best}, image)
     before, middle, after = latencies.values()
     say(f"[6/6] latency of one image before, eager PyTorch: {before}")
     say(

@@ -17,6 +17,7 @@ from timm.utils import CheckpointSaver, NativeScaler, unwrap_model
 from torch.optim import Optimizer
 
 from backbones.errors import CheckpointError, first_line
+from backbones.files import new_file
 from backbones.schema import fits
 from backbones.train.config import TrainConfig, option_types
 from backbones.train.trainer import TrainingError
@@ -79,15 +80,14 @@ class Checkpoints(CheckpointSaver):
         Raises:
             TrainingError: the disk is full or cannot be written; older checkpoints are intact.
         """
-        temporary = self.folder / f"tmp{self.extension}"
         try:
             if epoch < 0:
-                self._save(str(temporary), epoch)
-                self._replace(str(temporary), str(self.folder / LAST))
+                with new_file(self.folder / LAST) as file:
+                    self._save(str(file), epoch)
             else:
                 self.save_checkpoint(epoch, metric)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
+            (self.folder / f"tmp{self.extension}").unlink(missing_ok=True)  # timm's
             last = self.folder / LAST
             intact = f"; {last} holds the epoch before" if last.exists() else ""
             raise TrainingError(

@@ -70,7 +70,7 @@ def run(
     recipe, variant = find_recipe(recipe_name, options["model"])
     if content is None:
         options["recipe"] = recipe.name
-    config = _merged(recipe.for_model(variant), options)
+    config = _with_recipe(recipe.for_model(variant), options)
     with join_process_group(config.device) as group:
         if not group.primary:
             say, progress, checking = (lambda line: None), None, None
@@ -100,7 +100,7 @@ def _begin(
     """Return the model of a new run, and its options now that its initial weights are known."""
     model, initial = create_initial_model(config, num_classes, splits.classes)
     if initial.from_scratch:  # the recipe may then have another drop path, say
-        config = _merged(recipe.for_model(variant, from_scratch=True), options)
+        config = _with_recipe(recipe.for_model(variant, from_scratch=True), options)
         random_seed(config.seed)
         model, _ = create_initial_model(dataclasses.replace(config, pretrained=False), num_classes)
     return config, model, initial
@@ -119,9 +119,8 @@ def _as_it_was(
     return model, InitialWeights(saved.get("start"), saved.get("license"), "resumed")
 
 
-def _merged(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> TrainConfig:
-    merged = {**recipe, **options}
-    config = TrainConfig(**merged)
+def _with_recipe(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> TrainConfig:
+    config = TrainConfig(**{**recipe, **options})
     if config.warmup_epochs > config.epochs / 2:
         if "warmup_epochs" in options:
             raise ConfigError(

@@ -22,12 +22,11 @@ from timm.utils import NativeScaler
 from torch import Tensor, nn
 
 from backbones.errors import ConfigError, UnsupportedError
-from backbones.factory import create_model
+from backbones.factory import create_model, load_model
 from backbones.train.config import TrainConfig
 from backbones.train.data import Splits, eval_loader, train_loader
 from backbones.train.distributed import ProcessGroup
 from backbones.train.trainer import Trainer, Update
-from backbones.weights import read_description
 
 __all__ = [
     "AuxiliaryHeadTask",
@@ -251,13 +250,13 @@ def create_task(
 def _teacher(config: TrainConfig, num_classes: int, classes: list[str] | None) -> nn.Module:
     """Return the teacher in eval mode."""
     name, checkpoint = str(config.kd_model_name), config.kd_checkpoint
-    known: list[str] | None = None
     arguments: dict[str, Any] = {} if config.in_chans is None else {"in_chans": config.in_chans}
     if checkpoint is None:
         teacher = create_model(name, pretrained=True, **arguments)
     else:
-        teacher = create_model(name, checkpoint_path=checkpoint, **arguments)
-        known = read_description(checkpoint).get("classes")
+        teacher = load_model(checkpoint, name, **arguments)
+    cfg: dict[str, Any] = getattr(teacher, "pretrained_cfg", {})
+    known = cfg.get("label_names") if checkpoint is not None else None
     if config.kd_distill_type != "feature":
         if teacher.num_classes != num_classes:
             raise ConfigError(

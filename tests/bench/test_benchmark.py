@@ -48,7 +48,7 @@ def test_a_module_is_measured_with_its_own_weights(tiny, tmp_path):
 
 
 @torch.no_grad()
-def test_a_merged_module_stays_merged(tmp_path):
+def test_a_reparameterized_module_stays_so(tmp_path):
     model = backbones.create_model("convnext_atto", num_classes=3, deploy=True, **SHAPE)
     spec = specify_model(model, tmp_path)
     x = torch.randn(1, 3, 32, 32)

@@ -58,7 +58,7 @@ def test_figures_and_files_agree_with_what_the_model_says(images, checkpoint, tm
     assert float(table["east"]["accuracy"]) == answer["per_class"][east]["accuracy"]
 
 
-def test_merged_and_exported_the_same_images_give_the_same(
+def test_reparameterized_and_exported_the_same_images_give_the_same(
     images, checkpoint, tmp_path, capsys, monkeypatch
 ):
     pytest.importorskip("onnxruntime")
