@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -26,6 +25,7 @@ from backbones.engines import (
     compare,
     deploy,
     export,
+    versions,
 )
 from backbones.errors import ConfigError, ExportError
 from backbones.factory import create_model
@@ -52,6 +52,7 @@ __all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]
 DEFAULT_MODEL = "cpubone_nano"
 TRAINING = "training"  # the folder of the run's checkpoints
 RESULTS = ("model.safetensors", "model.onnx", "report.json", "predictions.png")
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxscript")
 NEEDS = ("onnx", "onnxscript", "onnxruntime", "sklearn", "matplotlib")
 
 
@@ -136,7 +137,11 @@ def run(
         "training": _training_options(config),
         "history": [dataclasses.asdict(epoch) for epoch in trained.epochs],
         "export": exported.as_dict(),
-        "versions": _versions(),
+        "versions": {
+            **versions(LIBRARIES),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
         "training_seconds": trained.seconds,
         "seconds": time.perf_counter() - started,
     }
@@ -283,11 +288,3 @@ def _mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:
         }
         for index in wrong
     ]
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions and the processor that the figures were made with."""
-    names = ("onnx", "onnxruntime", "onnxscript")
-    found = {name: optional_import(name, "quickstart").__version__ for name in names}
-    machine = {"python": platform.python_version(), "machine": platform.machine()}
-    return {"torch": str(torch.__version__), "timm": timm.__version__, **found, **machine}

@@ -12,7 +12,7 @@ from backbones.bench.machine import Machine
 from backbones.bench.measuring import Measurement
 from backbones.bench.statistics import Times, certain, too_noisy
 
-__all__ = ["BenchReport", "Row", "markdown", "row_of", "verdict_on"]
+__all__ = ["BenchReport", "Row", "markdown", "number", "row_of", "verdict_on"]
 
 HEADS = ["configuration", "layout", "median ms", "p90 ms", "spread", "images/s", "GMAC/s"]
 HEADS += ["of peak", "peak MiB", "speedup"]
@@ -183,10 +183,12 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(heads), line(rule), *map(line, rows)])
 
 
-def _cells(row: Row) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    """Return a number, divided by `scale`, as a table shows it; nothing where there is none."""
+    return "" if value is None else format(value / scale, form)
 
+
+def _cells(row: Row) -> list[str]:
     doubt = " (uncertain)" if row.certain is False else ""
     return [
         row.name,

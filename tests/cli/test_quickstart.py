@@ -97,8 +97,8 @@ def test_predict_takes_the_checkpoint_as_it_is(short, capsys):
     mistake = report["mistakes"][0]
     argv = ["predict", mistake["file"], "--checkpoint", str(output / "model.safetensors")]
     assert main([*argv, "--json"]) == 0
-    (answer,) = json.loads(capsys.readouterr().out)
-    assert answer["predictions"][0]["class"] == mistake["predicted"]
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["predictions"][0]["class"] == mistake["predicted"]
 
 
 class Hub(BaseHTTPRequestHandler):

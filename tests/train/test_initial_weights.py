@@ -19,7 +19,7 @@ from backbones.weights import read_metadata, save_checkpoint
 STILL = {"lr": 1e-30, "epochs": 1, "weight_decay": 0.0}
 
 
-class AnyAnswer(BaseHTTPRequestHandler):
+class AnyStatus(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.send_response(404)
         self.end_headers()
@@ -28,11 +28,11 @@ class AnyAnswer(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub_that_is_silent_or_absent_does_not_answer(monkeypatch):
-    with ThreadingHTTPServer(("127.0.0.1", 0), AnyAnswer) as server:
+def test_a_hub_that_is_silent_or_absent_does_not_respond(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), AnyStatus) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert initial_weights.hub_responds(5)  # a status is an answer
+        assert initial_weights.hub_responds(5)  # any status will do
         server.shutdown()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"

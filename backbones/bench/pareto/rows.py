@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backbones.bench.machine import Machine
-from backbones.bench.report import markdown
+from backbones.bench.report import markdown, number
 
 __all__ = ["ParetoFront", "ParetoRow", "mark_front"]
 
@@ -118,9 +118,6 @@ def _scores(row: ParetoRow) -> tuple[float, float]:
 
 
 def _cells(row: ParetoRow) -> list[str]:
-    def number(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "" if value is None else format(value / scale, form)
-
     over = ">" if row.stopped else ""
     return [
         row.model,
