@@ -135,6 +135,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(fit, monkeypat
 
 
 def fill_the_disk(options, queue):
+    torch.set_num_threads(1)  # a forked process has none of OpenMP's other threads
+
     def limit(update):
         if update.epoch == 2:  # no file may grow beyond this from now on
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
