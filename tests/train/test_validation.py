@@ -67,7 +67,8 @@ def test_reparameterized_and_exported_the_same_images_give_the_same(
         "backbones.cli.validate.validate",
         lambda model, *rest, **options: seen.append(model) or validate(model, *rest, **options),
     )
-    model, classes = backbones.cli.saved.load_model(None, str(checkpoint))
+    model = backbones.load_model(checkpoint)
+    classes = model.pretrained_cfg["label_names"]
     backbones.export(model, tmp_path / "model.onnx", classes=classes)
 
     def top1(*argv):
@@ -152,7 +153,8 @@ def test_what_is_missing_is_named(argv, words, capsys):
 
 
 def test_results_are_written_anew(images, checkpoint, tmp_path):
-    model, classes = backbones.cli.saved.load_model(None, str(checkpoint))
+    model = backbones.load_model(checkpoint)
+    classes = model.pretrained_cfg["label_names"]
     result = validate(model, images, resolve_model_data_config(model), classes=classes)
     for _ in range(2):
         assert [path.name for path in write_validation(result, tmp_path)] == list(RESULTS)
