@@ -12,36 +12,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from backbones.bench import compare_latency, write_json
+from backbones.bench import Latency, compare_latency
 from backbones.engines import (
+    Agreement,
+    ExportReport,
     OnnxRuntimeRunner,
-    Runner,
     available_engines,
     compare,
     deploy,
     export,
+    versions,
 )
 from backbones.errors import ConfigError, ExportError
 from backbones.factory import create_model
+from backbones.files import write_json
 from backbones.info import model_info
 from backbones.optional import optional_import
 from backbones.train import (
     Evaluation,
     ImageFolder,
     TrainConfig,
+    TrainReport,
     Update,
+    draw_predictions,
     eval_loader,
     evaluate,
     image_folder,
+    write_digits,
 )
 from backbones.train import run as train
-from backbones.train.digits import write_digits
-from backbones.train.plots import draw_predictions
 from backbones.weights import save_checkpoint
 
 __all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]
@@ -49,6 +52,7 @@ __all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]
 DEFAULT_MODEL = "cpubone_nano"
 TRAINING = "training"  # the folder of the run's checkpoints
 RESULTS = ("model.safetensors", "model.onnx", "report.json", "predictions.png")
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxscript")
 NEEDS = ("onnx", "onnxscript", "onnxruntime", "sklearn", "matplotlib")
 
 
@@ -95,88 +99,49 @@ def run(
     """
     started, output = time.perf_counter(), config.output
     _check(config)
-    training = _training_options(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    output.mkdir(parents=True, exist_ok=True)
-
-    counts = write_digits(output / "digits", limit=config.limit)
-    for name in RESULTS:  # an earlier run's results must not pass for this one's
-        (output / name).unlink(missing_ok=True)
-    say(f"[1/6] {counts[0]} + {counts[1]} handwritten digits are in {output / 'digits'}")
-    say(f"[2/6] training {config.model}, {config.epochs} epochs at {config.size}x{config.size};")
-    shutil.rmtree(output / TRAINING, ignore_errors=True)
-    trained = train(
-        **training,
-        say=lambda line: say(f"      {line}"),
-        progress=progress,
-    )
+    counts = _write_images(config, say)
+    trained = _train(config, say, progress)
     model, classes = trained.model, trained.classes or []
     val_set = image_folder(output / "digits", "val", classes=classes)
-    data_config = resolve_model_data_config(model)
-    val_batches = eval_loader(val_set, data_config)
+    val_batches = eval_loader(val_set, resolve_model_data_config(model))
     result = evaluate(model, val_batches)
-    passed = result.top1 >= config.min_top1
     say(
         f"[3/6] validation: {result.correct} of {result.count} right, {result.top1:.2f} % top-1,"
         f" after {trained.seconds:.0f} s of training"
     )
-
-    beginning = trained.start.sentence
-    facts = {"trained_on": "scikit-learn digits", "start": beginning}
-    checkpoint = save_checkpoint(
-        model, output / "model.safetensors", classes=classes, provenance=facts
-    )
-    exported = export(model, output / "model.onnx", classes=classes)
-    runner = OnnxRuntimeRunner(exported.path)
-    say(f"[4/6] saved {checkpoint} and {exported.path} ({exported.bytes / 1e6:.1f} MB)")
-    by_file = evaluate(runner, val_batches)
-    agreement = compare(result.logits, by_file.logits)
-    if agreement.top1_agreement < 1:
-        raise ExportError(
-            f"{exported.path}: ONNX Runtime and the model name the same class for only"
-            f" {agreement.top1_agreement:.2%} of the held-out images"
-        )
-    say(
-        f"[5/6] ONNX Runtime on the held-out images: {by_file.top1:.2f} % top-1, the same class"
-        f" for all {agreement.count}, largest difference of a logit {agreement.max_error:.1e}"
-    )
-    image = torch.randn(1, *data_config["input_size"])
-    merged, best = _deployed(model, config.threads)
-    latencies = compare_latency({"pytorch": model, "merged": merged, "best": best}, image)
-    before, middle, after = (latencies[name] for name in ("pytorch", "merged", "best"))
-    say(f"[6/6] latency of one image before, eager PyTorch: {before}")
-    say(f"      merged, still eager: {middle}, {before.median_ms / middle.median_ms:.1f}x as fast")
-    say(
-        f"      the best engine, {best.engine}: {after},"
-        f" {before.median_ms / after.median_ms:.1f}x as fast"
-    )
-
-    title = f"{config.model}: {result.correct} of {result.count} right; mistakes first, in red"
+    exported = _save_and_export(trained, output, say)
+    by_file, agreement = _compare_file(exported.path, val_batches, result, say)
+    latencies, best_engine = _measure(model, config.threads, say)
     draw_predictions(
         output / "predictions.png",
         val_set,
         result.predictions,
         result.targets,
         classes=classes,
-        title=title,
+        title=f"{config.model}: {result.correct} of {result.count} right; mistakes first, in red",
     )
     report = {
-        "passed": passed,
+        "passed": result.top1 >= config.min_top1,
         "model": config.model,
-        "start": beginning,
+        "start": str(trained.initial_weights),
         "top1": result.top1,
         "min_top1": config.min_top1,
         "onnx_top1": by_file.top1,
         "agreement": dataclasses.asdict(agreement),
-        "best_engine": best.engine,
+        "best_engine": best_engine,
         "latency": {name: dataclasses.asdict(value) for name, value in latencies.items()},
         "mistakes": _mistakes(val_set, result),
         "images": {"train": counts[0], "val": counts[1]},
-        "training": training,
+        "training": _training_options(config),
         "history": [dataclasses.asdict(epoch) for epoch in trained.epochs],
         "export": exported.as_dict(),
-        "versions": _versions(),
+        "versions": {
+            **versions(LIBRARIES),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
         "training_seconds": trained.seconds,
         "seconds": time.perf_counter() - started,
     }
@@ -184,15 +149,89 @@ def run(
     return report
 
 
-def _deployed(model: nn.Module, threads: int | None) -> tuple[Runner, Runner]:
-    """Return the merged model in eager PyTorch, and in the fastest of the engines that start soon.
+def _write_images(config: QuickstartConfig, say: Callable[[str], None]) -> tuple[int, int]:
+    output = config.output
+    output.mkdir(parents=True, exist_ok=True)
+    counts = write_digits(output / "digits", limit=config.limit)
+    for name in RESULTS:  # an earlier run's results must not pass for this one's
+        (output / name).unlink(missing_ok=True)
+    say(f"[1/6] {counts[0]} + {counts[1]} handwritten digits are in {output / 'digits'}")
+    return counts
 
-    Their files are for this once and are not kept.
+
+def _train(
+    config: QuickstartConfig,
+    say: Callable[[str], None],
+    progress: Callable[[Update], None] | None,
+) -> TrainReport:
+    say(f"[2/6] training {config.model}, {config.epochs} epochs at {config.size}x{config.size};")
+    shutil.rmtree(config.output / TRAINING, ignore_errors=True)
+    return train(
+        **_training_options(config), say=lambda line: say(f"      {line}"), progress=progress
+    )
+
+
+def _save_and_export(
+    trained: TrainReport, output: Path, say: Callable[[str], None]
+) -> ExportReport:
+    model, classes = trained.model, trained.classes
+    facts = {"trained_on": "scikit-learn digits", "start": str(trained.initial_weights)}
+    checkpoint = save_checkpoint(
+        model, output / "model.safetensors", classes=classes, provenance=facts
+    )
+    exported = export(model, output / "model.onnx", classes=classes)
+    say(f"[4/6] saved {checkpoint} and {exported.path} ({exported.bytes / 1e6:.1f} MB)")
+    return exported
+
+
+def _compare_file(
+    path: Path, batches: Any, result: Evaluation, say: Callable[[str], None]
+) -> tuple[Evaluation, Agreement]:
+    """Run the exported file over the held-out images and compare it with the model.
+
+    Raises:
+        ExportError: the two do not name the same class for every image.
     """
+    by_file = evaluate(OnnxRuntimeRunner(path), batches)
+    agreement = compare(result.logits, by_file.logits)
+    if agreement.top1_agreement < 1:
+        raise ExportError(
+            f"{path}: ONNX Runtime and the model name the same class for only"
+            f" {agreement.top1_agreement:.2%} of the held-out images"
+        )
+    say(
+        f"[5/6] ONNX Runtime on the held-out images: {by_file.top1:.2f} % top-1, the same class"
+        f" for all {agreement.count}, largest difference of a logit {agreement.max_error:.1e}"
+    )
+    return by_file, agreement
+
+
+def _measure(
+    model: nn.Module, threads: int | None, say: Callable[[str], None]
+) -> tuple[dict[str, Latency], str]:
+    """Measure the model as it is, re-parameterized, and in the fastest engine that starts soon.
+
+    Returns:
+        The latencies, and the name of that engine.
+    """
+    image = torch.randn(1, *resolve_model_data_config(model)["input_size"])
     engines = [name for name in ("onnxruntime", "openvino") if name in available_engines()]
+    # The engines' files are for this once and are not to stay.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        merged = deploy(model, engine="eager", threads=threads, cache_dir=folder)
-        return merged, deploy(model, engine=engines, threads=threads, cache_dir=folder)
+        plain = deploy(model, engine="eager", threads=threads, cache_dir=folder)
+        best = deploy(model, engine=engines, threads=threads, cache_dir=folder)
+    latencies = compare_latency({"pytorch": model, "reparameterized": plain, "best": best}, image)
+    before, middle, after = latencies.values()
+    say(f"[6/6] latency of one image before, eager PyTorch: {before}")
+    say(
+        f"      re-parameterized, still eager: {middle},"
+        f" {before.median_ms / middle.median_ms:.1f}x as fast"
+    )
+    say(
+        f"      the best engine, {best.engine}: {after},"
+        f" {before.median_ms / after.median_ms:.1f}x as fast"
+    )
+    return latencies, best.engine
 
 
 def _check(config: QuickstartConfig) -> None:
@@ -249,11 +288,3 @@ def _mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:
         }
         for index in wrong
     ]
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions and the processor that the figures were made with."""
-    names = ("onnx", "onnxruntime", "onnxscript")
-    found = {name: optional_import(name, "quickstart").__version__ for name in names}
-    machine = {"python": platform.python_version(), "machine": platform.machine()}
-    return {"torch": str(torch.__version__), "timm": timm.__version__, **found, **machine}

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import ops
-from backbones.bench.statistics import Times
+from backbones.bench import Times
 from backbones.engines import Runner, take_turns, timed
 from backbones.errors import BackbonesError
 

@@ -19,7 +19,7 @@ import torch
 
 import backbones
 from backbones import train
-from backbones.train.digits import write_digits
+from backbones.train import write_digits
 
 # Enough on the digits; the large ones learn more from each image, and take longer over it.
 EPOCHS = {"convnext": 20, "cpubone": 10, "inception_next": 20, "overlock": 10}

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import ops
-from backbones.bench.statistics import Times
+from backbones.bench import Times
 from backbones.engines import take_turns
 
 Operator = Callable[..., Tensor]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.bench.candidates import PUBLISHED, Conditions, choose
+from backbones.bench.configurations import PUBLISHED, Conditions, list_configurations
 from backbones.bench.machine import examine
 from backbones.bench.measuring import Measurement, Progress, measure_in_turns
-from backbones.bench.model_spec import resolve
+from backbones.bench.model_spec import specify_model
 from backbones.bench.report import BenchReport, row_of, verdict_on
 from backbones.errors import MissingDependencyError
 
@@ -37,10 +37,11 @@ def benchmark(
 ) -> BenchReport:
     """Measure a model in several engines and precisions, against the form its authors wrote.
 
-    Every candidate runs in a process of its own, and they take turns. The first is always the
-    published form: eager PyTorch, not merged, operators by their reference; speedups refer to it.
-    All processes hold their model at once, so memory must suffice for all of them. Processes only
-    know what can be imported: a family that was registered in this process alone is not found.
+    Every configuration runs in a process of its own, and they take turns. The first is always the
+    published form: eager PyTorch, not re-parameterized, operators by their reference; speedups
+    refer to it. All processes hold their model at once, so memory must suffice for all of them.
+    Processes only know what can be imported: a family that was registered in this process alone is
+    not found.
 
     Args:
         model: a name, a checkpoint of `save_checkpoint`, or a module of this package (or timm's own
@@ -56,7 +57,7 @@ def benchmark(
         batch_size: images a call.
         threads: threads of a call; None for PyTorch's number.
         input_size: (channels, height, width) or (height, width); None for the model's own.
-        seconds: timed seconds of each candidate.
+        seconds: timed seconds of each configuration.
         calibration: folder of images, for int8.
         time_limit_s: seconds that loading or a turn may take before the process is given up.
         progress: called with the share done (0 to 1) and what is being done.
@@ -73,15 +74,15 @@ def benchmark(
         batch_size, threads, input_size, None if calibration is None else str(calibration)
     )
     conditions.check(precisions, seconds)
-    candidates = choose(engines, precisions)
+    configurations = list_configurations(engines, precisions)
     with tempfile.TemporaryDirectory(prefix="backbones-bench-") as folder:
-        subject = resolve(model, Path(folder), checkpoint=checkpoint, overrides=overrides)
+        spec = specify_model(model, Path(folder), checkpoint=checkpoint, overrides=overrides)
         if progress is not None:
             progress(0.0, "measuring matrix products")
         kinds = ["fp32", "bf16"] if "bf16" in precisions else ["fp32"]
         machine = examine(threads, kinds, limit_s=time_limit_s)
         found = measure_in_turns(
-            {str(c): conditions.job(subject, c, Path(folder)) for c in candidates},
+            {str(c): conditions.job(spec, c, Path(folder)) for c in configurations},
             threads=threads,
             seconds=seconds,
             limit_s=time_limit_s,
@@ -90,21 +91,21 @@ def benchmark(
     if engines is not None:
         _require_installed(found)
     times = {name: one.times for name, one in found.items() if one.times is not None}
-    baseline = times.get(str(candidates[0]))
+    baseline = times.get(str(configurations[0]))
     # Every worker counts the same model, so any will do.
     facts: Mapping[str, Any] = next((one.facts for one in found.values() if one.facts), {})
     macs = facts.get("macs")
     verdict, conclusive = verdict_on(times)
     return BenchReport(
-        model=subject.name,
-        weights=subject.weights,
+        model=spec.name,
+        weights=spec.weights,
         params=facts.get("params"),
         macs=macs,
         batch_size=batch_size,
         input_size=tuple(facts["input_size"]) if facts else None,
         machine=machine,
         rows=tuple(
-            row_of(c, found[str(c)], baseline, macs, batch_size, machine) for c in candidates
+            row_of(c, found[str(c)], baseline, macs, batch_size, machine) for c in configurations
         ),
         verdict=verdict,
         conclusive=conclusive,
@@ -116,7 +117,7 @@ def benchmark(
 
 
 def _require_installed(found: Mapping[str, Measurement]) -> None:
-    """Raise what an engine that was named lacks; `choose` cannot see all of it."""
+    """Raise what an engine that was named lacks, which only starting it shows."""
     for name, one in found.items():
         if one.kind == MissingDependencyError.__name__ and name != str(PUBLISHED):
             raise MissingDependencyError(f"{name}: {one.reason}")

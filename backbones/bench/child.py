@@ -39,7 +39,7 @@ class Child:
     Args:
         name: what errors call it.
         threads: threads that the numeric libraries are told to use, before they are imported.
-        limit_s: seconds that any one answer may take.
+        limit_s: seconds that any one reply may take.
         command: what to start; the tests start others.
     """
 
@@ -86,14 +86,14 @@ class Child:
     ) -> None:
         self.close()
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a request and wait for the answer.
+    def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for the reply.
 
         Raises:
-            ChildError: the worker answered with an error, died, or did not answer in time.
+            ChildError: the worker replied with an error, died, or did not reply in time.
         """
         try:
-            self._stdin.write(encode(request))
+            self._stdin.write(encode(message))
             self._stdin.flush()
         except OSError:
             raise self._death() from None
@@ -112,15 +112,15 @@ class Child:
                 continue
             if not line:
                 raise self._death()
-            answer = decode(line)
-            if answer is None:
+            reply = decode(line)
+            if reply is None:
                 continue
-            if "error" in answer:
-                raise ChildError(answer["error"], answer.get("kind", ""))
-            return answer
+            if "error" in reply:
+                raise ChildError(reply["error"], reply.get("kind", ""))
+            return reply
 
     def leave(self) -> None:
-        """Wait for a worker that has answered its last request, so that it can clean up."""
+        """Wait for a worker that has replied to its last request, so that it can clean up."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(LEAVE_S)
         self.close()

@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 
-import backbones
 from backbones.bench.child import WORKER, Child
 from backbones.engines import processor, versions
 
-__all__ = ["Machine", "count", "examine", "matmul_peak", "peak_memory_mib", "usable_cpus"]
+__all__ = [
+    "Machine",
+    "examine",
+    "matmul_peak",
+    "n_threads",
+    "peak_memory_mib",
+    "usable_cpus",
+]
 
-LIBRARIES = ("torch", "timm", "onnxruntime", "openvino", "executorch")
+LIBRARIES = ("backbones", "torch", "timm", "onnxruntime", "openvino", "executorch")
 SIDES = (512, 1024, 2048)
 LONGEST_S = 0.5  # a product that would take longer is not tried: the smaller one is large enough
 GRANTED = 0.8  # of the threads asked for, below which the machine is said not to have granted them
@@ -50,7 +56,7 @@ class Machine:
             return [f"asked for {self.threads} threads, but only {self.cpus} CPUs may be used"]
         if self.matmul_cores < GRANTED * self.threads:
             return [
-                f"matrix products on {count(self.threads)} got the time of only"
+                f"matrix products on {n_threads(self.threads)} got the time of only"
                 f" {self.matmul_cores:.1f} processors: other programs run, or a limit is set"
             ]
         return []
@@ -59,12 +65,12 @@ class Machine:
         peak = ", ".join(f"{value:.0f} ({kind})" for kind, value in self.matmul_gmacs.items())
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{self.processor}, {count(self.threads)} on {self.cpus} CPUs; matrix products reach"
-            f" {peak} GMAC/s; {self.system}, {versions}"
+            f"{self.processor}, {n_threads(self.threads)} on {self.cpus} CPUs; matrix products"
+            f" reach {peak} GMAC/s; {self.system}, {versions}"
         )
 
 
-def count(threads: int) -> str:
+def n_threads(threads: int) -> str:
     """Return the number with its noun."""
     return f"{threads} thread{'' if threads == 1 else 's'}"
 
@@ -81,15 +87,15 @@ def examine(
     Args:
         threads: threads of the products.
         kinds: ``fp32`` and ``bf16``.
-        limit_s: seconds that one answer may take.
+        limit_s: seconds that one reply may take.
         command: the worker.
 
     Raises:
-        ChildError: the process died or did not answer.
+        ChildError: the process died or did not reply.
     """
     with Child("matrix products", threads=threads, limit_s=limit_s, command=command) as child:
-        found = child.ask({"do": "matmul", "threads": threads, "kinds": list(kinds)})
-        child.ask({"do": "end"})
+        found = child.request({"do": "matmul", "threads": threads, "kinds": list(kinds)})
+        child.request({"do": "end"})
         child.leave()
     return Machine(
         processor=processor(),
@@ -98,7 +104,7 @@ def examine(
         threads=threads,
         matmul_gmacs=found["gmacs"],
         matmul_cores=found["cores"],
-        versions={"backbones": backbones.__version__, **versions(LIBRARIES)},
+        versions=versions(LIBRARIES),
     )
 
 

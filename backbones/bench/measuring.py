@@ -1,4 +1,4 @@
-"""Children that take turns."""
+"""Worker processes that take turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backbones.bench.child import WORKER, Child, ChildError
-from backbones.bench.machine import count
+from backbones.bench.machine import n_threads
 from backbones.bench.statistics import NOISY, Times
 
 __all__ = ["ROUNDS", "STOPPED", "Measurement", "Progress", "measure_in_turns"]
@@ -25,7 +25,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass
 class Measurement:
-    """What is known of one candidate; `reason` says why there are no times, or no more."""
+    """What is known of one configuration; `reason` says why there are no times, or no more."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     turns: list[list[float]] = field(default_factory=list)
@@ -42,13 +42,13 @@ class Measurement:
         """The times; None where it was not measured to the end."""
         return Times(self.turns) if self.turns and self.reason is None else None
 
-    def add(self, answer: Mapping[str, Any]) -> None:
-        """Add a turn."""
-        self.turns.append(answer["ms"])
-        self.wall_s += answer["wall_s"]
-        self.cpu_s += answer["cpu_s"]
-        self.idle_s += answer["idle_s"]
-        self.idle_cpu_s += answer["idle_cpu_s"]
+    def add(self, turn: Mapping[str, Any]) -> None:
+        """Add a turn, as a worker reports it."""
+        self.turns.append(turn["ms"])
+        self.wall_s += turn["wall_s"]
+        self.cpu_s += turn["cpu_s"]
+        self.idle_s += turn["idle_s"]
+        self.idle_cpu_s += turn["idle_cpu_s"]
 
     def problems(self, name: str, threads: int) -> list[str]:
         """Return what makes the figures doubtful, as sentences."""
@@ -56,9 +56,11 @@ class Measurement:
         for key, whose in (("threads", "PyTorch"), ("engine_threads", "its engine")):
             granted = self.facts.get(key, threads)
             if granted != threads:
-                found.append(f"{name}: asked for {count(threads)}, {whose} uses {granted}")
+                found.append(f"{name}: asked for {n_threads(threads)}, {whose} uses {granted}")
         if self.facts.get("cpus", threads) < threads:
-            found.append(f"{name}: {count(threads)}, but only {self.facts['cpus']} CPUs for them")
+            found.append(
+                f"{name}: {n_threads(threads)}, but only {self.facts['cpus']} CPUs for them"
+            )
         if self.idle_s > 0.2 and self.idle_cpu_s > BUSY_WHILE_IDLE * self.idle_s:
             found.append(
                 f"{name}: its process kept {self.idle_cpu_s / self.idle_s:.1f} processors busy"
@@ -82,17 +84,17 @@ def measure_in_turns(
     progress: Progress | None = None,
     command: Sequence[str] = WORKER,
 ) -> dict[str, Measurement]:
-    """Measure candidates, each in a process of its own, one turn each in every round.
+    """Measure configurations or models, each in a process of its own, one turn each in every round.
 
-    Only one process works at a time. A candidate that fails, dies or hangs keeps its reason, and
+    Only one process works at a time. One that fails, dies or hangs is left with its reason, and
     the others go on. Every process is gone when this returns or raises.
 
     Args:
-        jobs: what each worker is to load, by the candidate's name.
+        jobs: what each worker is to load, by its name.
         threads: threads of each.
         seconds: timed seconds of each, spread over the rounds.
-        limit_s: seconds that any one answer may take.
-        stop: asked once with the facts of each loaded candidate: a reason not to go on, or None.
+        limit_s: seconds that any one reply may take.
+        stop: called once with the facts of each that is loaded: a reason not to go on, or None.
         progress: see `Progress`.
         command: the worker.
 
@@ -104,13 +106,13 @@ def measure_in_turns(
     running: dict[str, Child] = {}
     with ExitStack() as stack:
 
-        def ask(name: str, request: Mapping[str, Any], what: str) -> dict[str, Any] | None:
+        def request(name: str, message: Mapping[str, Any], what: str) -> dict[str, Any] | None:
             nonlocal done
             if progress is not None:
                 progress(done / steps, f"{what} {name}")
             done += 1
             try:
-                return running[name].ask(request)
+                return running[name].request(message)
             except ChildError as error:
                 found[name].reason, found[name].kind = str(error), error.kind
                 running.pop(name).close()
@@ -119,7 +121,7 @@ def measure_in_turns(
         for name, job in jobs.items():
             child = Child(name, threads=threads, limit_s=limit_s, command=command)
             running[name] = stack.enter_context(child)
-            facts = ask(name, job, "loading")
+            facts = request(name, job, "loading")
             if facts is None:
                 continue
             found[name].facts = facts
@@ -129,10 +131,10 @@ def measure_in_turns(
         turn = {"do": "turn", "seconds": seconds / ROUNDS, "calls": CALLS}
         for _ in range(ROUNDS):
             for name in list(running):
-                if (answer := ask(name, turn, "measuring")) is not None:
-                    found[name].add(answer)
+                if (reply := request(name, turn, "measuring")) is not None:
+                    found[name].add(reply)
         for name in list(running):
-            if (answer := ask(name, {"do": "end"}, "ending")) is not None:
-                found[name].peak_mib = answer["peak_mib"]
+            if (reply := request(name, {"do": "end"}, "ending")) is not None:
+                found[name].peak_mib = reply["peak_mib"]
                 running[name].leave()
     return found

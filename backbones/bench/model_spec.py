@@ -1,9 +1,9 @@
-"""The model that a benchmark is about, in words that a child process understands."""
+"""The model that a benchmark is about, described so that another process can build it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +11,51 @@ import timm
 from torch import nn
 
 from backbones.errors import ConfigError, UnknownModelError, UnsupportedError
-from backbones.factory import REMOTE, find_variant
+from backbones.factory import REMOTE, create_model, find_variant, load_model
 from backbones.manifest import load_manifest
 from backbones.registry import registry, unknown
 from backbones.skeleton import StagedBackbone
 from backbones.timm_bridge import as_ours
 from backbones.weights import inner_module, local_copy, read_description, save_checkpoint
 
-__all__ = ["Subject", "resolve"]
+__all__ = ["ModelSpec", "is_checkpoint", "specify_model"]
 
-CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model: `create` are the arguments of `create_model`, `input` what its file says of input.
+class ModelSpec:
+    """A model by name and weights.
 
-    `weights` says whose they are: ``random`` (time does not depend on them), ``released``, or the
-    file's.
+    `weights` says in words whose they are: ``random`` (time does not depend on them), ``released``,
+    or the file's. `arguments` are those of `load_model` where they hold a ``path``, else those of
+    `create_model`.
     """
 
     name: str
-    create: Mapping[str, Any]
     weights: str
-    input: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any]
+
+    def build(self) -> nn.Module:
+        """Return the model in evaluation mode."""
+        if "path" in self.arguments:
+            return load_model(**self.arguments)
+        return create_model(**self.arguments).eval()
 
 
-def resolve(
+def specify_model(
     model: nn.Module | str | Path | None,
     folder: Path,
     *,
     checkpoint: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Subject:
+) -> ModelSpec:
     """Find out what is to be measured.
 
     Args:
         model: a module of this package (or timm's own instance of a model that this package has),
             a name, or a checkpoint; None for the model that `checkpoint` names.
-        folder: where a module's weights may be put for the children to read.
+        folder: where a module's weights may be put for the workers to read.
         checkpoint: a local file with the weights of the model named.
         overrides: further arguments of `create_model`.
 
@@ -63,21 +69,27 @@ def resolve(
         if overrides or checkpoint:
             raise ConfigError("a module is measured as it is; leave checkpoint and overrides out")
         return _of_module(model, folder)
-    if isinstance(model, Path) or (model is not None and Path(model).suffix in CHECKPOINTS):
+    if model is not None and is_checkpoint(model):
         if checkpoint is not None:
             raise ConfigError(f"two checkpoints: {model} and {checkpoint}; give one")
         model, checkpoint = None, model
     if checkpoint is not None:
-        return _of_file(model, Path(checkpoint), overrides or {})
+        return _of_file(None if model is None else str(model), Path(checkpoint), overrides or {})
     if model is None:
         raise ConfigError("nothing to measure; name a model or a checkpoint")
-    _check_name(model)
-    released = _is_at_hand(model) and not overrides
-    create = {"name": model, "pretrained": released, **(overrides or {})}
-    return Subject(model, create, "released" if released else "random")
+    name = str(model)
+    _check_name(name)
+    released = _is_at_hand(name) and not overrides
+    arguments = {"name": name, "pretrained": released, **(overrides or {})}
+    return ModelSpec(name, "released" if released else "random", arguments)
 
 
-def _of_module(model: nn.Module, folder: Path) -> Subject:
+def is_checkpoint(given: str | Path) -> bool:
+    """Whether something given as a model is a checkpoint file; the tag of a name has a dot, too."""
+    return isinstance(given, Path) or Path(given).suffix in CHECKPOINT_SUFFIXES
+
+
+def _of_module(model: nn.Module, folder: Path) -> ModelSpec:
     inner = inner_module(model)
     ours: nn.Module | None = inner if isinstance(inner, StagedBackbone) else as_ours(inner)
     if ours is None:
@@ -87,38 +99,31 @@ def _of_module(model: nn.Module, folder: Path) -> Subject:
         )
     file = save_checkpoint(ours, folder / "model.safetensors")
     try:
-        found = _of_file(None, file, {})
+        saved = _of_file(None, file, {})
     except ConfigError as error:
         raise UnsupportedError(
             f"{type(inner).__name__} does not say which variant it is; make it with"
             " backbones.create_model, which notes that"
         ) from error
-    return Subject(found.name, found.create, "the given module's", found.input)
+    return ModelSpec(saved.name, "the given module's", saved.arguments)
 
 
-def _of_file(name: str | None, file: Path, overrides: Mapping[str, Any]) -> Subject:
+def _of_file(name: str | None, file: Path, overrides: Mapping[str, Any]) -> ModelSpec:
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; check the path of the checkpoint")
     saved = read_description(file)
-    own = saved.get("name")
-    name = name or own
-    if name is None:
+    own_name = saved.get("name")
+    if name is None and own_name is None:
         raise ConfigError(f"{file} does not say which model it is of; name the model, too")
-    _check_name(name)
-    create: dict[str, Any] = {"name": name, "checkpoint_path": str(file)}
-    variant = find_variant(name)[0]
-    same = own is not None and own in (name, variant and variant.name)
-    if same and not saved.get("arguments") and saved.get("classes"):
-        create["num_classes"] = len(saved["classes"])  # a model of timm's own
-    if saved.get("deploy"):
-        create["deploy"] = True
-    known = saved.get("input") or {} if same else {}
-    return Subject(name, {**create, **overrides}, str(file), known)
+    if name is not None or saved.get("family") not in registry.classes:
+        _check_name(str(name or own_name))
+    arguments = {"path": str(file), "name": name, **overrides}
+    return ModelSpec(str(name or own_name), str(file), arguments)
 
 
 def _check_name(name: str) -> None:
     """Refuse a wrong name before any process is started."""
-    if name.startswith(REMOTE) or find_variant(name)[0] is not None or name in registry.classes:
+    if name.startswith(REMOTE) or find_variant(name)[0] is not None:
         return
     if not timm.is_model(name):
         raise UnknownModelError(unknown("model", name, [*registry.names(), *timm.list_models()]))

@@ -50,6 +50,6 @@ class Channel:
         return None
 
     def send(self, message: dict[str, Any]) -> None:
-        """Answer."""
+        """Send a reply."""
         self._out.write(encode(message))
         self._out.flush()

@@ -7,25 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backbones.bench.candidates import Candidate
+from backbones.bench.configurations import Configuration
 from backbones.bench.machine import Machine
 from backbones.bench.measuring import Measurement
 from backbones.bench.statistics import Times, certain, too_noisy
 
-__all__ = ["BenchReport", "Row", "markdown", "row_of", "verdict_on"]
+__all__ = ["BenchReport", "Row", "markdown", "number", "row_of", "verdict_on"]
 
-HEADS = ["candidate", "layout", "median ms", "p90 ms", "spread", "images/s", "GMAC/s"]
+HEADS = ["configuration", "layout", "median ms", "p90 ms", "spread", "images/s", "GMAC/s"]
 HEADS += ["of peak", "peak MiB", "speedup"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate. What was not measured is None, and `reason` then says why.
+    """One configuration. What was not measured is None, and `reason` then says why.
 
     Attributes:
         engine: what ran it.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        form: ``published`` (as the authors wrote it, in eager PyTorch) or ``merged``.
+        form: ``published`` (as the authors wrote it, in eager PyTorch) or
+            ``reparameterized``.
         layout: of the images in memory, as the engine chose it.
         median_ms, p90_ms: of one call, a whole batch.
         spread: interquartile range of the calls over their median.
@@ -67,7 +68,7 @@ class Row:
     @property
     def name(self) -> str:
         """Engine and precision, or ``published``."""
-        return str(Candidate(self.engine, self.precision, self.form))
+        return str(Configuration(self.engine, self.precision, self.form))
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class BenchReport:
 
 
 def row_of(
-    candidate: Candidate,
+    configuration: Configuration,
     found: Measurement,
     baseline: Times | None,
     macs: int | None,
@@ -126,12 +127,12 @@ def row_of(
 ) -> Row:
     """Put figures to a measurement."""
     facts, times = found.facts, found.times
-    what = (facts.get("engine", candidate.engine), candidate.precision, candidate.form)
+    what = (facts.get("engine", configuration.engine), configuration.precision, configuration.form)
     if times is None:
         return Row(*what, layout=facts.get("layout"), reason=found.reason)
     per_second = 1e3 * batch_size / times.median
     gmacs = None if macs is None else macs * per_second / 1e9
-    is_other = baseline is not None and baseline is not times and candidate.form != "published"
+    is_other = baseline is not times and configuration.form != "published"
     return Row(
         *what,
         layout=facts["layout"],
@@ -153,7 +154,7 @@ def row_of(
 
 
 def verdict_on(times: dict[str, Times]) -> tuple[str, bool | None]:
-    """Say which candidate is the fastest, or that nobody can tell."""
+    """Say which configuration is the fastest, or that nobody can tell."""
     ranked = sorted(times, key=lambda name: times[name].median)
     if not ranked:
         return "nothing could be measured", None
@@ -182,10 +183,12 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(heads), line(rule), *map(line, rows)])
 
 
-def _cells(row: Row) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    """Return a number, divided by `scale`, as a table shows it; nothing where there is none."""
+    return "" if value is None else format(value / scale, form)
 
+
+def _cells(row: Row) -> list[str]:
     doubt = " (uncertain)" if row.certain is False else ""
     return [
         row.name,

@@ -26,7 +26,7 @@ __all__ = ["NOISY", "Times", "certain", "too_noisy"]
 
 NOISY = 0.15
 SHARE_OF_ROUNDS = 0.8
-CHANCE = 0.05
+SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _doubt(one: Times, other: Times) -> str | None:
     pairs = list(zip(fast.turn_medians, slow.turn_medians))
     wins = sum(a < b for a, b in pairs)
     decided = sum(a != b for a, b in pairs)
-    if wins < SHARE_OF_ROUNDS * len(pairs) or _chance(wins, decided) >= CHANCE:
+    if wins < SHARE_OF_ROUNDS * len(pairs) or _sign_test(wins, decided) >= SIGNIFICANCE:
         return f"the faster one won only {wins} of {len(pairs)} rounds"
     spread, difference = max(one.spread, other.spread), slow.median / fast.median - 1
     if spread > NOISY and difference < spread:
@@ -86,8 +86,8 @@ def _doubt(one: Times, other: Times) -> str | None:
     return None
 
 
-def _chance(wins: int, of: int) -> float:
-    """Return how often a fair coin is at least as one-sided as this (two-sided sign test)."""
+def _sign_test(wins: int, of: int) -> float:
+    """Return the p-value of the two-sided sign test: how often a fair coin is as one-sided."""
     most = max(wins, of - wins)
     tail = sum(math.comb(of, count) for count in range(most, of + 1)) / 2**of
     return min(1.0, 2 * tail)

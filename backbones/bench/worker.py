@@ -1,17 +1,17 @@
-"""A child process of a benchmark: one candidate, measured when it has its turn.
+"""A child process of a benchmark: one configuration, measured in its turns.
 
 Started as ``python -m backbones.bench.worker``; speaks `backbones.bench.protocol`. The first
 request says what to do:
 
 ``{"do": "load", ...}``
-    Load a candidate (the fields are those of `backbones.bench.candidates.job`), warm it up and
-    answer with facts. Then ``{"do": "turn", "seconds": s, "calls": n}`` makes calls that refill the
-    caches and then timed calls, at least n and for at least s seconds; the answer holds their
-    milliseconds. Any number of turns may follow.
+    Load a model (the fields are those of `Conditions.job`), warm it up and reply with facts. Then
+    ``{"do": "turn", "seconds": s, "calls": n}`` makes calls that refill the caches and then timed
+    calls, at least n and for at least s seconds; the reply holds their milliseconds. Any number of
+    turns may follow.
 ``{"do": "matmul", "threads": t, "kinds": [...]}``
     Measure matrix products (`backbones.bench.machine.matmul_peak`).
 ``{"do": "end"}``
-    Answer with the peak memory and leave. So does a parent that is gone.
+    Reply with the peak memory and leave. So does a parent that is gone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from backbones import ops
 from backbones.bench.machine import matmul_peak, peak_memory_mib, usable_cpus
+from backbones.bench.model_spec import ModelSpec
 from backbones.bench.protocol import Channel
 from backbones.engines import deploy, input_size_of, settle, timed_for
 from backbones.errors import BackbonesError, UnsupportedError
-from backbones.factory import create_model
 from backbones.info import count_macs, count_parameters
 
 __all__ = ["main"]
@@ -87,14 +87,12 @@ def _serve(channel: Channel, job: dict[str, Any]) -> None:
 def _load(job: dict[str, Any], facts: dict[str, Any]) -> tuple[Call, AbstractContextManager[Any]]:
     """Return what to call and in which context; note what is known of it."""
     published = job["form"] == "published"
-    if published and job["create"].get("deploy"):
-        raise UnsupportedError(
-            "the checkpoint holds merged weights; the form its authors wrote cannot be had from it"
-        )
     torch.manual_seed(0)
-    model = create_model(**job["create"]).eval()
-    if job["input"]:
-        model.pretrained_cfg.update(job["input"])  # type: ignore[operator, union-attr]
+    model = ModelSpec(**job["model"]).build()
+    if published and getattr(model, "deployed", False):
+        raise UnsupportedError(
+            "the checkpoint is re-parameterized; the form its authors wrote cannot be had from it"
+        )
     size = input_size_of(model, job["input_size"])
     facts |= {"input_size": size, "params": count_parameters(model), "macs": _macs(model, size)}
     if published:
@@ -109,7 +107,7 @@ def _load(job: dict[str, Any], facts: dict[str, Any]) -> tuple[Call, AbstractCon
         batch_size=job["batch_size"],
         calibration=job["calibration"],
         cache_dir=job["cache_dir"],
-        time_limit=job["choice_s"],
+        time_limit=job["auto_start_s"],
     )
     facts |= {"engine": runner.engine, "layout": runner.layout, "engine_threads": runner.threads}
     return runner, nullcontext()

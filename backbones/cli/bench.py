@@ -13,6 +13,7 @@ from tqdm import tqdm
 from backbones import bench
 from backbones.cli.parsing import command, json_flag, positive
 from backbones.errors import ConfigError
+from backbones.files import write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -26,12 +27,21 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "bench",
         "measure latency on this machine",
         "backbones bench convnext_atto --engines eager,onnxruntime --precisions fp32,bf16\n"
-        "         backbones bench --checkpoint model_best.safetensors --threads 2\n"
+        "         backbones bench model_best.safetensors --threads 2\n"
         "         backbones bench --front 'lsnet*' 'cpubone*' --output front\n"
         "         backbones bench --budget 10ms",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models; patterns for a front")
-    parser.add_argument("--checkpoint", metavar="FILE", help="measure the model of this file")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME|CHECKPOINT",
+        help="names of models, or checkpoints; for a front also patterns of names",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="the same as CHECKPOINT; with a NAME, weights of that model",
+    )
     parser.add_argument("--engines", metavar="A,B", help="(default: all that are installed)")
     parser.add_argument(
         "--precisions", metavar="A,B", default="fp32", help="fp32, bf16, fp16, int8 (default: fp32)"
@@ -46,7 +56,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="side, or height and width (default: each model's)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="timed seconds a candidate (default: 2)"
+        "--seconds", type=float, default=2.0, help="timed seconds a configuration (default: 2)"
     )
     parser.add_argument(
         "--front",
@@ -93,7 +103,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts))
     if args.output is not None:
-        file = bench.write_json(args.output / "bench.json", facts)
+        args.output.mkdir(parents=True, exist_ok=True)
+        file = write_json(args.output / "bench.json", facts)
         print(f"{file} holds this for programs", file=sys.stderr)
     return 0 if all(report.best is not None for report in reports) else 1
 
@@ -117,9 +128,9 @@ def _front(args: argparse.Namespace) -> int:
         )
     choice = None if budget is None else bench.within(front.rows, budget)
     if args.json:
-        print(json.dumps(bench.describe(front, choice)))
+        print(json.dumps(bench.front_as_dict(front, choice)))
     else:
-        print(bench.front_table(front))
+        print(front)
         if choice is not None and choice.best is not None:
             print(f"\n{choice}")
     if args.output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,22 +56,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the main job; exit code 1 where validation stays below the bar."""
-    config = quickstart.QuickstartConfig(
-        model=args.model,
-        output=args.output,
-        epochs=args.epochs,
-        size=args.size,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        limit=args.limit,
-        min_top1=args.min_top1,
-        threads=args.threads,
-    )
+    names = [field.name for field in dataclasses.fields(quickstart.QuickstartConfig)]
+    config = quickstart.QuickstartConfig(**{name: getattr(args, name) for name in names})
     with Bars() as bars:
         report = quickstart.run(config, bars.say, bars.update)
-    names = ", ".join(quickstart.RESULTS)
-    print(f"{config.output} holds {names}, after {report['seconds']:.0f} s in all")
+    files = ", ".join(quickstart.RESULTS)
+    print(f"{config.output} holds {files}, after {report['seconds']:.0f} s in all")
     if not report["passed"]:
         print(
             f"error: {report['top1']:.2f} % of the held-out images are right, below the"

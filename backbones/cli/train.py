@@ -15,8 +15,7 @@ from timm.utils import ParseKwargs
 from backbones import train
 from backbones.cli.parsing import command
 from backbones.cli.progress import Bars
-from backbones.train import TrainConfig
-from backbones.train.run import BEST, CURVES
+from backbones.train import BEST, TrainConfig
 
 __all__ = ["add_parser", "run"]
 
@@ -57,11 +56,7 @@ def run(args: argparse.Namespace) -> int:
             **options,
         )
     if int(os.environ.get("RANK", "0")) == 0:
-        best = next((e for e in report.epochs if e.epoch == report.best_epoch), None)
-        shown = f", {best.val_top1:.2f} % top-1" if best and best.val_top1 is not None else ""
-        print(f"best epoch: {report.best_epoch}{shown}, after {report.seconds:.0f} s")
-        names = [name for name in (BEST, CURVES) if (report.folder / name).is_file()]
-        print(f"{report.folder} holds {', '.join(names)}")
+        print(report)
         print(f"try it: backbones predict IMAGE --checkpoint {report.folder / BEST}")
     return 0
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
-from backbones.train import set_input
-from backbones.train.validation import validate, write_validation
+from backbones.train import set_input, validate, write_validation
 
 __all__ = ["add_parser", "run"]
 
@@ -80,16 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.as_dict()))
         return 0
-    found = result.evaluation
-    print(
-        f"{found.correct} of {found.count} right: {found.top1:.2f} % top-1, {found.top5:.2f} %"
-        f" top-5, loss {found.loss:.4f}, {found.count / found.seconds:.0f} images/s"
-    )
-    for line in result.skipped:
-        print(f"left out: {line}")
-    known = [row for row in result.per_class if row["images"]]
-    for row in sorted(known, key=lambda row: row["accuracy"])[:5]:
-        print(f"  {row['accuracy']:6.2f} %  {row['class']} ({row['correct']} of {row['images']})")
+    print(result)
     if written:
         print(f"{args.output} holds {', '.join(path.name for path in written)}")
     return 0

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from backbones.train.config import TrainConfig
-from backbones.train.data import eval_loader, open_splits, set_input, train_loader
-from backbones.train.evaluation import Evaluation, evaluate
-from backbones.train.folders import ImageFolder, image_folder
-from backbones.train.images import DataError, open_image
-from backbones.train.loop import EpochReport, TrainingError, Update
+from backbones.train.data import (
+    DataError,
+    ImageFolder,
+    eval_loader,
+    image_folder,
+    open_image,
+    open_splits,
+    set_input,
+    train_loader,
+    write_digits,
+)
+from backbones.train.fine_tuning import run
+from backbones.train.initial_weights import InitialWeights
+from backbones.train.plots import draw_predictions
 from backbones.train.recipes import list_recipes, read_options
-from backbones.train.run import TrainReport, run
+from backbones.train.trainer import EpochReport, TrainingError, Update
+from backbones.train.training_run import BEST, CURVES, TrainReport
+from backbones.train.validation import (
+    Evaluation,
+    Validation,
+    evaluate,
+    validate,
+    write_validation,
+)
 
 __all__ = [
+    "BEST",
+    "CURVES",
     "DataError",
     "EpochReport",
     "Evaluation",
     "ImageFolder",
+    "InitialWeights",
     "TrainConfig",
     "TrainReport",
     "TrainingError",
     "Update",
+    "Validation",
+    "draw_predictions",
     "eval_loader",
     "evaluate",
     "image_folder",
@@ -30,4 +52,7 @@ __all__ = [
     "run",
     "set_input",
     "train_loader",
+    "validate",
+    "write_digits",
+    "write_validation",
 ]

@@ -16,10 +16,11 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, NativeScaler, unwrap_model
 from torch.optim import Optimizer
 
-from backbones.errors import CheckpointError
+from backbones.errors import CheckpointError, first_line
+from backbones.files import new_file
 from backbones.schema import fits
 from backbones.train.config import TrainConfig, option_types
-from backbones.train.loop import TrainingError
+from backbones.train.trainer import TrainingError
 from backbones.weights import read_content
 
 __all__ = [
@@ -44,7 +45,7 @@ class Checkpoints(CheckpointSaver):
 
     Args:
         folder: where checkpoints go.
-        config: the options, kept in each checkpoint.
+        config: the options, saved in each checkpoint.
         facts: what else a later run must know: class names, and which weights this one began with.
         task: whose model, and average if any, is saved.
         optimizer: saved for `restore`.
@@ -79,21 +80,19 @@ class Checkpoints(CheckpointSaver):
         Raises:
             TrainingError: the disk is full or cannot be written; older checkpoints are intact.
         """
-        temporary = self.folder / f"tmp{self.extension}"
         try:
             if epoch < 0:
-                self._save(str(temporary), epoch)
-                self._replace(str(temporary), str(self.folder / LAST))
+                with new_file(self.folder / LAST) as file:
+                    self._save(str(file), epoch)
             else:
                 self.save_checkpoint(epoch, metric)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            kept = self.folder / LAST
-            intact = f"; {kept} holds the epoch before" if kept.exists() else ""
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            (self.folder / f"tmp{self.extension}").unlink(missing_ok=True)  # timm's
+            last = self.folder / LAST
+            intact = f"; {last} holds the epoch before" if last.exists() else ""
             raise TrainingError(
-                f"{self.folder}: the checkpoint of epoch {epoch + 1} cannot be written ({reason});"
-                f" free some space and --resume{intact}"
+                f"{self.folder}: the checkpoint of epoch {epoch + 1} cannot be written"
+                f" ({first_line(error)}); free some space and --resume{intact}"
             ) from error
         return metric is not None and self.best_epoch == epoch
 
@@ -189,6 +188,5 @@ def restore(
             average = content.get("state_dict_ema") or content["state_dict"]
             task.load_checkpoint_state(average, content.get("task_state_ema"), ema=True)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: does not fit this run ({reason})") from error
+        raise CheckpointError(f"{path}: does not fit this run ({first_line(error)})") from error
     return int(content["epoch"]) + 1

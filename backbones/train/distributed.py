@@ -11,13 +11,13 @@ import torch
 from timm.utils import init_distributed_device, is_distributed_env
 from torch import distributed
 
-from backbones.errors import ConfigError
+from backbones.errors import ConfigError, first_line
 
-__all__ = ["World", "joined"]
+__all__ = ["ProcessGroup", "join_process_group"]
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """How many processes train together, which one this is, and the device it uses."""
 
     device: torch.device
@@ -42,14 +42,14 @@ class World:
         distributed.all_reduce(total)
         return float(total) / self.size
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.distributed:
             distributed.barrier()
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[World]:
+def join_process_group(device: str | None) -> Iterator[ProcessGroup]:
     """Join the processes that torchrun (or SLURM) started; otherwise this one is alone.
 
     Gloo connects processes on CPUs, NCCL those on GPUs.
@@ -64,14 +64,13 @@ def joined(device: str | None) -> Iterator[World]:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used: {reason}") from None
+        raise ConfigError(f"device {name!r} cannot be used: {first_line(error)}") from None
     if not is_distributed_env():
-        yield World(torch.device(name))
+        yield ProcessGroup(torch.device(name))
         return
     found = argparse.Namespace(device=name)
     own_device = init_distributed_device(found)
     try:
-        yield World(own_device, found.rank, found.world_size)
+        yield ProcessGroup(own_device, found.rank, found.world_size)
     finally:
         distributed.destroy_process_group()

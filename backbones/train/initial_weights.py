@@ -19,19 +19,22 @@ from backbones.train.config import TrainConfig
 from backbones.train.data import set_input
 from backbones.weights import load_checkpoint, read_description
 
-__all__ = ["Start", "hub_answers", "starting_point"]
+__all__ = ["InitialWeights", "create_initial_model", "hub_responds"]
 
 HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Start:
-    """Which weights a run began with."""
+class InitialWeights:
+    """Which weights a run began with; its text says so in a sentence."""
 
     source: str | None
     """Model and tag, or the checkpoint file; None for fresh weights."""
     license: str | None
     sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
 
     @property
     def from_scratch(self) -> bool:
@@ -39,9 +42,9 @@ class Start:
         return self.source is None
 
 
-def starting_point(
+def create_initial_model(
     config: TrainConfig, num_classes: int, classes: list[str] | None = None
-) -> tuple[nn.Module, Start]:
+) -> tuple[nn.Module, InitialWeights]:
     """Return the model to train and where its weights come from.
 
     With ``pretrained=None`` released weights are taken where there are some and where the Hub
@@ -64,7 +67,7 @@ def starting_point(
     }
     arguments |= {key: value for key, value in given.items() if value is not None}
     try:
-        model, start = _create(config, arguments, classes)
+        model, initial = _create(config, arguments, classes)
     except TypeError as error:
         raise ConfigError(f"{config.model} cannot be created: {error}") from error
     if config.head_init_scale is not None:
@@ -72,7 +75,7 @@ def starting_point(
             for value in layer.parameters(recurse=False):
                 value.data.mul_(config.head_init_scale)
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    cfg["license"] = start.license
+    cfg["license"] = initial.license
     set_input(
         model,
         config.img_size,
@@ -81,48 +84,63 @@ def starting_point(
         std=config.std,
         interpolation=config.interpolation,
     )
-    return model, start
+    return model, initial
 
 
 def _create(
     config: TrainConfig, arguments: dict[str, Any], classes: list[str] | None
-) -> tuple[nn.Module, Start]:
-    name = config.model
+) -> tuple[nn.Module, InitialWeights]:
     if config.initial_checkpoint and config.pretrained_path:
         raise ConfigError("initial_checkpoint and pretrained_path exclude each other")
-    if path := config.initial_checkpoint:
-        saved = read_description(path)
-        known = saved.get("classes")
-        if known and classes and list(known) != list(classes):
-            raise CheckpointError(
-                f"{path} was trained on other classes ({len(known)}: {', '.join(known[:5])}, ...)"
-                f" than the data has ({len(classes)}: {', '.join(classes[:5])}, ...);"
-                " --pretrained-path starts from it with a new classifier"
-            )
-        model = create_model(name, **arguments)
-        load_checkpoint(model, path)
-        return model, Start(str(path), saved.get("license"), f"starting from {path}")
-    if path := config.pretrained_path:
-        model = create_model(name, checkpoint_path=path, **arguments)
-        model.reset_classifier(arguments["num_classes"])  # type: ignore[operator]
-        saved = read_description(path)
-        sentence = f"starting from {path}, with a new classifier"
-        return model, Start(str(path), saved.get("license"), sentence)
+    if config.initial_checkpoint:
+        return _of_whole_checkpoint(config.model, config.initial_checkpoint, arguments, classes)
+    if config.pretrained_path:
+        return _with_new_classifier(config.model, config.pretrained_path, arguments)
+    name = config.model
     reason = "as asked" if config.pretrained is False else _unavailable(name, config.pretrained)
     if reason is None:
         try:
-            model = create_model(name, pretrained=True, **arguments)
-            cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-            tagged = ".".join(filter(None, (name.partition(".")[0], cfg.get("tag"))))
-            source = name if ":" in name else tagged
-            sentence = f"starting from pretrained weights, {source}"
-            return model, Start(source, cfg.get("license"), sentence)
+            return _released(name, arguments)
         except (BackbonesError, OSError, RuntimeError) as error:
             if config.pretrained:
                 raise
             reason = str(error)
     model = create_model(name, **arguments)
-    return model, Start(None, None, f"starting from scratch: {reason}")
+    return model, InitialWeights(None, None, f"starting from scratch: {reason}")
+
+
+def _of_whole_checkpoint(
+    name: str, path: str, arguments: dict[str, Any], classes: list[str] | None
+) -> tuple[nn.Module, InitialWeights]:
+    saved = read_description(path)
+    known = saved.get("classes")
+    if known and classes and list(known) != list(classes):
+        raise CheckpointError(
+            f"{path} was trained on other classes ({len(known)}: {', '.join(known[:5])}, ...)"
+            f" than the data has ({len(classes)}: {', '.join(classes[:5])}, ...);"
+            " --pretrained-path starts from it with a new classifier"
+        )
+    model = create_model(name, **arguments)
+    load_checkpoint(model, path)
+    return model, InitialWeights(path, saved.get("license"), f"starting from {path}")
+
+
+def _with_new_classifier(
+    name: str, path: str, arguments: dict[str, Any]
+) -> tuple[nn.Module, InitialWeights]:
+    model = create_model(name, checkpoint_path=path, **arguments)
+    model.reset_classifier(arguments["num_classes"])  # type: ignore[operator]
+    sentence = f"starting from {path}, with a new classifier"
+    return model, InitialWeights(path, read_description(path).get("license"), sentence)
+
+
+def _released(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, InitialWeights]:
+    model = create_model(name, pretrained=True, **arguments)
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    tagged = ".".join(filter(None, (name.partition(".")[0], cfg.get("tag"))))
+    source = name if ":" in name else tagged
+    sentence = f"starting from pretrained weights, {source}"
+    return model, InitialWeights(source, cfg.get("license"), sentence)
 
 
 def _unavailable(name: str, required: bool | None) -> str | None:
@@ -138,27 +156,28 @@ def _unavailable(name: str, required: bool | None) -> str | None:
             return f"no weights of {name} can be downloaded"
     elif timm.is_model(name) and not timm.models.is_model_pretrained(name):
         return f"no weights of {name} can be downloaded"
-    if not hub.HF_HUB_OFFLINE and not hub_answers():
+    if not hub.HF_HUB_OFFLINE and not hub_responds():
         return f"{hub.ENDPOINT} does not answer within {HUB_TIMEOUT_S:.0f} s"
     return None
 
 
-def hub_answers(timeout: float = HUB_TIMEOUT_S) -> bool:
-    """Return whether the Hub (``HF_ENDPOINT``) answers in time, with whatever status."""
-    answered = threading.Event()
+def hub_responds(timeout: float = HUB_TIMEOUT_S) -> bool:
+    """Return whether the Hub (``HF_ENDPOINT``) responds in time, with whatever status."""
+    responded = threading.Event()
 
-    def ask() -> None:
-        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")
+    def request() -> None:
         try:
-            urllib.request.urlopen(request, timeout=timeout).close()
+            urllib.request.urlopen(
+                urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=timeout
+            ).close()
         except urllib.error.HTTPError:
-            pass  # a status is an answer
+            pass  # any status will do
         except (OSError, ValueError):
             return
-        answered.set()
+        responded.set()
 
     # A thread of its own, because resolving a name obeys no timeout.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout)
-    return answered.is_set()
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return responded.is_set()

@@ -15,8 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import backbones  # noqa: F401  (registers the models)
-
 __all__ = ["main"]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from backbones.errors import MissingDependencyError
-from backbones.train.folders import ImageFolder
-from backbones.train.images import open_image
+from backbones.files import new_file
+from backbones.optional import optional_import
+from backbones.train.data import ImageFolder, open_image
 
 __all__ = ["draw_confusion", "draw_curves", "draw_predictions"]
 
@@ -45,13 +44,12 @@ def draw_predictions(
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    Figure = _figure_class()
     wrong = (predictions != targets).nonzero().flatten().tolist()[:count]
     right = (predictions == targets).nonzero().flatten().tolist()
     step = max(1, len(right) // max(1, count - len(wrong)))
     shown = (wrong + right[::step])[:count]
     rows = math.ceil(len(shown) / COLUMNS)
-    figure = Figure(figsize=(COLUMNS * 1.1, rows * 1.4 + 0.6), layout="constrained")
+    figure = _new_figure(COLUMNS * 1.1, rows * 1.4 + 0.6)
     figure.suptitle(title)
     for axes, index in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, shown):
         predicted, target = int(predictions[index]), int(targets[index])
@@ -65,7 +63,7 @@ def draw_predictions(
         axes.set(xticks=[], yticks=[])
     for axes in figure.axes[len(shown) :]:
         axes.set_visible(False)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def draw_curves(path: str | Path, summary: str | Path) -> None:
@@ -78,11 +76,10 @@ def draw_curves(path: str | Path, summary: str | Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    Figure = _figure_class()
     with Path(summary).open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     epochs = [int(row["epoch"]) + 1 for row in rows]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = _new_figure(9, 3.6)
     losses, accuracies = figure.subplots(1, 2)
     curves = (
         (losses, "train_loss", "training"),
@@ -100,20 +97,7 @@ def draw_curves(path: str | Path, summary: str | Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    temporary = Path(path).with_name(f".{Path(path).name}")
-    figure.savefig(temporary, dpi=110, format=Path(path).suffix.lstrip("."))
-    os.replace(temporary, path)
-
-
-def _figure_class() -> Any:
-    # A Figure of its own needs no display and leaves pyplot's state alone.
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            'pictures need matplotlib; pip install "backbones[plot]"'
-        ) from error
-    return Figure
+    _save(figure, path)
 
 
 def draw_confusion(path: str | Path, confusion: Tensor, classes: Sequence[str]) -> None:
@@ -127,10 +111,9 @@ def draw_confusion(path: str | Path, confusion: Tensor, classes: Sequence[str]) 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    Figure = _figure_class()
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(12.0, 3 + 0.35 * len(classes))
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = _new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
@@ -141,4 +124,15 @@ def draw_confusion(path: str | Path, confusion: Tensor, classes: Sequence[str]) 
             color = "white" if shares[row, column] > 0.5 else "black"
             count = str(int(confusion[row, column]))
             axes.text(column, row, count, ha="center", va="center", color=color, fontsize=7)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """Return a matplotlib figure; made without pyplot it needs no display."""
+    figure = optional_import("matplotlib.figure", "plot").Figure
+    return figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    with new_file(path) as file:
+        figure.savefig(file, dpi=110)

@@ -1,4 +1,4 @@
-"""Puts a run's parts together: loaders, task, optimizer, schedule."""
+"""Puts a run's parts together: loaders, task with its losses, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -11,26 +11,39 @@ from timm.data import Mixup, resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
 from timm.utils import NativeScaler
-from torch import nn
+from torch import Tensor, nn
 
 from backbones.errors import ConfigError, UnsupportedError
+from backbones.factory import create_model, load_model
 from backbones.train.config import TrainConfig
 from backbones.train.data import Splits, eval_loader, train_loader
-from backbones.train.distributed import World
-from backbones.train.loop import Trainer, Update
-from backbones.train.tasks import create_task
+from backbones.train.distributed import ProcessGroup
+from backbones.train.trainer import Trainer, Update
 
-__all__ = ["assemble", "check", "distribute"]
+__all__ = [
+    "AuxiliaryHeadTask",
+    "assemble",
+    "check_options_together",
+    "create_task",
+    "distribute",
+]
 
 
-def check(config: TrainConfig, world: World) -> None:
+def check_options_together(config: TrainConfig, group: ProcessGroup) -> None:
     """Refuse options that exclude each other.
 
     Raises:
         ConfigError, UnsupportedError: with the way out.
     """
-    if config.sync_bn and world.device.type != "cuda":
+    if config.sync_bn and group.device.type != "cuda":
         raise UnsupportedError("sync_bn needs GPUs; leave it out on CPUs")
     if config.mixes and config.batch_size % 2:
         raise ConfigError(f"mixup and cutmix need an even batch_size, got {config.batch_size}")
@@ -40,7 +53,7 @@ def check(config: TrainConfig, world: World) -> None:
 
 def assemble(
     config: TrainConfig,
-    world: World,
+    group: ProcessGroup,
     splits: Splits,
     model: nn.Module,
     *,
@@ -51,7 +64,7 @@ def assemble(
 
     Args:
         config: the options.
-        world: the processes; the model goes to this one's device.
+        group: the processes; the model goes to this one's device.
         splits: the images.
         model: the model.
         num_classes: width of its classifier.
@@ -62,14 +75,14 @@ def assemble(
     """
     data_config = resolve_model_data_config(model)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
-    model.to(device=world.device).to(memory_format=layout)  # type: ignore[call-overload]
+    model.to(device=group.device).to(memory_format=layout)  # type: ignore[call-overload]
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     frozen = _freeze_all_but(model, _classifier(model)) if config.freeze_backbone else []
-    if config.sync_bn and world.distributed:
+    if config.sync_bn and group.distributed:
         model = convert_sync_batchnorm(model)
-    task = create_task(model, config, world.device, num_classes=num_classes, classes=splits.classes)
-    train_batches = train_loader(splits.train, config, data_config, world)
+    task = create_task(model, config, group.device, num_classes=num_classes, classes=splits.classes)
+    train_batches = train_loader(splits.train, config, data_config, group)
     val_batches = None
     if splits.val is not None:
         val_batches = eval_loader(
@@ -78,9 +91,9 @@ def assemble(
             batch_size=config.validation_batch_size or config.batch_size,
             workers=config.workers,
             pin_mem=config.pin_mem,
-            world=world,
+            group=group,
         )
-    lr = config.lr or _scaled_rate(config, world, train_batches)
+    lr = config.lr or _scaled_rate(config, group, train_batches)
     try:
         # A distilling task may have parameters of its own, beside the model's.
         optimizer = create_optimizer_v2(
@@ -95,16 +108,16 @@ def assemble(
     scheduler, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates)
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-    half = config.amp and config.amp_dtype == "float16" and world.device.type == "cuda"
+    half = config.amp and config.amp_dtype == "float16" and group.device.type == "cuda"
     return Trainer(
         config,
-        world,
+        group,
         task,
         optimizer,
         scheduler,
         train_batches,
         val_batches,
-        scaler=NativeScaler(device=world.device.type) if half else None,
+        scaler=NativeScaler(device=group.device.type) if half else None,
         mixup=_mixup(config, num_classes) if config.mixes else None,
         frozen=frozen,
         progress=progress,
@@ -114,11 +127,11 @@ def assemble(
 
 def distribute(trainer: Trainer) -> None:
     """Compile what is to be compiled, and connect the processes."""
-    config, world, task = trainer.config, trainer.world, trainer.task
+    config, group, task = trainer.config, trainer.group, trainer.task
     if config.torchcompile:
         task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
-    if world.distributed:
-        ids = [world.device.index] if world.device.type == "cuda" else None
+    if group.distributed:
+        ids = [group.device.index] if group.device.type == "cuda" else None
         task.prepare_distributed(device_ids=ids)
 
 
@@ -135,9 +148,9 @@ def _mixup(config: TrainConfig, num_classes: int) -> Mixup:
     )
 
 
-def _scaled_rate(config: TrainConfig, world: World, batches: Any) -> float:
+def _scaled_rate(config: TrainConfig, group: ProcessGroup, batches: Any) -> float:
     batch_size = getattr(batches, "batch_size", None) or config.batch_size
-    ratio = batch_size * world.size * config.grad_accum_steps / config.lr_base_size
+    ratio = batch_size * group.size * config.grad_accum_steps / config.lr_base_size
     adaptive = any(word in config.opt.lower() for word in ("ada", "lamb"))
     scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
     return config.lr_base * (math.sqrt(ratio) if scale == "sqrt" else ratio)
@@ -152,5 +165,104 @@ def _freeze_all_but(model: nn.Module, trained: nn.Module) -> list[nn.Module]:
     """Stop gradients everywhere but in one part, and return the modules to keep in eval mode."""
     model.requires_grad_(False)
     trained.requires_grad_(True)
-    kept = set(map(id, trained.modules()))
-    return [m for m in model.modules() if id(m) not in kept and not list(m.children())]
+    parts = set(map(id, trained.modules()))
+    return [m for m in model.modules() if id(m) not in parts and not list(m.children())]
+
+
+class AuxiliaryHeadTask(ClassificationTask):
+    """Classification with a second classifier whose loss counts `weight`.
+
+    Args:
+        model: one whose training forward gives (logits, auxiliary logits) after timm's
+            ``set_distilled_training(True)``.
+        weight: of the auxiliary loss.
+        common: timm's arguments.
+    """
+
+    def __init__(self, model: nn.Module, *, weight: float, **common: Any) -> None:
+        super().__init__(model, **common)
+        self.weight = weight
+        model.set_distilled_training(True)  # type: ignore[operator]
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        output, auxiliary = self.trainable_module(input)
+        loss = self.criterion(output, target)
+        auxiliary_loss = self.criterion(auxiliary, target)
+        return {
+            "loss": loss + self.weight * auxiliary_loss,
+            "output": output,
+            "auxiliary_loss": auxiliary_loss,
+        }
+
+
+def create_task(
+    model: nn.Module,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    num_classes: int,
+    classes: list[str] | None = None,
+) -> TrainingTask:
+    """Return the task that a config describes.
+
+    Args:
+        model: the model to train, on its device.
+        config: loss, distillation, auxiliary head.
+        device: where it trains.
+        num_classes: width of the classifier, which a teacher of logits must share.
+        classes: names of the classes, which a teacher's must equal where both are known.
+
+    Raises:
+        ConfigError: what is asked for excludes itself, or the model or teacher cannot do it.
+    """
+    losses: dict[str, Any] = {
+        "loss_type": "bce" if config.bce_loss else "ce",
+        "smoothing": config.smoothing,
+        "soft_targets": config.mixes,
+    }
+    common: dict[str, Any] = {"criterion_kwargs": losses, "device": device, "verbose": False}
+    if config.aux_loss_weight and config.kd_model_name:
+        raise ConfigError("aux_loss_weight and kd_model_name exclude each other; drop one")
+    try:
+        if config.aux_loss_weight:
+            return AuxiliaryHeadTask(model, weight=config.aux_loss_weight, **common)
+        if config.kd_model_name is None:
+            return ClassificationTask(model, **common)
+        teacher = _teacher(config, num_classes, classes).to(device)
+        common |= {
+            "teacher_model": teacher,
+            "distill_loss_weight": config.distill_loss_weight,
+            "task_loss_weight": config.task_loss_weight,
+        }
+        if config.kd_distill_type == "feature":
+            return FeatureDistillationTask(model, **common)
+        common["temperature"] = config.kd_temperature
+        if config.kd_distill_type == "token":
+            return TokenDistillationTask(model, **common)
+        return LogitDistillationTask(model, **common)
+    # What a model without a second head says, ours and timm's.
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{config.model} cannot be trained in this way: {error}") from error
+
+
+def _teacher(config: TrainConfig, num_classes: int, classes: list[str] | None) -> nn.Module:
+    """Return the teacher in eval mode."""
+    name, checkpoint = str(config.kd_model_name), config.kd_checkpoint
+    arguments: dict[str, Any] = {} if config.in_chans is None else {"in_chans": config.in_chans}
+    if checkpoint is None:
+        teacher = create_model(name, pretrained=True, **arguments)
+    else:
+        teacher = load_model(checkpoint, name, **arguments)
+    cfg: dict[str, Any] = getattr(teacher, "pretrained_cfg", {})
+    known = cfg.get("label_names") if checkpoint is not None else None
+    if config.kd_distill_type != "feature":
+        if teacher.num_classes != num_classes:
+            raise ConfigError(
+                f"the teacher {name} knows {teacher.num_classes} classes, the data {num_classes};"
+                " fine-tune it on the data first (kd_checkpoint), or distill features"
+            )
+        if known and classes and list(known) != list(classes):
+            raise ConfigError(f"the teacher of {checkpoint} was trained on other classes")
+    return teacher.eval().requires_grad_(False)

@@ -1,32 +1,105 @@
-"""Validation on a folder of images: accuracy, confusion matrix, accuracy of each class."""
+"""Accuracy of a model, or of an engine's runner: on batches, and on a folder with its classes."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.utils import accuracy
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from backbones.errors import MissingDependencyError
-from backbones.train.data import CHECKED_AT_ONCE, eval_loader
-from backbones.train.distributed import World
-from backbones.train.evaluation import Evaluation, evaluate
-from backbones.train.folders import ImageFolder, exclude_bad, open_folder, split_folder
-from backbones.train.images import DataError
+from backbones.files import write_json, write_text
+from backbones.train.data import (
+    DataError,
+    ImageFolder,
+    eval_loader,
+    exclude_bad,
+    open_folder,
+    split_folder,
+)
+from backbones.train.distributed import ProcessGroup
 from backbones.train.plots import draw_confusion
 
-__all__ = ["RESULTS", "Validation", "validate", "write_validation"]
+__all__ = ["RESULTS", "Evaluation", "Validation", "evaluate", "validate", "write_validation"]
 
 RESULTS = ("metrics.json", "per_class.csv", "confusion.csv", "confusion.png")
+WORST_SHOWN = 5  # classes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on a whole split: `top1` and `top5` in percent, one row a sample in its order."""
+
+    top1: float
+    top5: float
+    loss: float
+    seconds: float
+    logits: Tensor
+    targets: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.targets)
+
+    @property
+    def predictions(self) -> Tensor:
+        """Index of the highest logit of each sample, (N,)."""
+        return self.logits.argmax(dim=1)
+
+    @property
+    def correct(self) -> int:
+        """Number of samples whose highest logit is the target's."""
+        return int((self.predictions == self.targets).sum())
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]]
+) -> Evaluation:
+    """Run a model or an engine's runner over a split.
+
+    Args:
+        model: an `nn.Module` (run in eval mode, its mode restored) or any callable from images
+            (B, C, H, W) to logits (B, classes).
+        loader: batches in a fixed order, such as those of `eval_loader`.
+
+    Raises:
+        DataError: the loader is empty.
+    """
+    module = model if isinstance(model, nn.Module) else None
+    first = next(module.parameters(), None) if module is not None else None
+    device = first.device if first is not None else torch.device("cpu")
+    was_training = module is not None and module.training
+    if module is not None:
+        module.eval()
+    start = time.perf_counter()
+    logits, targets = [], []
+    try:
+        with torch.inference_mode():
+            for images, target in loader:
+                logits.append(model(images.to(device)).float().cpu())
+                targets.append(target)
+    finally:
+        if module is not None:
+            module.train(was_training)
+    if not logits:
+        raise DataError("nothing to evaluate: the loader gave no batch")
+    seconds = time.perf_counter() - start
+    # Out of inference mode, so that callers may compute with the result as they like.
+    scores, labels = torch.cat(logits).clone(), torch.cat(targets).clone()
+    top1, top5 = accuracy(scores, labels, topk=(1, 5))
+    loss = F.cross_entropy(scores, labels)
+    return Evaluation(float(top1), float(top5), float(loss), seconds, scores, labels)
 
 
 @dataclass(frozen=True)
@@ -46,18 +119,33 @@ class Validation:
 
     @property
     def per_class(self) -> list[dict[str, Any]]:
-        """Images, right answers and accuracy (percent; None without images) of each class."""
+        """Images, correct predictions and accuracy (percent; None without images) of each class."""
         confusion = self.confusion
-        totals, right = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
+        totals, correct = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
         return [
             {
                 "class": name,
                 "images": total,
-                "correct": correct,
-                "accuracy": 100 * correct / total if total else None,
+                "correct": right,
+                "accuracy": 100 * right / total if total else None,
             }
-            for name, total, correct in zip(self.classes, totals, right)
+            for name, total, right in zip(self.classes, totals, correct)
         ]
+
+    def __str__(self) -> str:
+        result = self.evaluation
+        lines = [
+            f"{result.correct} of {result.count} right: {result.top1:.2f} % top-1,"
+            f" {result.top5:.2f} % top-5, loss {result.loss:.4f},"
+            f" {result.count / result.seconds:.0f} images/s",
+            *(f"left out: {line}" for line in self.skipped),
+        ]
+        present = [row for row in self.per_class if row["images"]]
+        lines += [
+            f"  {row['accuracy']:6.2f} %  {row['class']} ({row['correct']} of {row['images']})"
+            for row in sorted(present, key=lambda row: row["accuracy"])[:WORST_SHOWN]
+        ]
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
@@ -114,11 +202,9 @@ def validate(
     dataset = open_folder(folder, in_chans=channels)
     names = _class_names(dataset, classes, num_classes, model)
     dataset.relabel(names)
-    skipped: list[str] = []
-    if skip_bad or len(dataset) <= CHECKED_AT_ONCE:
-        skipped = exclude_bad([dataset], skip=skip_bad)
-    world = World(device or torch.device("cpu"))
-    loader = eval_loader(dataset, data_config, batch_size=batch_size, workers=workers, world=world)
+    skipped = exclude_bad([dataset], skip=skip_bad)
+    group = ProcessGroup(device or torch.device("cpu"))
+    loader = eval_loader(dataset, data_config, batch_size=batch_size, workers=workers, group=group)
     bar = tqdm(loader, unit="batch", leave=False, disable=None)
     return Validation(evaluate(model, bar), names, skipped)
 
@@ -156,12 +242,12 @@ def write_validation(result: Validation, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     metrics, per_class, confusion, picture = (folder / name for name in RESULTS)
     picture.unlink(missing_ok=True)
-    _write(metrics, json.dumps(result.as_dict(), indent=2) + "\n")
+    write_json(metrics, result.as_dict())
     table = result.per_class
-    _write(per_class, _csv([list(table[0]), *(list(row.values()) for row in table)]))
+    write_text(per_class, _csv([list(table[0]), *(list(row.values()) for row in table)]))
     rows = [["true \\ predicted", *result.classes]]
     rows += [[name, *row] for name, row in zip(result.classes, result.confusion.tolist())]
-    _write(confusion, _csv(rows))
+    write_text(confusion, _csv(rows))
     try:
         draw_confusion(picture, result.confusion, result.classes)
     except MissingDependencyError:
@@ -173,9 +259,3 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return stream.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -30,7 +30,7 @@ def log(word):
             stream.write(f"{name} {word} {os.getpid()} {time.time()}\n")
 
 
-def answer_turn():
+def reply_to_turn():
     log("begins")
     print("printed by Python")
     os.write(1, b"written to the descriptor\n")
@@ -48,7 +48,7 @@ if request["do"] == "matmul":
     channel.receive()
     channel.send({"peak_mib": 1.0})
     sys.exit()
-name = request["create"]["name"]
+name = request["model"]["name"]
 part = script.get(name, {})
 log("starts")
 does = part.get("does")
@@ -74,5 +74,5 @@ while (request := channel.receive()) is not None and request["do"] == "turn":
     turns += 1
     if does == "die later" and turns == 2:
         sys.exit("the reason of its later death")
-    answer_turn()
+    reply_to_turn()
 channel.send({"peak_mib": 7.0})

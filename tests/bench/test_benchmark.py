@@ -8,11 +8,16 @@ import torch
 from torch import nn
 
 import backbones
-from backbones.bench import benchmark, candidates
-from backbones.bench.candidates import PUBLISHED, Candidate, Conditions, choose
+from backbones.bench import benchmark, configurations
+from backbones.bench.configurations import (
+    PUBLISHED,
+    Conditions,
+    Configuration,
+    list_configurations,
+)
 from backbones.bench.machine import Machine, matmul_peak
 from backbones.bench.measuring import Measurement
-from backbones.bench.model_spec import resolve
+from backbones.bench.model_spec import specify_model
 from backbones.bench.report import BenchReport, markdown, row_of
 from backbones.bench.statistics import Times
 from backbones.bench.worker import _macs
@@ -27,11 +32,6 @@ SHAPE = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 MACHINE = Machine("A Processor", "Linux", 8, 4, {"fp32": 50.0}, 3.9, {"torch": "2"})
 
 
-def rebuilt(subject):
-    """Build what a child would."""
-    return backbones.create_model(**subject.create).eval()
-
-
 @pytest.fixture
 def tiny():
     model = backbones.create_model("convnext_atto", num_classes=3, **SHAPE).eval()
@@ -41,18 +41,18 @@ def tiny():
 
 @torch.no_grad()
 def test_a_module_is_measured_with_its_own_weights(tiny, tmp_path):
-    subject = resolve(tiny, tmp_path)
-    assert subject.weights == "the given module's"
+    spec = specify_model(tiny, tmp_path)
+    assert spec.weights == "the given module's"
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(rebuilt(subject)(x), tiny(x))
+    torch.testing.assert_close(spec.build()(x), tiny(x))
 
 
 @torch.no_grad()
-def test_a_merged_module_stays_merged(tmp_path):
+def test_a_reparameterized_module_stays_so(tmp_path):
     model = backbones.create_model("convnext_atto", num_classes=3, deploy=True, **SHAPE)
-    subject = resolve(model, tmp_path)
+    spec = specify_model(model, tmp_path)
     x = torch.randn(1, 3, 32, 32)
-    other = rebuilt(subject)
+    other = spec.build()
     assert other.deployed
     torch.testing.assert_close(other(x), model(x))
 
@@ -61,46 +61,49 @@ def test_a_merged_module_stays_merged(tmp_path):
 def test_timms_own_instance_of_one_of_our_models_is_rebuilt(tmp_path):
     model = timm.create_model("convnext_atto", num_classes=3).eval()
     assert type(model).__module__.startswith("timm.")
-    subject = resolve(model, tmp_path)
-    assert subject.name == "convnext_atto"
-    ours, weight = rebuilt(subject), model.get_classifier().weight
+    spec = specify_model(model, tmp_path)
+    assert spec.name == "convnext_atto"
+    ours, weight = spec.build(), model.get_classifier().weight
     assert torch.equal(ours.get_classifier().weight, weight)
 
 
 def test_other_modules_are_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="give its name, or a checkpoint"):
-        resolve(nn.Linear(2, 2), tmp_path)
+        specify_model(nn.Linear(2, 2), tmp_path)
     with pytest.raises(UnsupportedError, match="ResNet is no model of this package"):
-        resolve(timm.create_model("resnet18"), tmp_path)
+        specify_model(timm.create_model("resnet18"), tmp_path)
     with pytest.raises(ConfigError, match="leave checkpoint and overrides out"):
-        resolve(timm.create_model("resnet18"), tmp_path, overrides={"num_classes": 3})
+        specify_model(timm.create_model("resnet18"), tmp_path, overrides={"num_classes": 3})
 
 
 def test_checkpoints(tiny, tmp_path):
     file = backbones.save_checkpoint(tiny, tmp_path / "m.safetensors")
-    for subject in (resolve(str(file), tmp_path), resolve(None, tmp_path, checkpoint=file)):
-        assert (subject.name, subject.weights) == ("convnext_atto", str(file))
-        assert rebuilt(subject).num_classes == 3
+    for spec in (
+        specify_model(str(file), tmp_path),
+        specify_model(None, tmp_path, checkpoint=file),
+    ):
+        assert (spec.name, spec.weights) == ("convnext_atto", str(file))
+        assert spec.build().num_classes == 3
     torch.save(tiny.state_dict(), tmp_path / "m.pth")
     with pytest.raises(ConfigError, match="does not say which model it is of"):
-        resolve(tmp_path / "m.pth", tmp_path)
+        specify_model(tmp_path / "m.pth", tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
-        resolve("nothing.safetensors", tmp_path)
+        specify_model("nothing.safetensors", tmp_path)
     with pytest.raises(ConfigError, match="two checkpoints"):
-        resolve(file, tmp_path, checkpoint=file)
+        specify_model(file, tmp_path, checkpoint=file)
 
 
 def test_names(tmp_path, monkeypatch):
     monkeypatch.delenv("BACKBONES_WEIGHTS_DIR", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    subject = resolve("convnext_atto", tmp_path, overrides={"num_classes": 5})
-    assert subject.weights == "random"
-    assert rebuilt(subject).num_classes == 5
-    assert resolve("resnet18", tmp_path).create["pretrained"] is False
+    spec = specify_model("convnext_atto", tmp_path, overrides={"num_classes": 5})
+    assert spec.weights == "random"
+    assert spec.build().num_classes == 5
+    assert specify_model("resnet18", tmp_path).arguments["pretrained"] is False
     with pytest.raises(UnknownModelError, match="did you mean 'convnext_atto'"):
-        resolve("convnext_attto", tmp_path)
+        specify_model("convnext_attto", tmp_path)
     with pytest.raises(ConfigError, match="nothing to measure"):
-        resolve(None, tmp_path)
+        specify_model(None, tmp_path)
 
 
 @torch.no_grad()
@@ -110,32 +113,34 @@ def test_released_weights_at_hand_are_used(tmp_path, monkeypatch):
     folder.mkdir()
     backbones.save_checkpoint(model, folder / "model.safetensors")
     monkeypatch.setenv("BACKBONES_WEIGHTS_DIR", str(tmp_path))
-    subject = resolve("convnext_atto", tmp_path)
-    assert subject.weights == "released"
+    spec = specify_model("convnext_atto", tmp_path)
+    assert spec.weights == "released"
     first = next(model.parameters())
-    assert torch.equal(next(rebuilt(subject).parameters()), first)
+    assert torch.equal(next(spec.build().parameters()), first)
 
 
 def test_the_published_form_comes_first_and_every_pair_follows(monkeypatch):
     installed = ["eager", "compile", "openvino"]
-    monkeypatch.setattr(candidates, "available_engines", lambda: installed)
-    found = choose(None, ["fp32", "bf16"])
+    monkeypatch.setattr(configurations, "available_engines", lambda: installed)
+    found = list_configurations(None, ["fp32", "bf16"])
     assert found[0] == PUBLISHED
     assert [str(c) for c in found] == [
         "published",
         *(f"{engine} {precision}" for engine in installed for precision in ("fp32", "bf16")),
     ]
-    assert {c.form for c in found[1:]} == {"merged"}
-    assert choose(["published"], ["fp32"]) == [PUBLISHED]
-    assert choose(["eager", "eager"], ["fp32"])[1:] == [Candidate("eager", "fp32", "merged")]
+    assert {c.form for c in found[1:]} == {"reparameterized"}
+    assert list_configurations(["published"], ["fp32"]) == [PUBLISHED]
+    assert list_configurations(["eager", "eager"], ["fp32"])[1:] == [
+        Configuration("eager", "fp32", "reparameterized")
+    ]
     with pytest.raises(MissingDependencyError, match=r"backbones\[onnx\]"):
-        choose(["onnxruntime"], ["fp32"])
+        list_configurations(["onnxruntime"], ["fp32"])
     with pytest.raises(ConfigError, match="did you mean 'openvino'"):
-        choose(["openvno"], ["fp32"])
+        list_configurations(["openvno"], ["fp32"])
     with pytest.raises(ConfigError, match="no engines"):
-        choose([], ["fp32"])
+        list_configurations([], ["fp32"])
     with pytest.raises(ConfigError, match="are lists"):
-        choose("eager", ["fp32"])
+        list_configurations("eager", ["fp32"])
 
 
 @pytest.mark.parametrize(
@@ -196,30 +201,33 @@ def measurement(ms, **facts):
 def test_figures_of_a_row():
     baseline = Times(measurement(20.0).turns)
     macs = 250_000_000
-    candidate = Candidate("openvino", "bf16", "merged")
+    configuration = Configuration("openvino", "bf16", "reparameterized")
     found = measurement(10.0, engine="openvino", engine_threads=3)
-    row = row_of(candidate, found, baseline, macs, 2, MACHINE)
+    row = row_of(configuration, found, baseline, macs, 2, MACHINE)
     assert (row.median_ms, row.calls, row.threads, row.cores) == (10.0, 36, 3, 3.0)
     assert row.images_per_second == 200
     assert row.gmacs_per_second == pytest.approx(50)
     assert row.share_of_peak == pytest.approx(1)
     assert row.speedup == pytest.approx(2)
     assert row.certain is True
-    near = row_of(candidate, measurement(20.0), baseline, None, 1, MACHINE)
+    near = row_of(configuration, measurement(20.0), baseline, None, 1, MACHINE)
     assert near.certain is False
     assert near.gmacs_per_second is None
-    failed = row_of(candidate, Measurement(reason="no bf16"), baseline, macs, 1, MACHINE)
+    failed = row_of(configuration, Measurement(reason="no bf16"), baseline, macs, 1, MACHINE)
     assert (failed.median_ms, failed.reason) == (None, "no bf16")
 
 
 def test_a_report_for_people_and_for_programs():
     published = measurement(20.0)
     rows = tuple(
-        row_of(candidate, found, Times(published.turns), 10**9, 1, MACHINE)
-        for candidate, found in [
+        row_of(configuration, found, Times(published.turns), 10**9, 1, MACHINE)
+        for configuration, found in [
             (PUBLISHED, published),
-            (Candidate("eager", "fp32", "merged"), measurement(10.0)),
-            (Candidate("eager", "int8", "merged"), Measurement(reason="no such thing")),
+            (Configuration("eager", "fp32", "reparameterized"), measurement(10.0)),
+            (
+                Configuration("eager", "int8", "reparameterized"),
+                Measurement(reason="no such thing"),
+            ),
         ]
     )
     facts = ("a", "random", 5_000_000, 10**9, 1, (3, 64, 64), MACHINE, rows, "it is", True, ("hm",))

@@ -14,7 +14,7 @@ from backbones.bench.measuring import ROUNDS, STOPPED, Measurement, measure_in_t
 
 def jobs(*names):
     common = {"do": "load", "threads": 1, "engine": "eager", "input_size": [3, 32, 32]}
-    return {name: {**common, "create": {"name": name}} for name in names}
+    return {name: {**common, "model": {"name": name}} for name in names}
 
 
 def measured(command, *names, **options):
@@ -116,7 +116,7 @@ def test_an_interruption_ends_every_child(scripted, tmp_path):
 
 def test_a_child_leaves_when_its_parent_is_gone(scripted):
     child = Child("a", threads=1, limit_s=20.0, command=scripted({}))
-    child.ask(jobs("a")["a"])
+    child.request(jobs("a")["a"])
     child.process.stdin.close()
     assert child.process.wait(10) == 0
     child.close()

@@ -10,17 +10,15 @@ from PIL import Image
 
 import backbones
 from backbones.bench import (
-    FrontRow,
-    describe,
-    front_table,
-    pareto,
+    ParetoRow,
+    front_as_dict,
     parse_budget,
     within,
     write_front,
 )
 from backbones.bench.machine import examine
 from backbones.bench.measuring import measure_in_turns
-from backbones.bench.pareto_rows import mark_front
+from backbones.bench.pareto import mark_front, sweep
 from backbones.cli import main
 from backbones.errors import ConfigError, MissingDependencyError, UnknownModelError
 from backbones.manifest import load_manifest
@@ -28,7 +26,7 @@ from backbones.manifest import load_manifest
 
 def row(model, top1, ms, **facts):
     facts = {"p90_ms": ms, "spread": 0.02, "engine": "eager", **facts}
-    return FrontRow(model, top1=top1, median_ms=ms, **facts)
+    return ParetoRow(model, top1=top1, median_ms=ms, **facts)
 
 
 ROWS = [
@@ -38,7 +36,7 @@ ROWS = [
     row("middle", 80.0, 10.0, p90_ms=11.0),
     row("twin", 80.0, 10.0),
     row("unknown", None, 1.0),
-    FrontRow("broken", top1=90.0, reason="its process died"),
+    ParetoRow("broken", top1=90.0, reason="its process died"),
     row("given_up", 90.0, 90.0, stopped=True, reason="given up"),
 ]
 
@@ -50,9 +48,9 @@ def scripted_front(scripted, monkeypatch):
     def run(script, models, **options):
         command = scripted(script)
         turns = functools.partial(measure_in_turns, command=command)
-        monkeypatch.setattr(pareto, "measure_in_turns", turns)
-        monkeypatch.setattr(pareto, "examine", functools.partial(examine, command=command))
-        return pareto.front(models, **{"engine": "published", "threads": 1, **options})
+        monkeypatch.setattr(sweep, "measure_in_turns", turns)
+        monkeypatch.setattr(sweep, "examine", functools.partial(examine, command=command))
+        return sweep.front(models, **{"engine": "published", "threads": 1, **options})
 
     return run
 
@@ -108,24 +106,24 @@ def test_doubts_about_a_choice():
 
 
 def test_models_that_patterns_and_names_stand_for():
-    everything = pareto._expand(None)
+    everything = sweep._expand(None)
     manifest = load_manifest()
     assert set(everything) == {
         name
         for name in backbones.list_models()
         if manifest.find(name) is not None and manifest.find(name).top1 is not None
     }
-    assert pareto._expand(["lsnet_*"]) == backbones.list_models("lsnet_*")
-    tagged = pareto._expand(["convnext_tiny.*_in22k_ft*"])
+    assert sweep._expand(["lsnet_*"]) == backbones.list_models("lsnet_*")
+    tagged = sweep._expand(["convnext_tiny.*_in22k_ft*"])
     assert tagged
     assert set(tagged) <= set(manifest.entries)
-    assert pareto._expand(["resnet18", "lsnet_t", "resnet18"]) == ["resnet18", "lsnet_t"]
+    assert sweep._expand(["resnet18", "lsnet_t", "resnet18"]) == ["resnet18", "lsnet_t"]
     with pytest.raises(UnknownModelError, match="no model matches 'lsmet_"):
-        pareto._expand(["lsmet_*"])
+        sweep._expand(["lsmet_*"])
     with pytest.raises(ConfigError, match="list of names"):
-        pareto._expand("lsnet_t")
+        sweep._expand("lsnet_t")
     with pytest.raises(ConfigError, match="no models to measure"):
-        pareto._expand([])
+        sweep._expand([])
 
 
 def test_models_are_measured_the_cheapest_first_at_the_size_of_their_top1(scripted_front, tmp_path):
@@ -149,13 +147,13 @@ def test_models_are_measured_the_cheapest_first_at_the_size_of_their_top1(script
     assert rows["resnet18"].top1 is None
     assert not rows["resnet18"].on_front
     assert front.complete
-    assert "another size" not in front_table(front)
+    assert "another size" not in str(front)
 
 
 def test_a_size_that_the_top1_is_not_of_is_told(scripted_front):
     front = scripted_front({}, ["cpubone_nano"], input_size=(3, 64, 64))
     assert front.rows[0].input_size == (3, 64, 64)
-    assert "top-1 is published for another size than was measured" in front_table(front)
+    assert "top-1 is published for another size than was measured" in str(front)
 
 
 def test_hopeless_models_are_given_up(scripted_front, tmp_path):
@@ -169,7 +167,7 @@ def test_hopeless_models_are_given_up(scripted_front, tmp_path):
     assert by_name["cpubone_nano"].stopped
     assert "begins" not in log.read_text()
     assert not by_name["convnext_atto"].stopped
-    assert ">31.00" in front_table(front)
+    assert ">31.00" in str(front)
     assert within(front.rows, 40.0).best.model == "convnext_atto"
 
 
@@ -200,7 +198,7 @@ def test_an_interrupted_command_prints_what_it_has(scripted_front, capsys, monke
         if share > 0.75:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("backbones.cli.bench.Bar.show", interrupt)
+    monkeypatch.setattr("backbones.cli.bench._Bar.show", interrupt)
     argv = ["bench", "--front", *models, "--engine", "published", "--threads", "1"]
     assert main(argv) == 130
     shown = capsys.readouterr().out
@@ -211,7 +209,7 @@ def test_an_interrupted_command_prints_what_it_has(scripted_front, capsys, monke
 def test_a_model_that_fails_is_told_and_the_rest_go_on(scripted_front):
     front = scripted_front({"cpubone_nano": {"does": "die"}}, ["cpubone_nano", "convnext_atto"])
     assert [r.measured for r in front.rows] == [True, False]
-    assert "cpubone_nano: its process died" in front_table(front)
+    assert "cpubone_nano: its process died" in str(front)
 
 
 def test_an_interruption_keeps_what_was_measured(scripted_front, tmp_path):
@@ -225,7 +223,7 @@ def test_an_interruption_keeps_what_was_measured(scripted_front, tmp_path):
     assert [r.model for r in front.rows] == ["cpubone_nano"]
     assert front.rows[0].measured
     assert front.left_out == ("convnext_atto",)
-    assert "incomplete: interrupted before convnext_atto" in front_table(front)
+    assert "incomplete: interrupted before convnext_atto" in str(front)
 
     def at_once(share, what):
         if share > 0:
@@ -237,13 +235,13 @@ def test_an_interruption_keeps_what_was_measured(scripted_front, tmp_path):
 
 def test_bad_options_are_refused_before_anything_is_measured():
     with pytest.raises(UnknownModelError, match="did you mean 'lsnet_t'"):
-        pareto.front(["lsnet_tt"], engine="published")
+        sweep.front(["lsnet_tt"], engine="published")
     with pytest.raises(ConfigError, match="no engine 'onnxruntme'; did you mean 'onnxruntime'"):
-        pareto.front(["lsnet_t"], engine="onnxruntme")
+        sweep.front(["lsnet_t"], engine="onnxruntme")
     with pytest.raises(ConfigError, match="the published form is fp32"):
-        pareto.front(["lsnet_t"], engine="published", precision="bf16")
+        sweep.front(["lsnet_t"], engine="published", precision="bf16")
     with pytest.raises(ConfigError, match="threads must be at least 1"):
-        pareto.front(["lsnet_t"], engine="published", threads=0)
+        sweep.front(["lsnet_t"], engine="published", threads=0)
 
 
 def test_files(scripted_front, tmp_path):
@@ -255,7 +253,7 @@ def test_files(scripted_front, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(file.name for file in files)
     assert [file.name for file in files] == ["front.json", "front.csv", "front.png"]
     facts = json.loads(files[0].read_text())
-    assert facts == json.loads(json.dumps(describe(front, choice)))
+    assert facts == json.loads(json.dumps(front_as_dict(front, choice)))
     assert facts["choice"]["best"]["model"] == "cpubone_nano"
     assert facts["machine"]["matmul_gmacs"] == {"fp32": 100.0}
     with files[1].open(newline="") as stream:
@@ -278,7 +276,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(scripted_front, tmp_pa
         path.write_bytes(b"half a pict")
         raise OSError("no space left")
 
-    monkeypatch.setattr("backbones.bench.pareto_files.draw_front", fails)
+    monkeypatch.setattr("backbones.bench.pareto.files.draw_front", fails)
     with pytest.raises(OSError, match="no space"):
         write_front(front, tmp_path)
     assert (tmp_path / "front.json").read_text() == before
@@ -288,5 +286,5 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(scripted_front, tmp_pa
     def lacks(front, path, choice):
         raise MissingDependencyError("matplotlib")
 
-    monkeypatch.setattr("backbones.bench.pareto_files.draw_front", lacks)
+    monkeypatch.setattr("backbones.bench.pareto.files.draw_front", lacks)
     assert [file.name for file in write_front(front, tmp_path)] == ["front.json", "front.csv"]

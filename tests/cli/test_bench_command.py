@@ -13,14 +13,15 @@ SHAPE = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 QUICK = ["--img-size", "32", "--threads", "1", "--seconds", "0.2"]
 
 
-def test_one_model_against_its_published_form(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", [[], ["--checkpoint"]], ids=["operand", "option"])
+def test_one_model_against_its_published_form(capsys, tmp_path, monkeypatch, given):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     torch.manual_seed(0)
     model = backbones.create_model("convnext_atto", num_classes=3, **SHAPE)
     set_input(model, 48)
     file = str(backbones.save_checkpoint(model, tmp_path / "m.safetensors"))
     output = tmp_path / "out"
-    argv = ["bench", "--checkpoint", file, "--engines", "eager", "--threads", "1"]
+    argv = ["bench", *given, file, "--engines", "eager", "--threads", "1"]
     argv += ["--seconds", "0.2", "--batch-size", "2", "--output", str(output), "--json"]
     assert main(argv) == 0
     assert not (tmp_path / "torch").exists()  # engines' files are not kept
@@ -32,7 +33,7 @@ def test_one_model_against_its_published_form(capsys, tmp_path, monkeypatch):
     assert report["params"] == sum(p.numel() for p in model.parameters())
     assert [(r["engine"], r["form"]) for r in report["rows"]] == [
         ("eager", "published"),
-        ("eager", "merged"),
+        ("eager", "reparameterized"),
     ]
     for row in report["rows"]:
         assert row["reason"] is None

@@ -62,7 +62,8 @@ def test_the_report_holds_what_the_files_show(short):
     wrong = len(report["mistakes"])
     assert report["top1"] == pytest.approx(100 * (1 - wrong / report["images"]["val"]))
     assert {name: set(v) for name, v in report["latency"].items()} == {
-        name: {"median_ms", "p90_ms", "runs", "threads"} for name in ("pytorch", "merged", "best")
+        name: {"median_ms", "p90_ms", "runs", "threads"}
+        for name in ("pytorch", "reparameterized", "best")
     }
     assert all(Path(mistake["file"]).is_file() for mistake in report["mistakes"])
 
@@ -96,8 +97,8 @@ def test_predict_takes_the_checkpoint_as_it_is(short, capsys):
     mistake = report["mistakes"][0]
     argv = ["predict", mistake["file"], "--checkpoint", str(output / "model.safetensors")]
     assert main([*argv, "--json"]) == 0
-    (answer,) = json.loads(capsys.readouterr().out)
-    assert answer["predictions"][0]["class"] == mistake["predicted"]
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["predictions"][0]["class"] == mistake["predicted"]
 
 
 class Hub(BaseHTTPRequestHandler):

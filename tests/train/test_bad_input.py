@@ -114,7 +114,7 @@ def test_a_resumed_run_needs_its_classes(fit, own):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(fit, monkeypatch, tmp_path):
-    from backbones.train.loop import Trainer
+    from backbones.train.trainer import Trainer
 
     whole = Trainer.train
 
@@ -135,6 +135,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(fit, monkeypat
 
 
 def fill_the_disk(options, queue):
+    torch.set_num_threads(1)  # a forked process has none of OpenMP's other threads
+
     def limit(update):
         if update.epoch == 2:  # no file may grow beyond this from now on
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
@@ -250,9 +252,9 @@ def test_what_is_held_out_is_the_same_each_time(fit, tmp_path):
     config = TrainConfig(data_dir=str(root))
     first, second = train.open_splits(config), train.open_splits(config)
     assert first.val.samples == second.val.samples
-    held_out, kept = ({path for path, _ in d.samples} for d in (first.val, first.train))
-    assert not held_out & kept
-    assert len(held_out | kept) == 40
+    held_out, rest = ({path for path, _ in d.samples} for d in (first.val, first.train))
+    assert not held_out & rest
+    assert len(held_out | rest) == 40
     assert {label for _, label in first.val.samples} == {0, 1, 2, 3}
 
 

@@ -8,9 +8,16 @@ from timm.data import resolve_model_data_config
 
 import backbones
 from backbones.errors import MissingDependencyError
-from backbones.train import DataError, TrainConfig, eval_loader, image_folder, open_image, set_input
+from backbones.train import (
+    DataError,
+    TrainConfig,
+    eval_loader,
+    image_folder,
+    open_image,
+    set_input,
+    write_digits,
+)
 from backbones.train.data import train_loader
-from backbones.train.digits import write_digits
 
 DATA_CONFIG = {
     "input_size": (3, 32, 32),

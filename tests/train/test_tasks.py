@@ -7,7 +7,7 @@ from train_runs import losses_of, weights_of
 import backbones
 from backbones.errors import ConfigError
 from backbones.train import TrainConfig
-from backbones.train.tasks import AuxiliaryHeadTask, create_task
+from backbones.train.setup import AuxiliaryHeadTask, create_task
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from train_runs import history, losses_of, weights_of
 import backbones
 from backbones import train
 from backbones.train.checkpoints import read_training_checkpoint
-from backbones.train.loop import Trainer
+from backbones.train.trainer import Trainer
 from backbones.weights import read_metadata
 
 
@@ -183,8 +183,8 @@ def test_the_average_of_the_weights_is_validated_and_kept(fit):
         expected = 0.75 * first["state_dict"][key] + 0.25 * value
         assert torch.allclose(average[key], expected, atol=1e-6), key
     best = average if report.best_epoch == 2 else first["state_dict_ema"]
-    kept = weights_of(report.model)
-    assert all(torch.equal(kept[key], value) for key, value in best.items())
+    best_weights = weights_of(report.model)
+    assert all(torch.equal(best_weights[key], value) for key, value in best.items())
     assert not torch.equal(average["stem.0.weight"], last["state_dict"]["stem.0.weight"])
 
 
@@ -279,8 +279,8 @@ def test_the_best_epoch_is_kept(fit, monkeypatch):
     report = fit(epochs=3)
     assert report.best_epoch == 2
     best = read_training_checkpoint(report.folder / "checkpoint-1.pth.tar")["state_dict"]
-    kept = weights_of(report.model)
-    assert all(torch.equal(kept[key], value) for key, value in best.items())
+    best_weights = weights_of(report.model)
+    assert all(torch.equal(best_weights[key], value) for key, value in best.items())
 
 
 def test_by_loss_lower_is_better(fit, monkeypatch):
@@ -302,7 +302,7 @@ def test_curves_need_matplotlib_and_nothing_else_does(fit, monkeypatch):
     lines = []
     report = fit(say=lines.append)
     assert not (report.folder / "curves.png").exists()
-    assert sum("pictures need matplotlib" in line for line in lines) == 1
+    assert sum("no curves.png: matplotlib" in line for line in lines) == 1
 
 
 def test_gray_images(fit, images):

@@ -12,8 +12,8 @@ from timm.data import resolve_model_data_config
 import backbones
 from backbones import train
 from backbones.cli import main
-from backbones.train import DataError, set_input
-from backbones.train.validation import RESULTS, validate, write_validation
+from backbones.train import DataError, set_input, validate, write_validation
+from backbones.train.validation import RESULTS
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def test_figures_and_files_agree_with_what_the_model_says(images, checkpoint, tm
     shutil.move(root / "val" / "west" / "00.png", root / "val" / "east" / "99.png")
     argv = ["validate", "--data-dir", str(root), "--checkpoint", str(checkpoint)]
     assert main([*argv, "--output", str(tmp_path / "out"), "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    figures = json.loads(capsys.readouterr().out)
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(RESULTS)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["top1"] == answer["top1"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["top1"] == figures["top1"]
 
     model = backbones.create_model("convnext_atto", checkpoint_path=checkpoint).eval()
     saved = backbones.weights.read_metadata(checkpoint)["backbones"]
@@ -40,14 +40,14 @@ def test_figures_and_files_agree_with_what_the_model_says(images, checkpoint, tm
     result = validate(
         model, root, resolve_model_data_config(model), classes=saved["classes"], batch_size=5
     )
-    assert result.evaluation.top1 == answer["top1"] < 100
-    assert answer["images"] == 16
+    assert result.evaluation.top1 == figures["top1"] < 100
+    assert figures["images"] == 16
     confusion = result.confusion
     assert confusion.sum() == 16
     east, west = saved["classes"].index("east"), saved["classes"].index("west")
     assert confusion[east, west] >= 1
     assert confusion.sum(dim=1)[east] == 5
-    assert 100 * confusion.diagonal().sum() / 16 == pytest.approx(answer["top1"])
+    assert 100 * confusion.diagonal().sum() / 16 == pytest.approx(figures["top1"])
     with (tmp_path / "out" / "confusion.csv").open() as stream:
         rows = list(csv.reader(stream))
     assert rows[0][1:] == saved["classes"]
@@ -55,10 +55,10 @@ def test_figures_and_files_agree_with_what_the_model_says(images, checkpoint, tm
     with (tmp_path / "out" / "per_class.csv").open() as stream:
         table = {row["class"]: row for row in csv.DictReader(stream)}
     assert int(table["east"]["images"]) == 5
-    assert float(table["east"]["accuracy"]) == answer["per_class"][east]["accuracy"]
+    assert float(table["east"]["accuracy"]) == figures["per_class"][east]["accuracy"]
 
 
-def test_merged_and_exported_the_same_images_give_the_same(
+def test_reparameterized_and_exported_the_same_images_give_the_same(
     images, checkpoint, tmp_path, capsys, monkeypatch
 ):
     pytest.importorskip("onnxruntime")
@@ -67,13 +67,14 @@ def test_merged_and_exported_the_same_images_give_the_same(
         "backbones.cli.validate.validate",
         lambda model, *rest, **options: seen.append(model) or validate(model, *rest, **options),
     )
-    model, classes = backbones.cli.saved.load_model(None, str(checkpoint))
+    model = backbones.load_model(checkpoint)
+    classes = model.pretrained_cfg["label_names"]
     backbones.export(model, tmp_path / "model.onnx", classes=classes)
 
     def top1(*argv):
         assert main(["validate", str(images), *map(str, argv), "--json"]) == 0
-        answer = json.loads(capsys.readouterr().out)
-        return answer["top1"], pytest.approx(answer["loss"], rel=1e-4)
+        figures = json.loads(capsys.readouterr().out)
+        return figures["top1"], pytest.approx(figures["loss"], rel=1e-4)
 
     plain = top1("--checkpoint", checkpoint)
     assert top1("--checkpoint", checkpoint, "--reparam") == plain
@@ -97,10 +98,10 @@ def test_fewer_classes_than_the_model_knows(images, checkpoint, tmp_path, capsys
         shutil.copytree(images / "val" / name, root / name)
     argv = ["validate", "--data-dir", str(root), "--checkpoint", str(checkpoint), "--json"]
     assert main(argv) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["images"] == 8
-    assert answer["top1"] == 100
-    assert [row["accuracy"] for row in answer["per_class"]] == [None, None, 100, 100]
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["images"] == 8
+    assert figures["top1"] == 100
+    assert [row["accuracy"] for row in figures["per_class"]] == [None, None, 100, 100]
     (root / "south").rename(root / "sud")
     assert main(argv) == 2
     assert "classes that training does not have: sud" in capsys.readouterr().err
@@ -152,7 +153,8 @@ def test_what_is_missing_is_named(argv, words, capsys):
 
 
 def test_results_are_written_anew(images, checkpoint, tmp_path):
-    model, classes = backbones.cli.saved.load_model(None, str(checkpoint))
+    model = backbones.load_model(checkpoint)
+    classes = model.pretrained_cfg["label_names"]
     result = validate(model, images, resolve_model_data_config(model), classes=classes)
     for _ in range(2):
         assert [path.name for path in write_validation(result, tmp_path)] == list(RESULTS)

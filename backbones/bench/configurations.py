@@ -1,33 +1,25 @@
-"""The ways to run a model that a benchmark compares."""
+"""The configurations that a benchmark compares: an engine at a precision, and its conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backbones.bench.model_spec import Subject
+from backbones.bench.model_spec import ModelSpec
 from backbones.engines import ENGINES, available_engines, check_input_size
 from backbones.errors import ConfigError, MissingDependencyError, nearest
 
-__all__ = [
-    "ENGINES",
-    "PRECISIONS",
-    "PUBLISHED",
-    "Candidate",
-    "Conditions",
-    "choose",
-    "engine_named",
-]
+__all__ = ["PUBLISHED", "Conditions", "Configuration", "list_configurations", "require_engine"]
 
-CHOICE_S = 20.0  # in which engines must have started for ``auto`` to choose among them
+AUTO_START_S = 20.0  # in which an engine must have started for ``auto`` to consider it
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """An engine at a precision; `form` is ``published`` or ``merged`` (re-parameterized)."""
+class Configuration:
+    """An engine at a precision; `form` is ``published`` or ``reparameterized``."""
 
     engine: str
     precision: str
@@ -37,12 +29,12 @@ class Candidate:
         return "published" if self.form == "published" else f"{self.engine} {self.precision}"
 
 
-PUBLISHED = Candidate("eager", "fp32", "published")
+PUBLISHED = Configuration("eager", "fp32", "published")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is the same for all candidates.
+    """What is the same for all configurations.
 
     `input_size` is (C, H, W), (H, W) with the model's channels, or None for the model's own.
     """
@@ -86,31 +78,30 @@ class Conditions:
         """Return the same conditions at `size`, unless they name a size of their own."""
         return self if self.input_size is not None else replace(self, input_size=size)
 
-    def job(self, subject: Subject, candidate: Candidate, folder: Path) -> dict[str, Any]:
-        """Return the request that makes a worker load a candidate.
+    def job(self, spec: ModelSpec, configuration: Configuration, folder: Path) -> dict[str, Any]:
+        """Return the request that makes a worker load a model.
 
         Engines keep their files in `folder`, which is to be removed afterwards: what is made of
         random weights is of no use later, and fills a disk when there are many models.
         """
         return {
             "do": "load",
-            "create": dict(subject.create),
-            "input": dict(subject.input),
-            "engine": candidate.engine,
-            "precision": candidate.precision,
-            "form": candidate.form,
+            "model": asdict(spec),
+            **asdict(configuration),
             "batch_size": self.batch_size,
             "threads": self.threads,
             "input_size": None if self.input_size is None else list(self.input_size),
             "calibration": self.calibration,
             "cache_dir": str(folder / "engines"),
-            "choice_s": CHOICE_S,
+            "auto_start_s": AUTO_START_S,
             "warmup_s": self.warmup_s,
         }
 
 
-def choose(engines: Sequence[str] | None, precisions: Sequence[str]) -> list[Candidate]:
-    """Return the candidates: the published form first, then each engine at each precision.
+def list_configurations(
+    engines: Sequence[str] | None, precisions: Sequence[str]
+) -> list[Configuration]:
+    """Return what to compare: the published form first, then each engine at each precision.
 
     Args:
         engines: which; ``published`` adds nothing. None for those that are installed.
@@ -127,12 +118,12 @@ def choose(engines: Sequence[str] | None, precisions: Sequence[str]) -> list[Can
     else:
         if not engines:
             raise ConfigError("no engines to measure; leave engines out for all installed ones")
-        engines = [name for name in engines if engine_named(name) != "published"]
+        engines = [name for name in engines if require_engine(name) != "published"]
     pairs = [(engine, precision) for engine in engines for precision in precisions]
-    return [PUBLISHED, *(Candidate(*pair, "merged") for pair in dict.fromkeys(pairs))]
+    return [PUBLISHED, *(Configuration(*pair, "reparameterized") for pair in dict.fromkeys(pairs))]
 
 
-def engine_named(name: str, others: Sequence[str] = ()) -> str:
+def require_engine(name: str, others: Sequence[str] = ()) -> str:
     """Return the name of an engine that was asked for, once it is known to be installed.
 
     Args:

@@ -1,4 +1,4 @@
-"""The most accurate model that answers in time."""
+"""The most accurate model within a time budget."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from backbones.bench.pareto_rows import FrontRow
+from backbones.bench.pareto.rows import ParetoRow
 from backbones.bench.statistics import NOISY
 from backbones.errors import ConfigError
 
-__all__ = ["Choice", "parse_budget", "within"]
+__all__ = ["BudgetChoice", "parse_budget", "within"]
 
 UNITS = {"": 1.0, "ms": 1.0, "s": 1000.0}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The answer to a budget.
+class BudgetChoice:
+    """What a budget allows.
 
     Attributes:
         budget_ms: what the *median* call may take; `doubts` says where the 90th percentile does
@@ -30,9 +30,9 @@ class Choice:
     """
 
     budget_ms: float
-    best: FrontRow | None
-    others: tuple[FrontRow, ...]
-    fastest: FrontRow | None
+    best: ParetoRow | None
+    others: tuple[ParetoRow, ...]
+    fastest: ParetoRow | None
     doubts: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -61,11 +61,11 @@ def parse_budget(text: str) -> float:
     return value
 
 
-def within(rows: Sequence[FrontRow], budget_ms: float) -> Choice:
+def within(rows: Sequence[ParetoRow], budget_ms: float) -> BudgetChoice:
     """Choose among measured rows by published top-1; rows without one do not count.
 
     Args:
-        rows: those of a `Front`.
+        rows: those of a `ParetoFront`.
         budget_ms: milliseconds that the median call may take.
     """
     known = [row for row in rows if row.measured and row.top1 is not None]
@@ -74,7 +74,7 @@ def within(rows: Sequence[FrontRow], budget_ms: float) -> Choice:
         key=lambda row: (-(row.top1 or 0.0), _median(row)),
     )
     best = inside[0] if inside else None
-    return Choice(
+    return BudgetChoice(
         budget_ms=budget_ms,
         best=best,
         others=tuple(inside[1:]),
@@ -83,7 +83,9 @@ def within(rows: Sequence[FrontRow], budget_ms: float) -> Choice:
     )
 
 
-def _doubts(best: FrontRow | None, known: Sequence[FrontRow], budget_ms: float) -> tuple[str, ...]:
+def _doubts(
+    best: ParetoRow | None, known: Sequence[ParetoRow], budget_ms: float
+) -> tuple[str, ...]:
     doubts = []
     if best is not None and best.p90_ms is not None and best.p90_ms > budget_ms:
         doubts.append(f"one call in ten takes longer than that (p90 {best.p90_ms:.2f} ms)")
@@ -100,9 +102,9 @@ def _doubts(best: FrontRow | None, known: Sequence[FrontRow], budget_ms: float) 
     return tuple(doubts)
 
 
-def _median(row: FrontRow) -> float:
+def _median(row: ParetoRow) -> float:
     return math.inf if row.median_ms is None else row.median_ms
 
 
-def _facts(row: FrontRow) -> str:
+def _facts(row: ParetoRow) -> str:
     return f"{row.model}, {row.top1:g} % top-1, {_median(row):.2f} ms ({row.engine})"

@@ -3,7 +3,7 @@
 import pytest
 
 from backbones.bench.report import verdict_on
-from backbones.bench.statistics import Times, _chance, certain, too_noisy
+from backbones.bench.statistics import Times, _sign_test, certain, too_noisy
 
 
 def times(*medians, width=0.02):
@@ -64,11 +64,11 @@ def test_a_wide_spread_needs_a_wider_difference():
     assert certain(times(*[10.0] * 12, **wide), times(*[16.0] * 12, **wide))
 
 
-def test_chance_of_a_coin():
-    assert _chance(6, 6) == 2 / 64
-    assert _chance(5, 5) == 2 / 32
-    assert _chance(1, 6) == _chance(5, 6) == 14 / 64
-    assert _chance(3, 6) == _chance(0, 0) == 1
+def test_sign_test_of_a_coin():
+    assert _sign_test(6, 6) == 2 / 64
+    assert _sign_test(5, 5) == 2 / 32
+    assert _sign_test(1, 6) == _sign_test(5, 6) == 14 / 64
+    assert _sign_test(3, 6) == _sign_test(0, 0) == 1
 
 
 def test_verdicts():

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from backbones.errors import MissingDependencyError
-from backbones.train.images import DataError
+from backbones.optional import optional_import
+from backbones.train.data.images import DataError
 
 __all__ = ["write_digits"]
 
@@ -37,17 +37,12 @@ def write_digits(root: str | Path, *, limit: int | None = None) -> tuple[int, in
         MissingDependencyError: scikit-learn is not installed.
         DataError: the folder holds other files, or `limit` is too small.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingDependencyError(
-            'the digits come with scikit-learn; pip install "backbones[quickstart]"'
-        ) from error
+    datasets = optional_import("sklearn.datasets", "quickstart")
     if limit is not None and limit < MINIMUM:
         raise DataError(f"{limit} images are too few to learn and test ten digits; use {MINIMUM}")
     root = Path(root)
     _clear(root)
-    digits = load_digits()
+    digits = datasets.load_digits()
     rng = np.random.default_rng(0)
     counts = {"train": 0, "val": 0}
     for label in range(10):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from backbones.errors import BackbonesError
 from backbones.train.config import TrainConfig
-from backbones.train.distributed import World
+from backbones.train.distributed import ProcessGroup
 
 __all__ = ["EpochReport", "Trainer", "TrainingError", "Update", "learning_rate"]
 
@@ -61,7 +61,7 @@ class Trainer:
     """
 
     config: TrainConfig
-    world: World
+    group: ProcessGroup
     task: TrainingTask
     optimizer: Optimizer
     scheduler: Any
@@ -112,7 +112,7 @@ class Trainer:
                     )
                 self._backward(loss / members, step=last)
             total, count = total + value * len(images), count + len(images)
-            images_done += len(images) * self.world.size
+            images_done += len(images) * self.group.size
             if not last:
                 continue
             update += 1
@@ -123,12 +123,12 @@ class Trainer:
             if self.progress is not None:
                 self.progress(self._report(epoch, update, total / count, images_done))
             images_done = 0
-        if self.world.distributed and config.dist_bn and not config.sync_bn:
-            distribute_bn(module, self.world.size, config.dist_bn == "reduce")
+        if self.group.distributed and config.dist_bn and not config.sync_bn:
+            distribute_bn(module, self.group.size, config.dist_bn == "reduce")
             if task.has_ema():
                 average = task.get_trainable_module(ema=True)
-                distribute_bn(average, self.world.size, config.dist_bn == "reduce")
-        return self.world.mean(total / count)
+                distribute_bn(average, self.group.size, config.dist_bn == "reduce")
+        return self.group.mean(total / count)
 
     def validate(self) -> dict[str, float] | None:
         """Return loss, top-1 and top-5 (percent) on the validation images; of the average, if any.
@@ -146,11 +146,11 @@ class Trainer:
             for images, targets in self.val_batches:
                 with self._autocast():
                     output = model(self._placed(images))
-                evaluator.update(output, targets.to(self.world.device))
-        return dict(evaluator.compute(distributed=self.world.distributed))
+                evaluator.update(output, targets.to(self.group.device))
+        return dict(evaluator.compute(distributed=self.group.distributed))
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        images, targets = self._placed(images), targets.to(self.world.device, non_blocking=True)
+        images, targets = self._placed(images), targets.to(self.group.device, non_blocking=True)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         with self._autocast():
@@ -178,7 +178,7 @@ class Trainer:
             self.optimizer.step()
 
     def _placed(self, images: Tensor) -> Tensor:
-        images = images.to(self.world.device, non_blocking=True)
+        images = images.to(self.group.device, non_blocking=True)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images
@@ -187,7 +187,7 @@ class Trainer:
         if not self.config.amp:
             return nullcontext()
         dtype = getattr(torch, self.config.amp_dtype)
-        return torch.autocast(self.world.device.type, dtype=dtype)
+        return torch.autocast(self.group.device.type, dtype=dtype)
 
     def _report(self, epoch: int, update: int, loss: float, images: int) -> Update:
         started, first = self._start

@@ -13,13 +13,13 @@ from train_runs import weights_of
 import backbones
 from backbones import train
 from backbones.errors import WeightsUnavailableError
-from backbones.train import start
+from backbones.train import initial_weights
 from backbones.weights import read_metadata, save_checkpoint
 
 STILL = {"lr": 1e-30, "epochs": 1, "weight_decay": 0.0}
 
 
-class AnyAnswer(BaseHTTPRequestHandler):
+class AnyStatus(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.send_response(404)
         self.end_headers()
@@ -28,17 +28,17 @@ class AnyAnswer(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub_that_is_silent_or_absent_does_not_answer(monkeypatch):
-    with ThreadingHTTPServer(("127.0.0.1", 0), AnyAnswer) as server:
+def test_a_hub_that_is_silent_or_absent_does_not_respond(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), AnyStatus) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert start.hub_answers(5)  # a status is an answer
+        assert initial_weights.hub_responds(5)  # any status will do
         server.shutdown()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        assert not start.hub_answers(0.5)
-    assert not start.hub_answers(5)  # closed by now
+        assert not initial_weights.hub_responds(0.5)
+    assert not initial_weights.hub_responds(5)  # closed by now
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_released_weights_are_taken_where_they_can_be_had(fit, mirror):
     again = train.run(resume=report.folder / "last.pth.tar", epochs=2)
     saved = read_metadata(again.folder / "model_best.safetensors")["backbones"]
     assert saved["license"] == entry.license
-    assert again.start.source == entry.name
+    assert again.initial_weights.source == entry.name
 
 
 def test_without_them_a_run_starts_from_scratch_and_says_why(fit):
@@ -80,7 +80,7 @@ def test_without_them_a_run_starts_from_scratch_and_says_why(fit):
     assert any(line.startswith("starting from scratch: ") for line in lines)
     saved = read_metadata(report.folder / "model_best.safetensors")["backbones"]
     assert saved["license"] is None
-    assert report.start.from_scratch
+    assert report.initial_weights.from_scratch
     with pytest.raises(WeightsUnavailableError):
         fit(model_kwargs={}, pretrained=True)
 

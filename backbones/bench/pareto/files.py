@@ -1,4 +1,4 @@
-"""A front as table, JSON, CSV and picture."""
+"""A Pareto front as JSON, CSV and picture."""
 
 from __future__ import annotations
 
@@ -8,47 +8,28 @@ import io
 from pathlib import Path
 from typing import Any
 
-from backbones.bench.budgets import Choice
-from backbones.bench.files import put, write_json
-from backbones.bench.machine import count
-from backbones.bench.pareto_rows import Front, FrontRow
-from backbones.bench.report import markdown
+from backbones.bench.machine import n_threads
+from backbones.bench.pareto.budgets import BudgetChoice
+from backbones.bench.pareto.rows import ParetoFront, ParetoRow
 from backbones.errors import MissingDependencyError
+from backbones.files import new_file, write_json, write_text
 from backbones.optional import optional_import
 
-__all__ = ["FILES", "describe", "draw_front", "front_table", "write_front"]
+__all__ = ["draw_front", "front_as_dict", "write_front"]
 
 FILES = ("front.json", "front.csv", "front.png")
 NAMED = 25  # models in a picture, above which only those on the front are named
-HEADS = ["model", "tag", "top-1 %", "M params", "GMACs", "median ms", "p90 ms", "spread"]
-HEADS += ["engine", "front"]
 
 
-def describe(front: Front, choice: Choice | None = None) -> dict[str, Any]:
-    """Return a front, and the choice that was made from it, as JSON values."""
+def front_as_dict(front: ParetoFront, choice: BudgetChoice | None = None) -> dict[str, Any]:
+    """Return a front, and what a budget allows of it, as JSON values."""
     chosen = None if choice is None else {**dataclasses.asdict(choice), "text": str(choice)}
     return {**front.as_dict(), "choice": chosen}
 
 
-def front_table(front: Front) -> str:
-    """Return the front as a Markdown table, with what has to be said about it below."""
-    rows = [row for row in front.rows if row.median_ms is not None]
-    lines = [str(front.machine), ""]
-    lines += [markdown(HEADS, [_cells(row) for row in rows])] if rows else []
-    lines += ["", *(f"{row.model}: {row.reason}" for row in front.rows if row.reason)]
-    lines += front.problems
-    other = [row for row in rows if row.top1_input_size and row.input_size != row.top1_input_size]
-    if other:
-        sizes = sorted({" x ".join(map(str, row.top1_input_size or ())) for row in other})
-        lines.append(f"top-1 is published for another size than was measured: {', '.join(sizes)}")
-    if front.precision != "fp32":
-        lines.append(f"top-1 is the published one, of fp32; {front.precision} may have less")
-    if not front.complete:
-        lines.append(f"incomplete: interrupted before {', '.join(front.left_out)}")
-    return "\n".join(lines)
-
-
-def write_front(front: Front, folder: str | Path, choice: Choice | None = None) -> list[Path]:
+def write_front(
+    front: ParetoFront, folder: str | Path, choice: BudgetChoice | None = None
+) -> list[Path]:
     """Write ``front.json``, ``front.csv`` and ``front.png``, each whole or not at all.
 
     The picture needs matplotlib and is left out without it; an older one is then removed.
@@ -58,17 +39,19 @@ def write_front(front: Front, folder: str | Path, choice: Choice | None = None) 
     """
     folder = Path(folder)
     facts, table, picture = (folder / name for name in FILES)
+    folder.mkdir(parents=True, exist_ok=True)
     picture.unlink(missing_ok=True)
-    write_json(facts, describe(front, choice))
-    put(table, lambda path: path.write_text(_csv(front), encoding="utf-8"))
+    write_json(facts, front_as_dict(front, choice))
+    write_text(table, _csv(front))
     try:
-        put(picture, lambda path: draw_front(front, path, choice))
+        with new_file(picture) as file:
+            draw_front(front, file, choice)
     except MissingDependencyError:
         return [facts, table]
     return [facts, table, picture]
 
 
-def draw_front(front: Front, path: str | Path, choice: Choice | None = None) -> None:
+def draw_front(front: ParetoFront, path: str | Path, choice: BudgetChoice | None = None) -> None:
     """Draw published top-1 over measured latency into a picture file, the front as a line.
 
     Raises:
@@ -92,7 +75,7 @@ def draw_front(front: Front, path: str | Path, choice: Choice | None = None) -> 
     axes.set(
         xscale="log",
         xlabel=f"median latency here, ms (batch of {front.batch_size}, {front.engine},"
-        f" {front.precision}, {count(machine.threads)})",
+        f" {front.precision}, {n_threads(machine.threads)})",
         ylabel="published ImageNet top-1, %",
         title=f"{machine.processor}{state}",
     )
@@ -103,28 +86,9 @@ def draw_front(front: Front, path: str | Path, choice: Choice | None = None) -> 
     figure.savefig(path, dpi=110, format="png")
 
 
-def _cells(row: FrontRow) -> list[str]:
-    def number(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "" if value is None else format(value / scale, form)
-
-    over = ">" if row.stopped else ""
-    return [
-        row.model,
-        row.tag or "",
-        number(row.top1, ".2f"),
-        number(row.params, ".2f", 1e6),
-        number(row.macs, ".3f", 1e9),
-        over + number(row.median_ms, ".2f"),
-        number(row.p90_ms, ".2f"),
-        number(row.spread, ".0%"),
-        row.engine or "",
-        "*" if row.on_front else "",
-    ]
-
-
-def _csv(front: Front) -> str:
+def _csv(front: ParetoFront) -> str:
     stream = io.StringIO()
-    names = [field.name for field in dataclasses.fields(FrontRow)]
+    names = [field.name for field in dataclasses.fields(ParetoRow)]
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(names)
     for row in front.rows:

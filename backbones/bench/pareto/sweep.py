@@ -10,11 +10,16 @@ from pathlib import Path
 
 import torch
 
-from backbones.bench.candidates import PUBLISHED, Candidate, Conditions, engine_named
+from backbones.bench.configurations import (
+    PUBLISHED,
+    Conditions,
+    Configuration,
+    require_engine,
+)
 from backbones.bench.machine import examine
 from backbones.bench.measuring import STOPPED, Measurement, Progress, measure_in_turns
-from backbones.bench.model_spec import resolve
-from backbones.bench.pareto_rows import Front, FrontRow, mark_front
+from backbones.bench.model_spec import ModelSpec, specify_model
+from backbones.bench.pareto.rows import ParetoFront, ParetoRow, mark_front
 from backbones.errors import ConfigError, UnknownModelError
 from backbones.factory import find_variant, list_models
 from backbones.info import model_info
@@ -39,7 +44,7 @@ def front(
     calibration: str | Path | None = None,
     time_limit_s: float = 600.0,
     progress: Progress | None = None,
-) -> Front:
+) -> ParetoFront:
     """Measure models one after another, each in a process of its own, the cheapest first.
 
     An interruption (Ctrl-C) ends the measurement and keeps what was measured; `complete` is then
@@ -74,53 +79,80 @@ def front(
         batch_size, threads, input_size, None if calibration is None else str(calibration)
     )
     conditions.check([precision], seconds)
-    if engine_named(engine, ("auto",)) == "published" and precision != "fp32":
+    if require_engine(engine, ("auto",)) == "published" and precision != "fp32":
         raise ConfigError(f"the published form is fp32, not {precision}; choose another engine")
-    candidate = Candidate(engine, precision, "merged") if engine != "published" else PUBLISHED
+    configuration = PUBLISHED
+    if engine != "published":
+        configuration = Configuration(engine, precision, "reparameterized")
     # Wrong names are told before anything is measured.
-    subjects = {name: resolve(name, Path()) for name in _expand(models)}
+    specs = {name: specify_model(name, Path()) for name in _expand(models)}
     facts = []
-    for name in subjects:
+    for name in specs:
         if progress is not None:
             progress(0.0, f"counting multiply-adds of {name}")
         facts.append(_facts(name, precision))
-    wanted = sorted(facts, key=_cost)
+    planned = sorted(facts, key=_cost)
     machine = examine(threads, limit_s=time_limit_s)
-    rows: list[FrontRow] = []
+    rows: list[ParetoRow] = []
     try:
-        for number, row in enumerate(wanted):
-
-            def advance(share: float, what: str, number: int = number) -> None:
-                if progress is not None:
-                    progress((number + share) / len(wanted), what)
-
-            subject = subjects[row.model]
-            with tempfile.TemporaryDirectory(prefix="backbones-bench-") as folder:
-                job = conditions.at(row.top1_input_size).job(subject, candidate, Path(folder))
-                found = measure_in_turns(
-                    {row.model: job},
-                    threads=threads,
+        for number, row in enumerate(planned):
+            rows.append(
+                _measured(
+                    row,
+                    specs[row.model],
+                    configuration,
+                    conditions,
                     seconds=seconds,
                     limit_s=time_limit_s,
-                    stop=lambda facts: _hopeless(facts["warmup_ms"], budget_ms),
-                    progress=advance,
+                    budget_ms=budget_ms,
+                    progress=progress and _part_of(progress, number, len(planned)),
                 )
-            row = dataclasses.replace(row, weights=subject.weights)
-            rows.append(_with_times(row, found[row.model], threads))
+            )
     except KeyboardInterrupt:
         if not rows:
             raise
     done = {row.model for row in rows}
-    return Front(
+    return ParetoFront(
         engine=engine,
         precision=precision,
         batch_size=batch_size,
         machine=machine,
         rows=mark_front(rows),
-        complete=len(rows) == len(wanted),
-        left_out=tuple(row.model for row in wanted if row.model not in done),
+        complete=len(rows) == len(planned),
+        left_out=tuple(row.model for row in planned if row.model not in done),
         problems=(*machine.problems, *(line for row in rows for line in row.problems)),
     )
+
+
+def _measured(
+    row: ParetoRow,
+    spec: ModelSpec,
+    configuration: Configuration,
+    conditions: Conditions,
+    *,
+    seconds: float,
+    limit_s: float,
+    budget_ms: float | None,
+    progress: Progress | None,
+) -> ParetoRow:
+    """Measure one model in a process of its own and return its row with figures."""
+    with tempfile.TemporaryDirectory(prefix="backbones-bench-") as folder:
+        job = conditions.at(row.top1_input_size).job(spec, configuration, Path(folder))
+        found = measure_in_turns(
+            {row.model: job},
+            threads=conditions.threads,
+            seconds=seconds,
+            limit_s=limit_s,
+            stop=lambda facts: _hopeless(facts["warmup_ms"], budget_ms),
+            progress=progress,
+        )
+    row = dataclasses.replace(row, weights=spec.weights)
+    return _with_times(row, found[row.model], conditions.threads)
+
+
+def _part_of(progress: Progress, number: int, of: int) -> Progress:
+    """Return what reports the progress of one of several parts as that of the whole."""
+    return lambda share, what: progress((number + share) / of, what)
 
 
 def _expand(models: Sequence[str] | None) -> list[str]:
@@ -158,14 +190,14 @@ def _hopeless(warmup_ms: float, budget_ms: float | None) -> str | None:
     return f"given up: a call takes {warmup_ms:.4g} ms even in warm-up"
 
 
-def _facts(name: str, precision: str) -> FrontRow:
+def _facts(name: str, precision: str) -> ParetoRow:
     """Return what is known of a model before it is measured."""
     variant, tag = find_variant(name)
     if variant is None:
-        return FrontRow(name, precision=precision)
+        return ParetoRow(name, precision=precision)
     entry: WeightsEntry | None = load_manifest().find(variant.name, tag)
     info = model_info(name)
-    return FrontRow(
+    return ParetoRow(
         model=name,
         tag=entry.tag if entry else None,
         top1=entry.top1 if entry else None,
@@ -176,11 +208,11 @@ def _facts(name: str, precision: str) -> FrontRow:
     )
 
 
-def _cost(row: FrontRow) -> float:
+def _cost(row: ParetoRow) -> float:
     return float("inf") if row.macs is None else float(row.macs)
 
 
-def _with_times(row: FrontRow, found: Measurement, threads: int) -> FrontRow:
+def _with_times(row: ParetoRow, found: Measurement, threads: int) -> ParetoRow:
     facts, times = found.facts, found.times
     if facts:
         row = dataclasses.replace(

@@ -10,12 +10,14 @@ from typing import Any
 
 from timm.data import ImageDataset
 
-from backbones.train.images import DataError, find_bad_images, open_image
+from backbones.train.data.images import DataError, find_bad_images, open_image
 
 __all__ = ["ImageFolder", "exclude_bad", "hold_out", "image_folder", "open_folder", "split_folder"]
 
 SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 SHOWN = 10  # names in a message
+# Larger folders are not read through before use, unless bad images are to be skipped.
+MOST_CHECKED = 50_000
 
 
 class ImageFolder(ImageDataset):
@@ -155,6 +157,8 @@ def exclude_bad(
 ) -> list[str]:
     """Decode every image once and leave bad ones out of their datasets.
 
+    More than 50,000 images are read through only with `skip`.
+
     Args:
         datasets: the splits.
         skip: False to refuse bad images.
@@ -167,6 +171,8 @@ def exclude_bad(
         DataError: bad images without `skip`, all named, or a split of nothing but bad images.
     """
     paths = [path for dataset in datasets for path, _ in dataset.samples]
+    if not skip and len(paths) > MOST_CHECKED:
+        return []
     bad = find_bad_images(paths, progress)
     if bad and not skip:
         lines = "\n       ".join(bad.values())
