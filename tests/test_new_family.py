@@ -10,10 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+import backbones
 
 ROOT = Path(__file__).parent.parent
 # What a clone holds, without whatever else lies beside it: environments, builds, downloads.
@@ -28,6 +31,18 @@ TREE = (
     "README.md",
     "pyproject.toml",
     "weights_manifest.yaml",
+)
+
+# Files that say something of every family or of the tree as a whole.
+WHOLE = (
+    "tests/test_house.py",
+    "tests/test_config.py",
+    "tests/test_factory.py",
+    "tests/test_readme.py",
+    "tests/cli/test_commands.py",
+    "tests/reparam/test_merges.py",
+    "tests/train/test_recipes.py",
+    "tests/weights/test_manifest_entries.py",
 )
 
 FAMILY = '''
@@ -129,7 +144,7 @@ assert names == ["toynet_t", "toynet_t_k5"]
 """
 
 USE = """
-import timm, torch
+import pathlib, tempfile, timm, torch
 import backbones
 from backbones.cli import main
 model = timm.create_model("toynet", num_classes=3)
@@ -141,15 +156,24 @@ report = backbones.load_checkpoint(twin, authors)
 assert report.layout == "authors"
 x = torch.randn(1, 3, 64, 64)
 assert torch.equal(twin.eval()(x), model.eval()(x))
+
+# No weights were released: lists, facts and errors say so, and one's own are saved and published.
+assert backbones.list_models(family="toynet") == ["toynet_t", "toynet_t_k5"]
 assert backbones.list_models(family="toynet", pretrained=True) == []
 assert backbones.model_info("toynet").weights == []
 assert main(["info", "toynet"]) == 0
 for create in (backbones.create_model, timm.create_model):
     try:
         create("toynet_t", pretrained=True)
-    except backbones.WeightsUnavailableError as error:
-        print(error)
-print("used")
+    except backbones.errors.WeightsUnavailableError as error:
+        assert "no released weights are known for toynet_t" in str(error)
+    else:
+        raise AssertionError("weights came from nowhere")
+with tempfile.TemporaryDirectory() as folder:
+    path = backbones.save_checkpoint(model, pathlib.Path(folder) / "mine.safetensors")
+    push = ["weights", "push", str(path), "me/mine", "--license", "mit", "--dry-run"]
+    assert main(push) == 0
+print("used from", pathlib.Path(backbones.__file__).parent.parent)
 """
 
 
@@ -163,19 +187,19 @@ def run(folder: Path, *command: str, cwd: Path = ROOT) -> subprocess.CompletedPr
 def copy_of_the_tree(folder: Path) -> Path:
     """Copy what a clone holds, and add the family's two files as a newcomer would."""
     for name in TREE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder / name)
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / name, ignore=ignored)
+        elif source.exists():
+            shutil.copy(source, folder / name)
     (folder / "backbones" / "families" / "toynet.py").write_text(FAMILY)
     (folder / "configs" / "toynet.yaml").write_text(CONFIG)
     return folder
 
 
 def passed(folder: Path, *arguments: str) -> list[str]:
-    """Run pytest in a tree of its own, where all must pass; return ``file::test`` of each test."""
+    """Run pytest in a tree of its own, where everything must pass; return ``file::test`` of each."""
     report = folder / "report.xml"
     options = ("-q", "-n0", "-p", "no:cacheprovider", f"--junitxml={report}")
     result = run(folder, "-m", "pytest", *options, *arguments, cwd=folder)
@@ -184,13 +208,53 @@ def passed(folder: Path, *arguments: str) -> list[str]:
     return [f"{case.get('classname')}::{case.get('name')}" for case in cases]
 
 
+def of_the_family(tests: list[str]) -> Counter[str]:
+    """Count, by file, the tests that are the family's own."""
+    return Counter(test.partition("::")[0] for test in tests if "toynet" in test)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return copy_of_the_tree(tmp_path_factory.mktemp("tree"))
+
+
+def test_use_inside_the_repository(tree):
+    (tree / "use.py").write_text(USE)
+    used = run(tree, "use.py", cwd=tree)
+    assert used.stdout.endswith(f"used from {tree}\n"), used.stderr
+
+
+def test_every_test_over_the_registry_passes_inside_the_repository(tree):
+    counts = of_the_family(passed(tree, "tests", "-k", "toynet"))
+    assert counts["tests.contract.test_structure"] >= 2 * 10
+    assert counts["tests.contract.test_behavior"] >= 2 * 18
+    assert counts["tests.reparam.test_equivalence"] >= 2 * 5
+    assert counts["tests.reparam.test_forms"] >= 2
+    assert counts["tests.clients.test_clients"] == 3
+    assert sum(counts.values()) >= 90
+
+
+def test_house_recipe_manifest_and_merge_tests_pass_inside_the_repository(tree):
+    """Whole files, but for what is about another family alone."""
+    written = run(tree, "scripts/update_readme.py", cwd=tree)  # as the table's test says
+    assert written.returncode == 0, written.stderr
+    others = " and ".join(f"not {name}" for name in backbones.list_families())
+    tests = passed(tree, *WHOLE, "-k", f"toynet or ({others})")
+    files = {test.partition("::")[0] for test in tests}
+    assert files == {path.removesuffix(".py").replace("/", ".") for path in WHOLE}
+    counts = of_the_family(tests)
+    assert counts["tests.test_house"] >= 3  # rooms, faces, public paths
+    assert counts["tests.train.test_recipes"] >= 2
+    assert counts["tests.test_config"] == 2
+
+
 def test_outside_of_the_repository(tmp_path):
     (tmp_path / "toynet.py").write_text(FAMILY)
     (tmp_path / "toynet.yaml").write_text(CONFIG)
     (tmp_path / "toynet_plugin.py").write_text(PLUGIN)
     (tmp_path / "use.py").write_text(PLUGIN + USE)
     used = run(tmp_path, str(tmp_path / "use.py"))
-    assert used.stdout.endswith("used\n"), used.stderr
+    assert used.stdout.endswith(f"used from {ROOT}\n"), used.stderr
     command = "-m pytest -q -n0 -p toynet_plugin tests/contract -k toynet_t".split()
     contract = run(tmp_path, *command)
     assert contract.returncode == 0, contract.stdout[-3000:]
