@@ -145,7 +145,7 @@ def test_shipped_variants_fit_their_constructors(name):
 
 def test_every_entry_names_a_variant():
     strange = [e.name for e in load_manifest().entries.values() if registry.find(e.variant) is None]
-    assert strange == [] or {name.split(".")[0] for name in strange} <= {"spartan"}
+    assert strange == []
 
 
 MANIFEST = """version: 1

@@ -178,7 +178,8 @@ print("used from", pathlib.Path(backbones.__file__).parent.parent)
 
 
 def run(folder: Path, *command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    """Run Python in a process that sees what is in `folder`, then what is in `cwd`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(cwd)))}
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=cwd
     )
@@ -199,7 +200,7 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def passed(folder: Path, *arguments: str) -> list[str]:
-    """Run pytest in a tree of its own, where everything must pass; return ``file::test`` of each."""
+    """Run pytest in a tree of its own, where all must pass; return ``file::test`` of each."""
     report = folder / "report.xml"
     options = ("-q", "-n0", "-p", "no:cacheprovider", f"--junitxml={report}")
     result = run(folder, "-m", "pytest", *options, *arguments, cwd=folder)

@@ -89,7 +89,8 @@ def families_in_manifest() -> list[str]:
     so that from then on every variant has an entry, the recipes are there, and the tables of merges
     say what is merged and what is not.
     """
-    return sorted({registry.variants[name].family for name in load_manifest().by_variant})
+    listed = load_manifest().by_variant
+    return sorted({variant.family for name, variant in registry.variants.items() if name in listed})
 
 
 def _structure(name: str) -> Any:

@@ -156,8 +156,9 @@ def test_checked_keys_have_a_witness():
 
 def test_every_variant_has_an_entry():
     """One that was never released says so; only new families have none at all."""
-    names = [backbones.list_models(family=family) for family in families_in_manifest()]
-    assert sorted(VARIANTS) == sorted(sum(names, []))
+    families = families_in_manifest()
+    known = [name for name, variant in registry.variants.items() if variant.family in families]
+    assert sorted(VARIANTS) == sorted(known)
 
 
 def test_families_with_goldens_have_entries():
