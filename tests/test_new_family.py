@@ -123,7 +123,11 @@ class Toynet(StagedBackbone):
 CONFIG = """
 family: toynet
 sources:
-  paper: {title: A toy, paper: none, repository: none, license: mit}
+  paper:
+    title: "Toynet: one file and one YAML"
+    paper: https://example.org/toynet.pdf
+    repository: https://example.org/toynet
+    license: mit
 variants:
   toynet_t:
     depths: [1, 1, 3, 1]
