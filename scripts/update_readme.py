@@ -21,6 +21,8 @@ START, END = "<!-- models: written by scripts/update_readme.py -->", "<!-- /mode
 
 def weights_cell(entries: list[WeightsEntry]) -> str:
     """Say in a few words what can be had and under which licenses; the default tag first."""
+    if not entries:
+        return "none known"
     default = entries[0]
     if default.available:
         licenses = ", ".join(dict.fromkeys(e.license for e in entries if e.available))
@@ -35,7 +37,7 @@ def weights_cell(entries: list[WeightsEntry]) -> str:
 
 def accuracy_cell(entries: list[WeightsEntry]) -> str:
     """Return the default tag's published top-1, with its size where that is not 224."""
-    if entries[0].top1 is None:
+    if not entries or entries[0].top1 is None:
         return "-"
     size = entries[0].input_size[-1]
     return f"{entries[0].top1:.1f}" + (f" @{size}" if size != 224 else "")

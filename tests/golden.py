@@ -36,6 +36,11 @@ def fill(key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32).astype(np.float64))
 
 
+def variant_of(name: str) -> str:
+    """Return the variant of a golden file's name, without its suffixes."""
+    return re.split(r"@|__timm|_deploy|_reparam|_tame", name.removesuffix(".json.gz"))[0]
+
+
 class Golden:
     """One golden file."""
 
@@ -53,7 +58,7 @@ class Golden:
     @property
     def variant(self) -> str:
         """The variant's name, without the file's suffixes."""
-        return re.split(r"@|__timm|_deploy|_reparam|_tame", self.name)[0]
+        return variant_of(self.name)
 
     def input_shape(self) -> tuple[int, ...]:
         value = self.content["input"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import backbones
+from backbones.manifest import load_manifest
 from backbones.registry import registry
 from backbones.schema import constructor_hints
 
@@ -79,6 +80,17 @@ def families_by_default() -> list[Any]:
         pytest.param(p.values[0], marks=[] if p.values[0] in small else [pytest.mark.slow])
         for p in chosen
     ]
+
+
+def families_in_manifest() -> list[str]:
+    """Families that the manifest has entries of, and which owe more than the contract.
+
+    A family begins as one file and one YAML. Who writes entries knows what its authors published,
+    so that from then on every variant has an entry, the recipes are there, and the tables of merges
+    say what is merged and what is not.
+    """
+    listed = load_manifest().by_variant
+    return sorted({variant.family for name, variant in registry.variants.items() if name in listed})
 
 
 def _structure(name: str) -> Any:
