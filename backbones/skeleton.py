@@ -61,7 +61,7 @@ class StagedBackbone(nn.Module):
     resizable_keys: ClassVar[tuple[str, ...]] = ()  # entries as long as a checkpoint has them
     no_decay_patterns: ClassVar[tuple[str, ...]] = ()
     dilatable: ClassVar[bool] = False  # whether output_stride 8 and 16 are possible
-    one_size: str = ""  # why a recorded graph holds for one image size only, if it does
+    fixed_size_reason: str = ""  # why a recorded graph holds for one image size only, if it does
 
     arguments: dict[str, Any]
     config: Mapping[str, Any] | None = None  # name, family and arguments, set by the builder

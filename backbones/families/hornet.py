@@ -215,7 +215,7 @@ class HorNet(StagedBackbone):
         self.ls_init_value = ls_init_value
         self.assemble()
         if any(isinstance(module, GlobalLocalFilter) for module in self.modules()):
-            self.one_size = "its filters are resized to the spectrum of the map"
+            self.fixed_size_reason = "its filters are resized to the spectrum of the map"
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim

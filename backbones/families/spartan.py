@@ -120,7 +120,7 @@ class ChannelMixer(nn.Module):
             self.conv.conv = merge.rotation_into_next(self.rotation, self.conv.conv)
             self.rotation = None
         if isinstance(self.theta, nn.Conv2d):
-            self.proj = merge.stack_maps(self.proj, self.theta)
+            self.proj = merge.stack_linear_layers(self.proj, self.theta)
             self.theta = nn.Identity()
 
     def graph_form(self, elementary: bool) -> nn.Module:

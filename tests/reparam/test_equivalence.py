@@ -19,7 +19,7 @@ from backbones.registry import registry
 TOLERANCE = 1e-10
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 # Batch norms between two operators that cannot take them.
-KEPT_NORMS = {"lsnet": r"\.mixer\.norm$"}
+LEFT_NORMS = {"lsnet": r"\.mixer\.norm$"}
 
 
 def make(name: str, **arguments: object) -> nn.Module:
@@ -73,7 +73,7 @@ def test_merging_twice_changes_nothing(pair):
 
 
 @torch.no_grad()
-def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
+def test_no_batch_norm_is_left_beside_a_linear_layer_that_can_take_it(pair):
     name, _, merged = pair
     made_by: dict[int, nn.Module] = {}
     alive = []
@@ -82,7 +82,7 @@ def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
     def after(module, inputs, output):
         for value in inputs:
             source = made_by.get(id(value))
-            if isinstance(module, BATCH_NORM) and merge.is_map(source):
+            if isinstance(module, BATCH_NORM) and merge.is_linear_layer(source):
                 faults.append((source, module))
             if merge._is_unpadded(module) and isinstance(source, BATCH_NORM):
                 faults.append((source, module))
@@ -97,8 +97,8 @@ def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
         hook.remove()
     assert not faults
     left = [n for n, module in merged.named_modules() if isinstance(module, BATCH_NORM)]
-    kept = KEPT_NORMS.get(registry.variants[name].family)
-    assert all(kept and re.search(kept, n) for n in left), left
+    expected = LEFT_NORMS.get(registry.variants[name].family)
+    assert all(expected and re.search(expected, n) for n in left), left
 
 
 def test_the_meta_device_gives_the_same_names_and_shapes(pair):

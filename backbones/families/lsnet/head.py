@@ -55,5 +55,5 @@ class DistilledHead(Head):
         self.dist.reparameterize()
         ours, theirs = self.get_classifier(), self.dist.get_classifier()
         if isinstance(ours, nn.Linear) and isinstance(theirs, nn.Linear):
-            merge.average_maps(ours, theirs)
+            merge.average_linear_layers(ours, theirs)
             self.dist = None

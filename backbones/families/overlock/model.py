@@ -174,7 +174,7 @@ class OverLoCK(StagedBackbone):
     first_conv = "stem.0.conv"
     auxiliary_keys = (r"^focus\.aux_head\.",)
     layouts = {"authors": AUTHORS_LAYOUT}
-    one_size = "maps smaller than its kernels are enlarged for them"
+    fixed_size_reason = "maps smaller than its kernels are enlarged for them"
     focus: FocusNet | None
 
     def __init__(
