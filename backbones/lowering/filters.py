@@ -8,7 +8,7 @@ from typing import Any
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from backbones.layers.norm import statistics_dtype
+from backbones.layers import statistics_dtype
 from backbones.lowering.parts import outputs_of
 
 __all__ = ["FilteredGates", "HalvesNorm"]

@@ -13,7 +13,7 @@ from backbones.engines.preparation import in_graph_form
 from backbones.families import hornet, spartan
 from backbones.families.cpubone.attention import ConvAttention
 from backbones.families.lsnet.attention import DistanceAttention
-from backbones.layers.norm import CenteredNorm2d
+from backbones.families.unireplknet import CenteredNorm2d
 from backbones.lowering import (
     NORMS,
     FilteredGates,

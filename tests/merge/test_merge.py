@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, LayerNorm2d, LayerNormAct2d
 from torch import nn
 
 from backbones import merge
-from backbones.layers.norm import CenteredNorm2d
+from backbones.families.unireplknet import CenteredNorm2d
 
 # 5 x 6: kernels reach across the map, so that most pixels see a border where there is padding.
 MAP = (2, 8, 5, 6)
