@@ -351,7 +351,7 @@ class StagedBackbone(nn.Module):
 
     @property
     def deployed(self) -> bool:
-        """Whether the model has been re-parameterized; :class:`Head` holds the mark and says why."""
+        """Whether the model has been re-parameterized; why `Head` holds the mark is said there."""
         return bool(getattr(self._modules.get("head"), "deployed", False))
 
     def train(self: Self, mode: bool = True) -> Self:
