@@ -1,12 +1,12 @@
 """The algebra of exact merges: what follows from a layer being linear, written once.
 
-A map is an ``nn.Conv2d`` or ``nn.Linear``: ``y = W x + b``, with zeros around the input of a padded
-convolution. A norm in evaluation mode is ``s * n(x) + t`` per channel, where `n` has no parameters
-(for a batch norm it is the identity). Each rule moves one such factor or offset into a map, which
-is changed in place; it holds for every parameter value and at every input size, borders included,
-and does nothing where nothing is left to move or where it would not hold.
+A linear layer is an ``nn.Conv2d`` or ``nn.Linear``: ``y = W x + b``, with zeros around the input of
+a padded convolution. A norm in evaluation mode is ``s * n(x) + t`` per channel, where `n` has no
+parameters (for a batch norm it is the identity). Each rule moves one such factor or offset into a
+linear layer, which is changed in place; it holds for every parameter value and at every input size,
+borders included, and does nothing where nothing is left to move or where it would not hold.
 
-Values are computed in float64 and stored in the map's own type, device and memory layout. Rules
+Values are computed in float64 and stored in the layer's own type, device and memory layout. Rules
 work on the meta device too. Modules must be in evaluation mode (:mod:`backbones.reparam` checks).
 """
 
@@ -23,14 +23,14 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 __all__ = [
-    "average_maps",
+    "average_linear_layers",
     "branches_into_kernel",
     "center_outputs",
     "drop_softmax_bias",
     "factor_into_norm",
     "factor_into_outputs",
     "fold_chain",
-    "is_map",
+    "is_linear_layer",
     "norm_into_next",
     "norm_into_previous",
     "pass_outputs_into_kernel",
@@ -43,7 +43,7 @@ __all__ = [
     "shift_into_previous",
     "shift_together",
     "split_contrast",
-    "stack_maps",
+    "stack_linear_layers",
     "uniform_bias_into_next",
 ]
 
@@ -72,13 +72,13 @@ def record(rule: str) -> None:
         counter[rule] += 1
 
 
-def is_map(module: object) -> bool:
-    """Whether a module is a plain map. Subclasses may pad or add something of their own."""
+def is_linear_layer(module: object) -> bool:
+    """Whether a module is a linear layer. Subclasses may pad or add something of their own."""
     return type(module) in (nn.Conv2d, nn.Linear)
 
 
 def _is_unpadded(module: object) -> bool:
-    """Whether a module is a map whose outputs see inputs only, no zeros from beyond the border."""
+    """Whether outputs of a linear layer see inputs only, no zeros from beyond the border."""
     if type(module) is nn.Conv2d:
         return module.padding == "valid" or (
             not isinstance(module.padding, str) and not any(module.padding)
@@ -90,10 +90,10 @@ def _is_unpadded(module: object) -> bool:
 
 
 def norm_into_previous(linear: nn.Module, norm: nn.Module) -> nn.Module:
-    """Fold a batch norm into the map before it: ``W' = s W``, ``b' = s b + t``.
+    """Fold a batch norm into the linear layer before it: ``W' = s W``, ``b' = s b + t``.
 
-    Holds with any padding, since the norm acts on the map's outputs. A one-dimensional norm must
-    act on the linear layer's features, not on another axis of (B, C, L).
+    Holds with any padding, since the norm acts on the layer's outputs. A one-dimensional norm must
+    act on the features of an ``nn.Linear``, not on another axis of (B, C, L).
 
     Returns:
         What takes the norm's place: an identity, or the norm where it was not folded.
@@ -103,15 +103,15 @@ def norm_into_previous(linear: nn.Module, norm: nn.Module) -> nn.Module:
     scale, shift = _affine(norm)
     weight, bias = _weight(linear), _bias(linear)
     _store(linear, weight * _column(scale, weight.ndim), bias * scale + shift)
-    record("norm into the map before")
+    record("norm into the linear layer before")
     return nn.Identity()
 
 
 def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
-    """Fold a norm's factor and offset into the map after it: ``W' = W s``, ``b' = b + W t``.
+    """Fold a norm's factor and offset into the layer after it: ``W' = W s``, ``b' = b + W t``.
 
-    Holds for a linear layer and for a convolution without padding: zeros around the normalized
-    map are not what the map before the norm would have there.
+    Holds for an ``nn.Linear`` and for a convolution without padding: zeros around the normalized
+    feature map are not what the layer before the norm would have there.
 
     Returns:
         What takes the norm's place: an identity for a batch norm, the norm without parameters for
@@ -126,7 +126,7 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
     by_input = _weight(linear)
     moved = (by_input * _input_values(linear, shift)).flatten(1).sum(1)
     _store(linear, by_input * _input_values(linear, scale), _bias(linear) + moved)
-    record("norm into the map after")
+    record("norm into the linear layer after")
     if batch:
         return nn.Identity()
     norm.weight = norm.bias = None  # type: ignore[assignment]
@@ -136,10 +136,10 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
 def fold_chain(owner: nn.Module, names: Sequence[str] | None = None) -> None:
     """Fold the norms in a chain of modules that run one after the other.
 
-    A batch norm goes into an unpadded map after it (which spares the map before it a bias), else
-    into the map before it; a layer or group norm's factor and offset into an unpadded map after
-    it. Parts that merge into one map (they have a method ``merged``) are replaced by it first.
-    Nested ``nn.Sequential`` belong to the chain; any other module interrupts it.
+    A batch norm goes into an unpadded linear layer after it (which spares the one before it a
+    bias), else into the one before it; a layer or group norm's factor and offset into an unpadded
+    one after it. Parts that merge into one layer (they have a method ``merged``) are replaced by it
+    first. Nested ``nn.Sequential`` belong to the chain; any other module interrupts it.
 
     Args:
         owner: the module that holds the chain.
@@ -168,16 +168,16 @@ def center_outputs(conv: nn.Conv2d) -> None:
     _require(conv.groups == 1, "only outputs that see the same inputs can be centered", conv)
     weight, bias = _weight(conv), _bias(conv)
     _store(conv, weight - weight.mean(0, keepdim=True), bias - bias.mean())
-    record("mean of a layer norm into the map before")
+    record("mean of a layer norm into the linear layer before")
 
 
 # Factors and offsets.
 
 
 def scale_into_previous(linear: nn.Module, scale: Tensor | None, rows: slice = EVERY) -> None:
-    """Fold a factor per channel on some outputs into the map before it: ``W' = s W``, ``b' = s b``.
+    """Fold a factor per channel on some outputs into the linear layer before it.
 
-    The caller removes the factor; None is nothing to fold.
+    ``W' = s W``, ``b' = s b``. The caller removes the factor; None is nothing to fold.
     """
     if scale is None:
         return
@@ -188,7 +188,7 @@ def scale_into_previous(linear: nn.Module, scale: Tensor | None, rows: slice = E
         bias = _bias(linear)
         bias[rows] *= _wide(scale).flatten()
     _store(linear, weight, bias)
-    record("layer scale into the map before")
+    record("layer scale into the linear layer before")
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def factor_into_outputs(linear: nn.Module, factor: float, rows: Rows = EVERY) ->
             bias = _bias(linear)
             bias[rows] *= factor
         _store(linear, weight, bias)
-        record("constant factor into the map before")
+        record("constant factor into the linear layer before")
     return 1.0
 
 
@@ -245,17 +245,17 @@ def shift_into_previous(linear: nn.Module, shift: Tensor | None, rows: slice = E
 
 
 def shift_into_next(shift: Tensor | None, linear: nn.Module) -> None:
-    """Fold an offset per channel into the map after it: ``b' = b + W t``.
+    """Fold an offset per channel into the linear layer after it: ``b' = b + W t``.
 
     The caller removes it; None is nothing to fold.
 
     Raises:
-        ValueError: the map is padded; zeros around its input would have to be shifted too.
+        ValueError: the layer is padded; zeros around its input would have to be shifted too.
     """
     if shift is None:
         return
     if not _is_unpadded(linear):
-        raise ValueError(f"an offset cannot move through {linear}: it is no unpadded map")
+        raise ValueError(f"an offset cannot move through {linear}: it is no unpadded linear layer")
     moved = _weight(linear) * _input_values(linear, _wide(shift).flatten())
     _store(linear, None, _bias(linear) + moved.flatten(1).sum(1))
     record("offset into a bias")
@@ -277,9 +277,9 @@ def drop_softmax_bias(linear: nn.Module, rows: Rows) -> None:
 
 
 def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> None:
-    """Move the bias of attention values into the map after the attention: ``b' = b + W t``.
+    """Move the bias of attention values into the linear layer after: ``b' = b + W t``.
 
-    The weights of an attention sum to one, so that a constant passes through unchanged. The map
+    The weights of an attention sum to one, so that a constant passes through unchanged. The layer
     after it must not be padded.
     """
     if linear.bias is None or not _is_unpadded(after):
@@ -291,10 +291,10 @@ def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> N
     _store(after, None, _bias(after) + moved.flatten(1).sum(1))
     bias[rows] = 0
     _store(linear, None, bias)
-    record("bias of attention values into the map after")
+    record("bias of attention values into the linear layer after")
 
 
-# Maps side by side.
+# Linear layers side by side.
 
 
 def branches_into_kernel(
@@ -304,7 +304,7 @@ def branches_into_kernel(
 
     A kernel at a dilation is a larger one with zeros between its taps; a kernel that reaches less
     far is one with zeros around it; the identity is a one in the center. All are centered, of odd
-    size and stride 1, keep the map's size, and reach no further than `conv`.
+    size and stride 1, keep the feature map's size, and reach no further than `conv`.
 
     Raises:
         ValueError: `conv` itself is dilated, strided or not square.
@@ -327,24 +327,24 @@ def branches_into_kernel(
     _store(conv, weight, bias if has_bias else None)
 
 
-def pass_outputs_into_kernel(conv: nn.Conv2d, kept: int) -> nn.Conv2d:
-    """Return a depthwise convolution that also passes `kept` channels in front unchanged."""
-    dim, weight, bias = conv.out_channels + kept, _weight(conv), _bias(conv)
+def pass_outputs_into_kernel(conv: nn.Conv2d, passed: int) -> nn.Conv2d:
+    """Return a depthwise convolution whose first `passed` channels come out as they are."""
+    dim, weight, bias = conv.out_channels + passed, _weight(conv), _bias(conv)
     kernel = weight.new_zeros(dim, *weight.shape[1:])
-    kernel[:kept, :, weight.shape[-2] // 2, weight.shape[-1] // 2] = 1
-    kernel[kept:] = weight
+    kernel[:passed, :, weight.shape[-2] // 2, weight.shape[-1] // 2] = 1
+    kernel[passed:] = weight
     full = _like(conv, dim, dim, groups=dim, bias=conv.bias is not None)
-    offset = None if conv.bias is None else torch.cat((bias.new_zeros(kept), bias))
+    offset = None if conv.bias is None else torch.cat((bias.new_zeros(passed), bias))
     _store(full, kernel, offset)
     record("identity into a kernel")
     return full
 
 
 def split_contrast(conv: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
-    """Turn ``y + g (y - mean(y))`` of the outputs ``y = W x + b`` of a 1x1 convolution into maps.
+    """Turn ``y + g (y - mean(y))`` of a 1x1 convolution's outputs ``y`` into two convolutions.
 
-    That is ``(1 + g) W x + b - g W mean(x)``, the mean over positions: `conv` takes the first
-    factor, its bias stays.
+    With ``y = W x + b`` that is ``(1 + g) W x + b - g W mean(x)``, the mean over positions: `conv`
+    takes the first factor, its bias stays.
 
     Returns:
         The convolution for mean(x), ``-g W``, without bias.
@@ -354,28 +354,28 @@ def split_contrast(conv: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
     mean = _like(conv, conv.in_channels, conv.out_channels, conv.groups, bias=False)
     _store(mean, -wide * weight, None)
     _store(conv, (1 + wide) * weight, None)
-    record("contrast with the mean into maps")
+    record("contrast with the mean into linear layers")
     return mean
 
 
-def stack_maps(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
+def stack_linear_layers(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     """Return one convolution with the outputs of two of the same input, the first's in front.
 
     Raises:
         ValueError: grouped convolutions, whose outputs see different inputs.
     """
-    _require(first.groups == second.groups == 1, "grouped maps cannot be stacked", first)
+    _require(first.groups == second.groups == 1, "grouped convolutions cannot be stacked", first)
     both = _like(first, first.in_channels, first.out_channels + second.out_channels, first.groups)
     weight = torch.cat((_weight(first), _weight(second)))
     _store(both, weight, torch.cat((_bias(first), _bias(second))))
-    record("maps of one input into one map")
+    record("linear layers of one input into one")
     return both
 
 
-def average_maps(first: nn.Linear, second: nn.Linear) -> None:
-    """Turn `first` into the mean of two maps of the same input."""
+def average_linear_layers(first: nn.Linear, second: nn.Linear) -> None:
+    """Turn `first` into the mean of two linear layers of the same input."""
     _store(first, (_weight(first) + _weight(second)) / 2, (_bias(first) + _bias(second)) / 2)
-    record("averaged maps")
+    record("averaged linear layers")
 
 
 def rotation_into_next(rotation: Tensor, conv: nn.Conv2d) -> nn.Conv2d:
@@ -406,7 +406,7 @@ def rotation_into_next(rotation: Tensor, conv: nn.Conv2d) -> nn.Conv2d:
     turned = torch.stack((a * r + b * s, b * r - a * s), 3).view(weight.shape)
     full = _like(conv, conv.in_channels, conv.out_channels, groups, bias=conv.bias is not None)
     _store(full, turned, None if conv.bias is None else _bias(conv))
-    record("rotation into the map after")
+    record("rotation into the linear layer after")
     return full
 
 
@@ -443,12 +443,14 @@ def _input_values(linear: nn.Module, values: Tensor) -> Tensor:
 
 
 def _acts_on_outputs(norm: Any, linear: nn.Module) -> bool:
-    """Whether a norm is one, without an activation inside, over the channels of a plain map."""
-    if not is_map(linear) or not isinstance(getattr(norm, "act", None), (nn.Identity, type(None))):
+    """Whether a norm is one, without an activation inside, over the channels of a linear layer."""
+    act = getattr(norm, "act", None)
+    if not is_linear_layer(linear) or not isinstance(act, (nn.Identity, type(None))):
         return False
-    of_maps = (nn.BatchNorm2d, LayerNorm2d, nn.GroupNorm)
-    of_vectors = isinstance(norm, (nn.BatchNorm1d, nn.LayerNorm)) and not isinstance(norm, of_maps)
-    return of_vectors if isinstance(linear, nn.Linear) else isinstance(norm, of_maps)
+    spatial = (nn.BatchNorm2d, LayerNorm2d, nn.GroupNorm)
+    if isinstance(linear, nn.Conv2d):
+        return isinstance(norm, spatial)
+    return isinstance(norm, (nn.BatchNorm1d, nn.LayerNorm)) and not isinstance(norm, spatial)
 
 
 def _require(condition: bool, rule: str, linear: nn.Module) -> None:
@@ -475,7 +477,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _store(linear: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Write float64 values into a map; None leaves the old value."""
+    """Write float64 values into a linear layer; None leaves the old value."""
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
@@ -483,9 +485,9 @@ def _store(linear: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Non
         if old is not None:
             old.copy_(value)  # keeps type, device and memory layout
             continue
-        like = linear.get_parameter("weight")
-        fresh = value.to(like.device, like.dtype)
-        linear.register_parameter(name, nn.Parameter(fresh, like.requires_grad))
+        other = linear.get_parameter("weight")
+        fresh = value.to(other.device, other.dtype)
+        linear.register_parameter(name, nn.Parameter(fresh, other.requires_grad))
 
 
 def _like(

@@ -19,14 +19,14 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from backbones.errors import UnsupportedError
-from backbones.layers.head import Head
+from backbones.layers import Head
 from backbones.stages import Stage, StagePlan, check_input, per_stage, plan_stages
 
-__all__ = ["Layout", "Stage", "StagePlan", "StagedBackbone", "Tensors", "per_stage"]
+__all__ = ["Layout", "Stage", "StagePlan", "StagedBackbone", "Tensors", "check_input", "per_stage"]
 
 Self = TypeVar("Self", bound="StagedBackbone")
 Tensors = dict[str, Tensor]
-# How a foreign checkpoint becomes ours: ordered (pattern, replacement) pairs applied to every key
+# How a checkpoint of others becomes ours: ordered (pattern, replacement) pairs applied to every key
 # (replacement None drops the entry), or a function of (tensors, model).
 Layout = Union[Sequence[tuple[str, Union[str, None]]], Callable[[Tensors, Any], Tensors]]
 
@@ -42,7 +42,7 @@ class StagedBackbone(nn.Module):
         depths: blocks of each stage.
         in_chans: channels of the input.
         num_classes: width of the classifier; 0 for none.
-        global_pool: timm's name of the pooling; ``""`` keeps the map.
+        global_pool: timm's name of the pooling; ``""`` keeps the feature map.
         output_stride: largest stride; 8 or 16 trade strides for dilation where a family can.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
@@ -61,7 +61,7 @@ class StagedBackbone(nn.Module):
     resizable_keys: ClassVar[tuple[str, ...]] = ()  # entries as long as a checkpoint has them
     no_decay_patterns: ClassVar[tuple[str, ...]] = ()
     dilatable: ClassVar[bool] = False  # whether output_stride 8 and 16 are possible
-    one_size: str = ""  # why a recorded graph holds for one image size only, if it does
+    fixed_size_reason: str = ""  # why a recorded graph holds for one image size only, if it does
 
     arguments: dict[str, Any]
     config: Mapping[str, Any] | None = None  # name, family and arguments, set by the builder
@@ -243,11 +243,11 @@ class StagedBackbone(nn.Module):
         Args:
             x: images (B, in_chans, H, W).
             indices: which stages: the last n, all for None, or a list (negative counts from the
-                end); the maps come in ascending order.
+                end); the feature maps come in ascending order.
             norm: accepted for timm's sake; these families normalize in the head, after pooling.
             stop_early: do not run stages beyond the last one asked for.
             output_fmt: only ``"NCHW"``.
-            intermediates_only: return only the list, without the final map.
+            intermediates_only: return only the list, without the final feature map.
         """
         if output_fmt != "NCHW":
             raise UnsupportedError(f"output_fmt={output_fmt!r}; the maps are NCHW")
@@ -345,13 +345,13 @@ class StagedBackbone(nn.Module):
         """Return the names of the classifiers that a model of these arguments has."""
         return cls.classifier_names
 
-    # The deploy form.
+    # The re-parameterized form.
 
     deploy_trainable = False  # set True to train a re-parameterized model after all
 
     @property
     def deployed(self) -> bool:
-        """Whether the model has been re-parameterized."""
+        """Whether the model has been re-parameterized; why `Head` holds the mark is said there."""
         return bool(getattr(self._modules.get("head"), "deployed", False))
 
     def train(self: Self, mode: bool = True) -> Self:
@@ -411,15 +411,6 @@ class StagedBackbone(nn.Module):
         """Return the state dict's shapes of the whole, unpruned model."""
         twin = type(self)(**self.arguments, device="meta")
         return {key: value.shape for key, value in twin.state_dict().items()}
-
-    @classmethod
-    def arguments_from_checkpoint(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments that a checkpoint's names and shapes imply; a hook for families.
-
-        None where they imply none: the checkpoint is another family's, or this family's arguments
-        do not follow from shapes.
-        """
-        return None
 
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:
         """Add what a released checkpoint is known to lack; a hook for families."""

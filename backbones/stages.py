@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.errors import InputSizeError, UnsupportedError
-from backbones.layers.tracing import fx_leaf
+from backbones.layers import fx_leaf
 
 __all__ = ["Stage", "StagePlan", "check_input", "per_stage", "plan_stages"]
 

@@ -251,10 +251,10 @@ def _check_free_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
         UnsupportedError: the model's graph depends on the size.
     """
     for _, part in backbones_in(model):
-        if part.one_size and {"height", "width"} & set(dynamic):
+        if part.fixed_size_reason and {"height", "width"} & set(dynamic):
             raise UnsupportedError(
-                f"{type(part).__name__}: height and width cannot stay free, {part.one_size}; leave"
-                " them out of dynamic and export one file a size"
+                f"{type(part).__name__}: height and width cannot stay free,"
+                f" {part.fixed_size_reason}; leave them out of dynamic and export one file a size"
             )
 
 

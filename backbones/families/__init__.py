@@ -1,1 +1,1 @@
-"""One file a family: its blocks, its class, its checkpoint key mapping."""
+"""One file or package a family: its blocks, its class, its checkpoint layouts."""

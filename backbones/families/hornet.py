@@ -60,13 +60,13 @@ class GlobalLocalFilter(nn.Module):
     """Half of the channels through a 3x3 convolution, half through a global filter (section 3.2).
 
     The global filter multiplies the spectrum over height and width, that is, it convolves with a
-    learned kernel as large as the map, circularly. The halves come out interleaved: local 0,
-    global 0, local 1, ...
+    learned kernel as large as the feature map, circularly. The halves come out interleaved: local
+    0, global 0, local 1, ...
 
     Args:
         dim: number of channels.
-        filter_size: rows and columns of the filter: those of ``rfft2`` of the map it is made for.
-            It is resized to the spectrum of any other map.
+        filter_size: rows and columns of the filter: those of ``rfft2`` of the feature map it is
+            made for. It is resized to the spectrum of any other.
     """
 
     def __init__(self, dim: int, filter_size: Sequence[int]) -> None:
@@ -79,13 +79,14 @@ class GlobalLocalFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local, spread = self.pre_norm(x).chunk(2, dim=1)  # torch.fx unpacks into names only
-        return self.mix(local, spread)
+        return self.mix(local, spread)  # B C H W, of two times B C/2 H W
 
     def mix(self, local: Tensor, spread: Tensor) -> Tensor:
         """Return the output for the halves of the normalized input."""
         spread = apply_spectral_filter(spread, self.complex_weight)
         local = self.conv_dw(local).to(spread.dtype)  # autocast may leave them in two types
-        return self.post_norm(torch.stack((local, spread), dim=2).flatten(1, 2))
+        pairs = torch.stack((local, spread), dim=2)  # B C/2 2 H W
+        return self.post_norm(pairs.flatten(1, 2))  # B C H W
 
 
 class GatedConv(nn.Module):
@@ -121,10 +122,10 @@ class GatedConv(nn.Module):
         gates = self.mixer(rest)
         if self.scale != 1:
             gates = gates * self.scale
-        gates = gates.split(self.dims, dim=1)
+        gates = gates.split(self.dims, dim=1)  # B C/4 H W, B C/2 H W, B C H W for order 3
         y = first * gates[0]
         for i, project in enumerate(self.pws):
-            y = project(y) * gates[i + 1]
+            y = project(y) * gates[i + 1]  # twice the channels, at last B C H W
         return self.proj_out(y)
 
     def reparameterize(self) -> None:
@@ -154,10 +155,10 @@ class Block(nn.Module):
         if self.gamma1 is not None:
             y = y * self.gamma1.view(1, -1, 1, 1)
         x = x + self.drop_path1(y)
-        y = self.mlp(self.norm2(x.permute(0, 2, 3, 1)))
+        y = self.mlp(self.norm2(x.permute(0, 2, 3, 1)))  # B H W C
         if self.gamma2 is not None:
             y = y * self.gamma2
-        return x + self.drop_path2(y.permute(0, 3, 1, 2))
+        return x + self.drop_path2(y.permute(0, 3, 1, 2))  # B C H W
 
     def reparameterize(self) -> None:
         self.gnconv.reparameterize()
@@ -205,7 +206,7 @@ class HorNet(StagedBackbone):
         self.ls_init_value = ls_init_value
         self.assemble()
         if any(isinstance(module, GlobalLocalFilter) for module in self.modules()):
-            self.one_size = "its filters are resized to the spectrum of the map"
+            self.fixed_size_reason = "its filters are resized to the spectrum of the map"
 
     def build_stem(self) -> nn.Module:
         dim = self.plans[0].dim

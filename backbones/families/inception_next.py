@@ -35,9 +35,9 @@ class InceptionConv(nn.Module):
         self.dwconv_h = nn.Conv2d(branch, branch, (band_kernel, 1), padding=(reach, 0), **common)
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, square, horizontal, vertical = x.split(self.split, dim=1)
+        passed, square, horizontal, vertical = x.split(self.split, dim=1)
         mixed = self.dwconv_hw(square), self.dwconv_w(horizontal), self.dwconv_h(vertical)
-        return torch.cat((kept, *mixed), dim=1)
+        return torch.cat((passed, *mixed), dim=1)
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,34 +80,34 @@ class ChannelMixer(nn.Module):
         self.proj_out = nn.Conv2d(hidden_dim, dim, 1)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Multiply the complex numbers in (B, 2K, H, W), in real arithmetic."""
+        """Multiply the complex numbers in (B, D, H, W), in real arithmetic."""
         if self.rotation is None:
             return x
         rotation = self.rotation.to(x.dtype)
         real = rotation[:, :1, None, None]
         imaginary = rotation[:, 1:, None, None]
-        pairs = x.unflatten(1, (-1, 2))
+        pairs = x.unflatten(1, (-1, 2))  # B D/2 2 H W
         turned = pairs.flip(2) * torch.cat((-imaginary, imaginary), dim=1)
-        return (pairs * real + turned).flatten(1, 2)
+        return (pairs * real + turned).flatten(1, 2)  # B D H W
 
     def forward(self, x: Tensor) -> Tensor:
-        strongest = x.argmax(dim=1, keepdim=True)
+        strongest = x.argmax(dim=1, keepdim=True)  # B 1 H W
         if isinstance(self.theta, nn.Identity):
-            value, gate = self.proj(x).chunk(2, dim=1)
+            value, gate = self.proj(x).chunk(2, dim=1)  # each B D H W
         else:
             value, gate = self.proj(x), self.theta(x)
         token = value * self.act(gate)
         token = token + token.gather(1, strongest)
-        return self.proj_out(self.se(self.conv(self.rotate(token))))
+        return self.proj_out(self.se(self.conv(self.rotate(token))))  # B C H W
 
     def reparameterize(self) -> None:
-        """Fold the norm and the rotation into the convolution, and make the two maps one."""
+        """Fold the norm and the rotation into the convolution, and make the two projections one."""
         merge.fold_chain(self.conv)
         if self.rotation is not None:
             self.conv.conv = merge.rotation_into_next(self.rotation, self.conv.conv)
             self.rotation = None
         if isinstance(self.theta, nn.Conv2d):
-            self.proj = merge.stack_maps(self.proj, self.theta)
+            self.proj = merge.stack_linear_layers(self.proj, self.theta)
             self.theta = nn.Identity()
 
 
@@ -248,25 +248,3 @@ class SpaRTAN(StagedBackbone):
             nn.init.normal_(module.get_parameter("rotation"))
         else:
             super().init_layer(module, name)
-
-    @classmethod
-    def arguments_from_checkpoint(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Read everything but the rates off the shapes; None for what is no SpaRTAN."""
-        own = from_authors(dict(tensors))
-        stem = own.get("stem.0.conv.weight")
-        shapes: dict[int, list[torch.Size]] = {}
-        for key, tensor in own.items():
-            if match := re.match(r"stages\.(\d+)\.blocks\.\d+\.channel\.theta\.weight$", key):
-                shapes.setdefault(int(match[1]), []).append(tensor.shape)
-        if stem is None or not shapes:
-            return None
-        stages = [shapes[i] for i in sorted(shapes)]
-        arguments: dict[str, Any] = {
-            "depths": [len(stage) for stage in stages],
-            "dims": [stage[0][1] for stage in stages],
-            "expand_ratios": [stage[0][0] // stage[0][1] for stage in stages],
-            "in_chans": stem.shape[1],
-        }
-        if "head.fc.weight" in own:
-            arguments["num_classes"] = own["head.fc.weight"].shape[0]
-        return arguments

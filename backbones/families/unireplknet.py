@@ -5,7 +5,8 @@ Source: "UniRepLKNet: A Universal Perception Large-Kernel ConvNet" (arXiv 2311.1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from backbones.layers import (
     BRANCHED_CONV_LAYOUT,
     CONVNEXT_LAYOUT,
     BranchedConv,
-    CenteringChain,
+    Chain,
     ChannelMlp,
     Head,
     bias_as_norm,
     split_merged_kernels,
+    statistics_dtype,
 )
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
@@ -68,6 +70,60 @@ class Block(nn.Module):
         self.mlp.reparameterize()
         merge.scale_into_previous(self.mlp.fc2, self.gamma)
         self.gamma = None
+
+
+class CenteringChain(Chain):
+    """A chain that also takes over the mean of layer norms after convolutions.
+
+    It pays where what follows wants channels first: the layer norm leaves channels last.
+    """
+
+    def reparameterize(self) -> None:
+        """Fold norms, and center the outputs of convolutions in front of a layer norm."""
+        super().reparameterize()
+        for (_, before), (name, norm) in pairwise(list(self.named_children())):
+            if type(before) is nn.Conv2d and isinstance(norm, LayerNorm2d):
+                merge.center_outputs(before)
+                setattr(self, name, CenteredNorm2d(norm))
+
+
+class CenteredNorm2d(nn.Module):
+    """Layer norm over the channels of feature maps (B, C, H, W) whose mean over channels is zero.
+
+    It takes over the parameters of the layer norm `norm`.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_unit_variance(x, self.mean, self.eps, self.weight, self.bias)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean over channels, (B, 1, H, W)."""
+        return x.mean(1, keepdim=True)
+
+
+def to_unit_variance(
+    x: Tensor,
+    mean: Callable[[Tensor], Tensor],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Scale feature maps (B, C, H, W) whose `mean` is zero to variance 1, then each channel."""
+    variance = mean(x.to(statistics_dtype(x)).square())
+    return scaled(x * (variance + eps).rsqrt().to(x.dtype), weight, bias)
+
+
+def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Multiply each channel of feature maps (B, C, H, W) by its weight and add its bias."""
+    if weight is not None:
+        x = x * weight.view(1, -1, 1, 1)
+    return x if bias is None else x + bias.view(1, -1, 1, 1)
 
 
 class UniRepLKNet(StagedBackbone):

@@ -5,29 +5,18 @@ from backbones.layers.branched_conv import (
     BranchedConv,
     split_merged_kernels,
 )
-from backbones.layers.chain import CenteringChain, Chain
-from backbones.layers.conv_norm import bias_as_norm, conv_norm
-from backbones.layers.convnext_names import CONVNEXT_LAYOUT, PYRAMID_LAYOUT, TRANSFORMERS_LAYOUT
-from backbones.layers.downsample import norm_conv_downsample
+from backbones.layers.chain import Chain, bias_as_norm, conv_norm, norm_conv_downsample
 from backbones.layers.head import Head
+from backbones.layers.layouts import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
 from backbones.layers.mlp import ChannelMlp
-from backbones.layers.norm import (
-    CenteredNorm2d,
-    GlobalResponseNorm,
-    scaled,
-    statistics_dtype,
-    to_unit_variance,
-)
+from backbones.layers.norm import GlobalResponseNorm, statistics_dtype
 from backbones.layers.tracing import fx_leaf
 
 __all__ = [
     "BRANCHED_CONV_LAYOUT",
     "CONVNEXT_LAYOUT",
     "PYRAMID_LAYOUT",
-    "TRANSFORMERS_LAYOUT",
     "BranchedConv",
-    "CenteredNorm2d",
-    "CenteringChain",
     "Chain",
     "ChannelMlp",
     "GlobalResponseNorm",
@@ -36,8 +25,6 @@ __all__ = [
     "conv_norm",
     "fx_leaf",
     "norm_conv_downsample",
-    "scaled",
     "split_merged_kernels",
     "statistics_dtype",
-    "to_unit_variance",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers.conv_norm import bias_as_norm, conv_norm
+from backbones.layers.chain import bias_as_norm, conv_norm
 
 __all__ = ["BRANCHED_CONV_LAYOUT", "BranchedConv", "split_merged_kernels"]
 

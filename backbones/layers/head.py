@@ -1,4 +1,4 @@
-"""The head's contract, written once: maps -> pool -> vectors -> dropout -> classifier."""
+"""The head's contract, written once: feature maps -> pool -> vectors -> dropout -> classifier."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Head(nn.Module):
     """Pools the last feature map and classifies it; a family only names its parts.
 
     Args:
-        in_features: channels of the map (B, C, H, W) that comes in.
+        in_features: channels of the feature map (B, C, H, W) that comes in.
         num_classes: width of the classifier; 0 for none.
-        pool_type: timm's name of the pooling; ``""`` keeps the map, and every part then acts at
-            each position of it.
+        pool_type: timm's name of the pooling; ``""`` keeps the feature map, and every part then
+            acts at each position of it.
         drop_rate: dropout before the classifier.
         maps: parts before pooling, by name; they take (B, C, H, W).
         vectors: parts after pooling, by name; they take (..., C).
@@ -57,6 +57,9 @@ class Head(nn.Module):
             self.add_module(name, part)
         self.drop = nn.Dropout(drop_rate)
         self.set_classifier(num_classes)
+        # The mark of the re-parameterized form. It stands in the head because the model has no
+        # `reparameterize()` that could set it: timm's walker, which should give the same model,
+        # skips the root. Every model has a head, also a pruned one.
         self.deployed = False
 
     def set_pool(self, pool_type: str) -> None:
@@ -120,18 +123,18 @@ class Head(nn.Module):
         """Map (B, C, H, W) to logits (B, num_classes), or to (B, num_features) before them."""
         for name in self.map_parts:
             x = getattr(self, name)(x)
-        x = self.global_pool(x)
+        x = self.global_pool(x)  # B C
         if not self.pool_type:
-            x = x.permute(0, 2, 3, 1)
+            x = x.permute(0, 2, 3, 1)  # B H W C
         for name in self.vector_parts:
             x = getattr(self, name)(x)
         x = self.drop(x)
         if not pre_logits:
-            x = self.get_classifier()(x)
+            x = self.get_classifier()(x)  # B num_classes
         return x if self.pool_type else x.permute(0, 3, 1, 2)
 
     def reparameterize(self) -> None:
-        """Fold the norms before and after pooling into the maps beside them."""
+        """Fold the norms before and after pooling into the linear layers beside them."""
         merge.fold_chain(self, self.map_parts)
         merge.fold_chain(self, (*self.vector_parts, self.classifier_name.split(".")[0]))
         self.deployed = True

@@ -47,7 +47,8 @@ class ChannelMlp(nn.Module):
             self.fc2 = nn.Linear(hidden_dim, dim, bias=out_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.grn(self.act(self.fc1(x))))
+        x = self.act(self.fc1(x))  # B H W D, or B D H W with `use_conv`
+        return self.fc2(self.grn(x))  # B H W C, or B C H W
 
     def reparameterize(self) -> None:
         """Fold the offset of the response norm into the second layer."""

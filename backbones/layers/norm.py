@@ -1,15 +1,13 @@
-"""Normalization layers that several families share (LayerNorm itself is timm's)."""
+"""The response norm, and the type in which norms take their statistics."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from backbones.layers.tracing import fx_leaf
 
-__all__ = ["CenteredNorm2d", "GlobalResponseNorm", "scaled", "statistics_dtype", "to_unit_variance"]
+__all__ = ["GlobalResponseNorm", "statistics_dtype"]
 
 
 @fx_leaf
@@ -43,47 +41,8 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         energy = torch.linalg.vector_norm(
             x, dim=self.spatial_axes, keepdim=True, dtype=statistics_dtype(x)
-        )
+        )  # B 1 1 C or B C 1 1
         relative = energy / (energy.mean(dim=self.channel_axis, keepdim=True) + self.eps)
         scale = 1 + self.weight.view(self.shape) * relative
         x = x * scale.to(x.dtype)
         return x if self.bias is None else x + self.bias.view(self.shape).to(x.dtype)
-
-
-class CenteredNorm2d(nn.Module):
-    """Layer norm over the channels of maps (B, C, H, W) whose mean over channels is zero.
-
-    It takes over the parameters of the layer norm `norm`.
-    """
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        self.weight, self.bias = norm.weight, norm.bias
-        self.train(norm.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return to_unit_variance(x, self.mean, self.eps, self.weight, self.bias)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Return the mean over channels, (B, 1, H, W)."""
-        return x.mean(1, keepdim=True)
-
-
-def to_unit_variance(
-    x: Tensor,
-    mean: Callable[[Tensor], Tensor],
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Scale maps (B, C, H, W) whose `mean` is zero to variance 1, then each channel."""
-    variance = mean(x.to(statistics_dtype(x)).square())
-    return scaled(x * (variance + eps).rsqrt().to(x.dtype), weight, bias)
-
-
-def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Multiply each channel of maps (B, C, H, W) by its weight and add its bias."""
-    if weight is not None:
-        x = x * weight.view(1, -1, 1, 1)
-    return x if bias is None else x + bias.view(1, -1, 1, 1)

@@ -7,12 +7,20 @@ values and gradients. :func:`use_reference` forces the reference.
 
 from __future__ import annotations
 
-from backbones.ops.dispatch import reference_active, use_reference
+from backbones.ops.dispatch import (
+    at_least_float32,
+    is_recorded,
+    reference_active,
+    use_reference,
+    without_autocast,
+)
 from backbones.ops.neighborhood import neighborhood_aggregation, neighborhood_bias
 from backbones.ops.small_kernel import small_kernel_aggregation
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
+    "at_least_float32",
+    "is_recorded",
     "neighborhood_aggregation",
     "neighborhood_bias",
     "reference_active",
@@ -20,4 +28,5 @@ __all__ = [
     "small_kernel_aggregation",
     "spectral_filter",
     "use_reference",
+    "without_autocast",
 ]

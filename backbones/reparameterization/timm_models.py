@@ -93,7 +93,7 @@ def _pairs(model: nn.Module) -> list[Pair]:
         for (first, linear), (second, norm) in pairwise(children):
             kinds = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
             width = getattr(linear, "out_channels", getattr(linear, "out_features", None))
-            if merge.is_map(linear) and type(norm) in kinds and norm.num_features == width:
+            if merge.is_linear_layer(linear) and type(norm) in kinds and norm.num_features == width:
                 found.append((name, first, second))
     return found
 

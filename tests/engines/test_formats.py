@@ -91,7 +91,7 @@ def test_height_and_width_stay_free_in_onnx(name, tmp_path):
     model = model_of(name)
     path = tmp_path / "m.onnx"
     free = ("batch", "height", "width")
-    if model.one_size:
+    if model.fixed_size_reason:
         with pytest.raises(UnsupportedError, match="one file a size"):
             export(model, path, input_size=(3, 64, 64), dynamic=free)
         return

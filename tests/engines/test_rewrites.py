@@ -20,7 +20,7 @@ from backbones.engines.rewrites.spartan_spatial import ContrastAfter, contrast_a
 from backbones.families import convnext, hornet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention
-from backbones.layers import CenteredNorm2d
+from backbones.families.unireplknet import CenteredNorm2d
 
 NORMS = {CenteredNorm2d, GroupNorm1, LayerNorm2d}
 

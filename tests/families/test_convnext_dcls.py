@@ -1,4 +1,4 @@
-"""ConvNeXt with learned spacings: its kernels, its shared positions and what it keeps of them."""
+"""ConvNeXt with learned spacings: its kernels, its shared positions and what it caches."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_impossible_arguments_are_refused(arguments):
         backbones.create_model("convnext_dcls_tiny", device="meta", **arguments)
 
 
-# The kept kernel.
+# The cached kernel.
 
 
 def load(model):
@@ -330,7 +330,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_kept_kernels_follow_every_change(change, context):
+def test_cached_kernels_follow_every_change(change, context):
     model = small()
     x = torch.randn(1, 3, 64, 64)
     with context():
@@ -356,7 +356,7 @@ def test_kernels_are_built_once_and_copies_are_independent():
     with torch.no_grad():
         assert conv.kernel(positions) is first
         twin = copy.deepcopy(model)
-        assert not any(vars(block.conv_dw.kept)["_kept"] for block in twin.stages[0].blocks)
+        assert not any(vars(block.conv_dw.cached)["_cached"] for block in twin.stages[0].blocks)
         for parameter in twin.parameters():
             parameter.zero_()
         assert twin(x).abs().max() == 0

@@ -1,4 +1,4 @@
-"""What is particular to SpaRTAN: arguments read off a checkpoint, and the strongest channel."""
+"""What is particular to SpaRTAN: other widths, rotations and the strongest channel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from golden import FOLDER, Golden, assert_feature, assert_logits, fill
 
 import backbones
-from backbones.errors import CheckpointError, ConfigError, WeightsUnavailableError
+from backbones.errors import CheckpointError, ConfigError
 from backbones.families.spartan import ChannelMixer
 
 CUSTOM = {"depths": [1, 2, 3, 1], "dims": [24, 48, 96, 160], "expand_ratios": [8, 6, 4, 4]}
@@ -34,61 +34,14 @@ def test_parameter_count():
 
 
 @torch.no_grad()
-def test_arguments_are_read_off_the_authors_checkpoint(custom, custom_file):
-    model = backbones.create_model(
-        "spartan", checkpoint_path=custom_file, dtype=torch.float64
-    ).eval()
-    assert model.arguments.items() >= {**CUSTOM, "num_classes": 1000, "in_chans": 3}.items()
+def test_a_model_of_other_depths_and_widths_computes_what_the_authors_does(custom, custom_file):
+    arguments = {**CUSTOM, "checkpoint_path": custom_file, "dtype": torch.float64}
+    model = backbones.create_model("spartan_t", **arguments).eval()
     assert sum(p.numel() for p in model.parameters()) == custom.params
     assert_logits(model(custom.input_tensor()), custom)
-    pyramid = backbones.create_model(
-        "spartan.s", checkpoint_path=custom_file, features_only=True, dtype=torch.float64
-    ).eval()
+    pyramid = backbones.create_model("spartan_t", **arguments, features_only=True).eval()
     for map_, expected in zip(pyramid(custom.input_tensor()), custom.stages(), strict=True):
         assert_feature(map_, expected, expected["name"])
-
-
-def test_our_own_layout_and_our_own_file_are_read_too(custom_file, tmp_path):
-    model = backbones.create_model("spartan", checkpoint_path=custom_file, drop_path_rate=0.2)
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
-    backbones.save_checkpoint(model, tmp_path / "ours.safetensors")
-    for name, rate in (("bare.pth", 0.0), ("ours.safetensors", 0.2)):
-        twin = backbones.create_model("spartan", checkpoint_path=tmp_path / name)
-        assert twin.arguments.items() >= CUSTOM.items()
-        assert twin.drop_path_rate == rate
-        for key, value in model.state_dict().items():
-            assert torch.equal(twin.state_dict()[key], value), key
-
-
-def test_what_the_user_asks_for_wins(custom_file, tmp_path):
-    model = backbones.create_model(
-        "spartan", checkpoint_path=custom_file, num_classes=5, in_chans=1
-    )
-    assert model.head.fc.weight.shape == (5, 160)
-    assert model.stem[0].conv.weight.shape[1] == 1
-    torch.save(model.state_dict(), tmp_path / "narrow.pth")
-    twin = backbones.create_model("spartan", checkpoint_path=tmp_path / "narrow.pth")
-    assert (twin.num_classes, twin.in_chans) == (5, 1)
-
-
-def test_family_name_without_a_file():
-    assert "spartan" not in backbones.list_models()
-    with pytest.raises(ConfigError, match=r"spartan_t.*checkpoint_path"):
-        backbones.create_model("spartan")
-    with pytest.raises(WeightsUnavailableError, match=r"huggingface\.co/henry-pay/SpaRTAN-S"):
-        backbones.create_model("spartan", pretrained=True)
-
-
-def test_files_of_other_families_and_families_that_cannot_tell(tmp_path):
-    other = backbones.create_model("convnext_atto", depths=[1] * 4, dims=[8, 16, 24, 32])
-    torch.save(other.state_dict(), tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth: SpaRTAN cannot tell"):
-        backbones.create_model("spartan", checkpoint_path=tmp_path / "other.pth")
-    torch.save({"stem.0.conv.weight": torch.ones(8, 3, 3, 3)}, tmp_path / "stem.pth")
-    with pytest.raises(CheckpointError, match=r"stem\.pth: SpaRTAN cannot tell"):
-        backbones.create_model("spartan", checkpoint_path=tmp_path / "stem.pth")
-    with pytest.raises(CheckpointError, match="ConvNeXt cannot tell"):
-        backbones.create_model("convnext", checkpoint_path=tmp_path / "other.pth")
 
 
 def test_a_checkpoint_whose_groups_break_the_half_rule_is_refused(custom, tmp_path):
@@ -97,7 +50,7 @@ def test_a_checkpoint_whose_groups_break_the_half_rule_is_refused(custom, tmp_pa
     tensors[key] = tensors[key][:, :1].clone()
     torch.save(tensors, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=r"conv_h\.conv\.weight"):
-        backbones.create_model("spartan", checkpoint_path=tmp_path / "odd.pth")
+        backbones.create_model("spartan_t", **CUSTOM, checkpoint_path=tmp_path / "odd.pth")
 
 
 @torch.no_grad()

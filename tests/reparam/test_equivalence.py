@@ -28,7 +28,7 @@ from backbones.registry import registry
 TOLERANCE = 1e-10
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 # Batch norms between two operators that cannot take them, of the families in the manifest.
-KEPT_NORMS = {"lsnet": r"\.mixer\.norm$"}
+LEFT_NORMS = {"lsnet": r"\.mixer\.norm$"}
 
 
 def make(name: str, **arguments: object) -> nn.Module:
@@ -99,7 +99,7 @@ class Uses(TorchFunctionMode):
 
 
 @torch.no_grad()
-def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
+def test_no_batch_norm_is_left_beside_a_linear_layer_that_can_take_it(pair):
     name, _, merged = pair
     made_by: dict[int, nn.Module] = {}
     alive: list[Tensor] = []
@@ -108,7 +108,7 @@ def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
     def after(module, inputs, output):
         for value in inputs:
             source = made_by.get(id(value))
-            if isinstance(module, BATCH_NORM) and merge.is_map(source):
+            if isinstance(module, BATCH_NORM) and merge.is_linear_layer(source):
                 pairs.append((source, module, value))
             if merge._is_unpadded(module) and isinstance(source, BATCH_NORM):
                 pairs.append((source, module, value))
@@ -126,10 +126,10 @@ def test_no_batch_norm_is_left_beside_a_map_that_can_take_it(pair):
     assert not [pair for *pair, value in pairs if uses.counts[id(value)] == 1]
     left = [n for n, module in merged.named_modules() if isinstance(module, BATCH_NORM)]
     family = registry.variants[name].family
-    kept = KEPT_NORMS.get(family)
-    assert family not in families_in_manifest() or all(kept and re.search(kept, n) for n in left), (
-        left
-    )
+    expected = LEFT_NORMS.get(family)
+    assert family not in families_in_manifest() or all(
+        expected and re.search(expected, n) for n in left
+    ), left
 
 
 def test_the_meta_device_gives_the_same_names_and_shapes(pair):

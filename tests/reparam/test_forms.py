@@ -211,7 +211,7 @@ def test_pairs_that_only_look_like_neighbors_are_not_folded():
     model = randomize(Crossed()).eval()
     merged, report = reparameterize_with_report(model)
     assert isinstance(merged.norm, nn.BatchNorm2d) and isinstance(merged.norm2, nn.Identity)
-    assert report.merges == {"norm into the map before": 1}
+    assert report.merges == {"norm into the linear layer before": 1}
 
 
 def test_the_command_line_writes_the_deploy_form(tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_the_command_line_writes_the_deploy_form(tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     assert main(["reparam", str(source), str(target), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["merges"]["norm into the map before"] == 16
+    assert report["merges"]["norm into the linear layer before"] == 16
     assert report["largest_difference"] < 1e-10
     assert report["operations"][1] < report["operations"][0]
     ours = read_metadata(target)["backbones"]

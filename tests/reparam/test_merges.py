@@ -1,4 +1,4 @@
-"""One row for every merge of the fact sheets: how often it is made, and that it is made at all.
+"""One row for every merge of every family: how often it is made, and that it is made at all.
 
 A row names a rule, the places it applies to and how many they are. Skipping the rule at these
 places must change the model: its modules, entries, numbers or operators, or (for merges of values
@@ -48,10 +48,10 @@ SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_i
 SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
 CENTER = "backbones.merge:center_outputs"
 BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
-IDENTITY = "backbones.families.overlock.conv_mlp:ResidualConv.merged"
+IDENTITY = "backbones.families.overlock.layers:ResidualConv.merged"
 
 ROWS = [
-    # convnext.md, section 7
+    # ConvNeXt
     Row("convnext_atto", "block norm into fc1", NEXT, r"blocks\.\d+\.norm$", 12, 0),
     Row("convnext_atto", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
     Row("convnext_atto", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
@@ -72,13 +72,13 @@ ROWS = [
         r"",
         18,
     ),
-    # inception_next.md
+    # InceptionNeXt
     Row("inception_next_atto", "stem norm", PREVIOUS, r"stem\.0$", 1, 1),
     Row("inception_next_atto", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
     Row("inception_next_atto", "block norm into fc1", NEXT, r"blocks\.\d+\.norm$", 12, 0),
     Row("inception_next_atto", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
     Row("inception_next_atto", "head norm into fc2", NEXT, r"head\.norm$", 1, 0),
-    # unireplknet.md
+    # UniRepLKNet
     Row("unireplknet_a", "dilated branches", BRANCHES, r"conv_dw$", 10, 0),
     Row("unireplknet_a", "block norm into the kernel", PREVIOUS, r"blocks\.\d+\.norm$", 12, 1),
     Row("unireplknet_a", "offset of GRN into fc2", SHIFT_NEXT, r"", 12),
@@ -86,7 +86,7 @@ ROWS = [
     Row("unireplknet_a", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
     Row("unireplknet_a", "final norm into the head", NEXT, r"head\.norm$", 1, 0),
     Row("unireplknet_a", "stem and downsampling centered", CENTER, r"(stem|downsample)\.\d$", 5),
-    # hornet.md
+    # HorNet
     Row("hornet_tiny_7x7", "norm1 into proj_in", NEXT, r"norm1$", 25, 0),
     Row("hornet_tiny_7x7", "norm2 into fc1", NEXT, r"norm2$", 25, 0),
     Row("hornet_tiny_7x7", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
@@ -102,14 +102,14 @@ ROWS = [
     ),
     Row("hornet_tiny_7x7", "layer scale into proj_out", SCALE, r"proj_out$", 25),
     Row("hornet_tiny_7x7", "layer scale into fc2", SCALE, r"mlp\.fc2$", 25),
-    # cpubone.md, section 8
+    # CPUBone
     Row("cpubone_b0", "norms after convolutions", PREVIOUS, r"conv(\.1)?$", 20, 1),
     Row("cpubone_b0", "group norm into the MLP", NEXT, r"main\.0$", 7, 0),
     Row("cpubone_b0", "norm of the reduction into qkv", NEXT, r"conv_proj\.norm$", 7, 0),
     Row("cpubone_b0", "scale into the queries", FACTOR, r"pwise$", 7, 1),
     Row("cpubone_b0", "bias of keys", "backbones.merge:drop_softmax_bias", r"pwise$", 7),
     Row("cpubone_b0", "bias of values", "backbones.merge:uniform_bias_into_next", r"pwise$", 7),
-    # lsnet.md
+    # LSNet
     Row("lsnet_t", "norms after convolutions", PREVIOUS, r"conv$", 91, 1),
     Row("lsnet_t", "3x3, 1x1 and identity", BRANCHES, r"mixer$", 10, 0),
     Row("lsnet_t", "norm of the 7x7 into the next 1x1", NEXT, r"lkp\.conv_dw\.norm$", 5, 0),
@@ -117,8 +117,14 @@ ROWS = [
     Row("lsnet_t", "norm into the head", NEXT, r"head\.norm$", 1, 0),
     Row("lsnet_t", "scale into the queries", FACTOR, r"q_dw\.conv$", 5, 1),
     Row("lsnet_t", "bias of keys", "backbones.merge:drop_softmax_bias", r"qkv\.conv$", 5),
-    Row("lsnet_t_distill", "two heads into one", "backbones.merge:average_maps", r"head\.fc$", 1),
-    # overlock.md
+    Row(
+        "lsnet_t_distill",
+        "two heads into one",
+        "backbones.merge:average_linear_layers",
+        r"head\.fc$",
+        1,
+    ),
+    # OverLoCK
     Row("overlock_xt", "norms after convolutions", PREVIOUS, r"", 178, 1),
     Row("overlock_xt", "dilated branches", BRANCHES, r"", 17, 0),
     Row("overlock_xt", "norm before proj", NEXT, r"proj\.norm$", 8, 0),
@@ -129,7 +135,7 @@ ROWS = [
     Row("overlock_xt", "context scales", SCALE, r"(fc2|context\.conv)$", 7),
     Row("overlock_xt", "offsets of context scales", "backbones.merge:shift_together", r"", 7),
     Row("overlock_xt", "scale into the queries", FACTOR, r"query\.conv$", 8, 1),
-    # spartan.md
+    # SpaRTAN
     Row("spartan_t", "norms after convolutions", PREVIOUS, r"", 65, 1),
     Row(
         "spartan_t",
@@ -139,7 +145,14 @@ ROWS = [
         20,
         1,
     ),
-    Row("spartan_t", "theta and proj", "backbones.merge:stack_maps", r"channel\.proj$", 20, 0),
+    Row(
+        "spartan_t",
+        "theta and proj",
+        "backbones.merge:stack_linear_layers",
+        r"channel\.proj$",
+        20,
+        0,
+    ),
     Row("spartan_t", "norm1 into proj_in", NEXT, r"norm1$", 20, 0),
     Row("spartan_t", "contrast", "backbones.merge:split_contrast", r"proj_in$", 20, 0),
     Row("spartan_t", "layer scales into proj_out", SCALE, r"proj_out$", 40),
@@ -253,16 +266,16 @@ def test_every_merge_is_made(row, monkeypatch):
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a fact sheet lists and no merge is: `kept` are entries that must still be there."""
+    """What looks like a merge and is none: `left` are entries that must still be there."""
 
     model: str
     what: str
     reason: str
-    kept: str
+    left: str
     count: int
 
 
-ZEROS = "zeros around the padded map would have to be shifted too; scaling divides by a factor"
+ZEROS = "zeros around the padded input would have to be shifted too; scaling divides by a factor"
 COSTS = "the merged form costs more operations than the parts"
 
 LEFT_OUT = [
@@ -292,8 +305,8 @@ LEFT_OUT = [
 @pytest.mark.parametrize("row", LEFT_OUT, ids=lambda row: f"{row.model}: {row.what}")
 def test_what_is_no_merge_is_left_alone(row):
     merged = backbones.reparameterize(make(row.model), verify=False)
-    kept = [key for key in merged.state_dict() if re.search(row.kept, key)]
-    assert len(kept) == row.count, kept
+    left = [key for key in merged.state_dict() if re.search(row.left, key)]
+    assert len(left) == row.count, left
 
 
 @pytest.mark.parametrize("table", [ROWS, LEFT_OUT], ids=["made", "left out"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import GroupNorm1, LayerNorm2d
 from torch import Tensor, nn
 
-from backbones.layers import CenteredNorm2d, scaled, to_unit_variance
+from backbones.families.unireplknet import CenteredNorm2d, scaled, to_unit_variance
 
 __all__ = ["FEW", "DecomposedNorm2d", "WholeNorm2d"]
 

@@ -19,7 +19,7 @@ from backbones.engines.rewrites.spartan_spatial import JoinedMixer
 from backbones.families import convnext, hornet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention
-from backbones.layers import CenteredNorm2d
+from backbones.families.unireplknet import CenteredNorm2d
 from backbones.reparameterization import backbones_in
 
 __all__ = ["REWRITES", "rewrite_block", "rewrite_for_graphs"]

@@ -1,4 +1,4 @@
-"""Values computed from parameters and kept until a parameter changes."""
+"""Values computed from parameters and cached until a parameter changes."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from backbones.ops.dispatch import is_recorded
+from backbones.ops import is_recorded
 
-__all__ = ["KeptTensor"]
+__all__ = ["CachedTensor"]
 
 
-class KeptTensor:
-    """A tensor computed from parameters, kept for the next forward while none of them changes.
+class CachedTensor:
+    """A tensor computed from parameters, cached for the next forward while none of them changes.
 
-    What is kept belongs to the very parameters, memory and version (PyTorch's count of in-place
+    What is cached belongs to the very parameters, memory and version (PyTorch's count of in-place
     changes) it was computed from, so that optimizer steps, loading, ``.to()`` and replaced
     parameters all lead to a fresh computation. Only a write through ``parameter.data`` goes
-    unnoticed, as it does by autograd. Nothing is kept where gradients flow into the parameters,
+    unnoticed, as it does by autograd. Nothing is cached where gradients flow into the parameters,
     while operations are being recorded, or in copies and files of the model.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, list[tuple[Tensor, Tensor, int]]] | None = None
+        self._cached: tuple[Tensor, list[tuple[Tensor, Tensor, int]]] | None = None
 
     def get(self, compute: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-        """Return ``compute(*parameters)``, kept from an earlier call where that is right."""
-        if not _keepable(parameters):
+        """Return ``compute(*parameters)``, from an earlier call where that is right."""
+        if not _can_be_cached(parameters):
             return compute(*parameters)
-        if self._kept is not None:
-            tensor, sources = self._kept
+        if self._cached is not None:
+            tensor, sources = self._cached
             if all(_unchanged(*pair) for pair in zip(parameters, sources)):
                 return tensor
         # A tensor made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             tensor = compute(*parameters)
             # The alias keeps the memory from being given to another tensor.
-            self._kept = tensor, [(p, p.detach(), p._version) for p in parameters]
+            self._cached = tensor, [(p, p.detach(), p._version) for p in parameters]
         return tensor
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_kept": None}
+        return {"_cached": None}
 
 
 def _unchanged(parameter: Tensor, source: tuple[Tensor, Tensor, int]) -> bool:
@@ -51,7 +51,7 @@ def _unchanged(parameter: Tensor, source: tuple[Tensor, Tensor, int]) -> bool:
     return parameter.data_ptr() == alias.data_ptr()
 
 
-def _keepable(parameters: tuple[Tensor, ...]) -> bool:
+def _can_be_cached(parameters: tuple[Tensor, ...]) -> bool:
     if is_recorded():
         return False
     for parameter in parameters:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.families.convnext.cached import KeptTensor
+from backbones.families.convnext.cached import CachedTensor
 from backbones.layers import fx_leaf
-from backbones.ops.dispatch import at_least_float32, without_autocast
+from backbones.ops import at_least_float32, without_autocast
 
 __all__ = ["SpacedConv", "kernel_from_points"]
 
@@ -37,24 +37,24 @@ def kernel_from_points(weight: Tensor, positions: Tensor, size: int) -> Tensor:
     """
     dtype = at_least_float32(weight, positions)
     with without_autocast(weight):
-        places = (positions.to(dtype) + size // 2).unsqueeze(-2)
+        places = (positions.to(dtype) + size // 2).unsqueeze(-2)  # 2 C 1 n
         low = places.floor().detach()
         share = places - low
         cells = torch.arange(size, dtype=dtype, device=weight.device).unsqueeze(-1)
         nothing = torch.zeros_like(share)
         rows, columns = torch.where(
             cells == low, 1 - share, torch.where(cells == low + 1, share, nothing)
-        )  # each (C, k, n)
-        kernel = (rows * weight.to(dtype).unsqueeze(-2)) @ columns.transpose(-1, -2)
+        )  # each C k n
+        kernel = (rows * weight.to(dtype).unsqueeze(-2)) @ columns.transpose(-1, -2)  # C k k
         return kernel.unsqueeze(1).to(weight.dtype)
 
 
 class SpacedConv(nn.Module):
     """A depthwise convolution whose kernel is made of points; the caller holds their positions.
 
-    Without gradients the dense kernel is built once and kept until weights or positions change.
-    The convolution keeps the map's size. On CPUs a 17x17 depthwise convolution runs far faster in
-    the channels_last memory format.
+    Without gradients the dense kernel is built once and cached until weights or positions change.
+    The convolution keeps the feature map's size. On CPUs a 17x17 depthwise convolution runs far
+    faster in the channels_last memory format.
 
     Args:
         dim: number of channels.
@@ -70,12 +70,12 @@ class SpacedConv(nn.Module):
         self.dilation = dilation
         self.weight = nn.Parameter(torch.empty(dim, points))
         self.bias = nn.Parameter(torch.empty(dim))
-        self.kept = KeptTensor()
+        self.cached = CachedTensor()
 
     def kernel(self, positions: Tensor) -> Tensor:
         """Return the dense kernel (C, 1, k, k) for points at `positions` (2, C, n)."""
         build = partial(kernel_from_points, size=self.kernel_size)
-        return self.kept.get(build, self.weight, positions)
+        return self.cached.get(build, self.weight, positions)
 
     @torch.no_grad()
     def merged(self, positions: Tensor) -> nn.Conv2d:

@@ -28,23 +28,11 @@ from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import CheckpointError, ConfigError
 from backbones.families.convnext.dcls import SpacedConv
-from backbones.layers import (
-    CONVNEXT_LAYOUT,
-    TRANSFORMERS_LAYOUT,
-    Chain,
-    ChannelMlp,
-    Head,
-    norm_conv_downsample,
-)
+from backbones.families.convnext.layouts import LAYOUTS
+from backbones.layers import Chain, ChannelMlp, Head, norm_conv_downsample
 from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
-BLOCK_NAMES = (
-    (r"\.dwconv\.", ".conv_dw."),
-    (r"\.pwconv(\d)\.", r".mlp.fc\1."),
-    (r"\.grn\.gamma$", ".mlp.grn.weight"),
-    (r"\.grn\.beta$", ".mlp.grn.bias"),
-)
 
 
 class PartialConv(nn.Module):
@@ -58,8 +46,8 @@ class PartialConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, mixed = x.split(self.split, dim=1)
-        return torch.cat((kept, self.conv(mixed)), dim=1)
+        passed, mixed = x.split(self.split, dim=1)
+        return torch.cat((passed, self.conv(mixed)), dim=1)
 
     def merged(self) -> nn.Conv2d:
         """Return the depthwise convolution on all channels that computes the same."""
@@ -102,7 +90,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         y = self.conv_dw(x) if positions is None else self.conv_dw(x, positions)
         if self.channels_last:
-            y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            y = self.norm(y.permute(0, 2, 3, 1))  # B H W C
+            y = self.mlp(y).permute(0, 3, 1, 2)  # B C H W
         else:
             y = self.mlp(self.norm(y))
         if self.gamma is not None:
@@ -163,10 +152,7 @@ class ConvNeXt(StagedBackbone):
 
     dilatable = True
     no_decay_patterns = (r"\.positions$",)
-    layouts = {
-        "authors": (*CONVNEXT_LAYOUT, *BLOCK_NAMES),
-        "transformers": (*TRANSFORMERS_LAYOUT, *BLOCK_NAMES),
-    }
+    layouts = LAYOUTS
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""Attention over a map that a convolution has mixed and reduced (CPUBone, arXiv 2603.26425)."""
+"""Attention over a feature map that a convolution has mixed and reduced.
+
+Source: CPUBone (arXiv 2603.26425).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ __all__ = ["ConvAttention", "padded"]
 
 
 def padded(x: Tensor, stride: int) -> Tensor:
-    """Pad a map (B, C, H, W) by zeros at the bottom and on the right to multiples of `stride`."""
+    """Pad (B, C, H, W) by zeros at the bottom and on the right to multiples of `stride`."""
     if stride == 1:
         return x
     return F.pad(x, (0, x.shape[-1] % stride, 0, x.shape[-2] % stride))
 
 
 class ConvAttention(nn.Module):
-    """Attention over a map that a depthwise 2x2 convolution has mixed and, at stride 2, reduced.
+    """Attention over what a depthwise 2x2 convolution has mixed and, at stride 2, reduced.
 
     The output is projected at the reduced size and then repeated. Odd sizes, which the authors'
     code cannot take, are padded by zeros at the bottom and on the right, as in timm.
@@ -44,11 +47,12 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2], x.shape[-1]
-        x = self.pwise(self.conv_proj(padded(x, self.stride)))
+        x = self.pwise(self.conv_proj(padded(x, self.stride)))  # B G*3*c H/stride W/stride
         # The channels of one head are its queries, keys and values, in this order.
         heads = x.reshape(x.shape[0], self.num_heads, 3 * self.head_dim, -1).transpose(-2, -1)
-        q, k, v = heads.chunk(3, dim=-1)
+        q, k, v = heads.chunk(3, dim=-1)  # each B G N c
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(-2, -1)
+        # B G c N to B G*c H/stride W/stride, projected and upsampled to B C H W
         x = self.upsampling(mixed.reshape(x.shape[0], -1, x.shape[-2], x.shape[-1]))
         return x[..., :height, :width] if self.stride > 1 else x
 

@@ -1,4 +1,4 @@
-"""Attention over a map, with biases that depend on how far apart two positions are.
+"""Attention over a feature map, with biases that depend on how far apart two positions are.
 
 Source: LSNet (arXiv 2503.23135), whose last stage uses it, after LeViT (arXiv 2104.01136).
 """
@@ -18,7 +18,7 @@ from backbones.layers import conv_norm, fx_leaf, statistics_dtype
 __all__ = ["DistanceAttention", "attend", "distance_bias", "resize_tables"]
 
 HEADS, KEY_DIM = 4, 16
-DENSE_SIZE = 14  # side of the maps that LSNet's dense models hold biases for
+DENSE_SIZE = 14  # side of the feature maps that LSNet's dense models hold biases for
 
 
 def resize_tables(tables: Tensor, size: int) -> Tensor:
@@ -26,18 +26,18 @@ def resize_tables(tables: Tensor, size: int) -> Tensor:
     side = math.isqrt(tables.shape[1])
     if side == size:
         return tables
-    square = tables.to(statistics_dtype(tables)).view(1, -1, side, side)
+    square = tables.to(statistics_dtype(tables)).view(1, -1, side, side)  # 1 G S S
     square = F.interpolate(square, size=(size, size), mode="bicubic", align_corners=False)
     return square.flatten(2)[0]
 
 
 @fx_leaf
 def distance_bias(x: Tensor, tables: Tensor) -> Tensor:
-    """Return what is added to the attention logits of a map `x`: (heads, H*W, H*W).
+    """Return what is added to the attention logits of a feature map `x`: (heads, H*W, H*W).
 
     Entry ``|dy| * S + |dx|`` of a table (heads, S*S) is the bias of two positions that far apart.
-    A map of S x S takes the tables as they are. Any other goes the way of the authors' dense
-    models: tables for 14x14, whose bias matrix is resized like an image.
+    A feature map of S x S takes the tables as they are. Any other goes the way of the authors'
+    dense models: tables for 14x14, whose bias matrix is resized like an image.
     """
     height, width = x.shape[-2:]
     size = math.isqrt(tables.shape[1])
@@ -46,8 +46,8 @@ def distance_bias(x: Tensor, tables: Tensor) -> Tensor:
         tables = resize_tables(tables, size)
     steps = torch.arange(size, device=tables.device)
     apart = (steps[:, None] - steps).abs()
-    pairs = tables.unflatten(1, (size, size))[:, apart][..., apart]  # (heads, y, y', x, x')
-    matrix = pairs.transpose(2, 3).flatten(3).flatten(1, 2)
+    pairs = tables.unflatten(1, (size, size))[:, apart][..., apart]  # G H H W W
+    matrix = pairs.transpose(2, 3).flatten(3).flatten(1, 2)  # G N N
     if height * width != size * size:
         matrix = matrix.to(statistics_dtype(matrix)).unsqueeze(0)
         area = (height * width, height * width)
@@ -56,22 +56,22 @@ def distance_bias(x: Tensor, tables: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, scale: float) -> Tensor:
-    """Return the map (B, C, H, W) of values `v` that queries and keys choose at each position."""
+    """Return the values `v` (B, C, H, W) that queries and keys choose at each position."""
     bias = distance_bias(v, tables)
     shape = v.shape
-    q, k, v = (part.flatten(2).unflatten(1, (HEADS, -1)) for part in (q, k, v))
+    q, k, v = (part.flatten(2).unflatten(1, (HEADS, -1)) for part in (q, k, v))  # B G c N
     q = q if scale == 1 else q * scale
-    logits = q.transpose(-2, -1) @ k
+    logits = q.transpose(-2, -1) @ k  # B G N N
     attention = (logits + bias.to(logits.dtype)).softmax(-1)
-    return (v @ attention.transpose(-2, -1)).flatten(1, 2).view(shape)
+    return (v @ attention.transpose(-2, -1)).flatten(1, 2).view(shape)  # B C H W
 
 
 class DistanceAttention(nn.Module):
     """``x + proj(relu(attention(x)))`` with a bias for every distance and convolved queries.
 
     Args:
-        dim: channels of the map.
-        table_size: side of the map for which biases are held.
+        dim: channels of the feature map.
+        table_size: side of the feature map for which biases are held.
         drop_path: rate of stochastic depth.
     """
 

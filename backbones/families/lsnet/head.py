@@ -1,4 +1,4 @@
-"""A pair of heads behind one pooled map, for models that also learned from a teacher."""
+"""A pair of heads behind one pooled feature map, for models that also learned from a teacher."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["DistilledHead", "VectorBatchNorm"]
 
 
 class VectorBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the last axis of (..., C), so that it also serves maps left unpooled."""
+    """Batch norm over the last axis of (..., C), so that feature maps may be left unpooled."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any number of axes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(-1, 1)).movedim(1, -1)
+        return super().forward(input.movedim(-1, 1)).movedim(1, -1)  # over B C ..., then B ... C
 
 
 class DistilledHead(Head):
@@ -55,5 +55,5 @@ class DistilledHead(Head):
         self.dist.reparameterize()
         ours, theirs = self.get_classifier(), self.dist.get_classifier()
         if isinstance(ours, nn.Linear) and isinstance(theirs, nn.Linear):
-            merge.average_maps(ours, theirs)
+            merge.average_linear_layers(ours, theirs)
             self.dist = None

@@ -34,8 +34,9 @@ class LargeKernelPerception(nn.Module):
         self.norm = nn.GroupNorm(groups, 9 * groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.predict(self.mix(self.conv_dw(self.reduce(x)))))
-        return x.unflatten(1, (-1, 9))
+        x = self.mix(self.conv_dw(self.reduce(x)))  # B C/2 H W
+        x = self.norm(self.predict(x))  # B 9*C/8 H W
+        return x.unflatten(1, (-1, 9))  # B C/8 K H W
 
     def reparameterize(self) -> None:
         merge.fold_chain(self, ("reduce", "conv_dw", "mix"))

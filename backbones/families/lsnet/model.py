@@ -100,7 +100,7 @@ class LSNet(StagedBackbone):
     auxiliary_keys = (r"^head\.dist\.",)
     resizable_keys = (TABLE.pattern,)
     no_decay_patterns = (TABLE.pattern,)
-    one_size = "its attention biases are computed for the size of the map"
+    fixed_size_reason = "its attention biases are computed for the size of the map"
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ SMALL_KERNEL = 5
 
 @fx_leaf
 def _enlarge(x: Tensor, kernel_size: int) -> Tensor:
-    """Resize a map whose shorter side is below the kernel until that side equals it."""
+    """Resize a feature map whose shorter side is below the kernel until that side equals it."""
     height, width = x.shape[-2:]
     if min(height, width) >= kernel_size:
         return x
@@ -32,7 +32,7 @@ def _enlarge(x: Tensor, kernel_size: int) -> Tensor:
 
 @fx_leaf
 def _shrink(x: Tensor, like: Tensor) -> Tensor:
-    """Pool an enlarged map back to the size of `like`."""
+    """Pool an enlarged feature map back to the size of `like`."""
     height, width = like.shape[-2:]
     same = x.shape[-2:] == like.shape[-2:]
     return x if same else F.adaptive_avg_pool2d(x, (height, width))
@@ -52,12 +52,12 @@ def _mix(
         values: (B, C, H, W), channels ordered (kernel, group, channel).
         query: (B, G * c, H, W).
         key: (B, G * c, R), the keys of R regions.
-        kernel: (T, R) and (T,), the linear map to the logits of both kernels' T taps.
+        kernel: (T, R) and (T,), the linear layer that gives the logits of both kernels' T taps.
         tables: (G, 2k - 1, 2k - 1) for each of the two kernel sizes k.
     """
     groups, size = tables[0].shape[0], values.shape[-2:]
     dtype = statistics_dtype(query)
-    query = query.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3).to(dtype)
+    query = query.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3).to(dtype)  # B G N c
     kernels = [(table.shape[-1] + 1) // 2 for table in tables]
     taps = [k * k for k in kernels]
     mixed = []
@@ -67,22 +67,22 @@ def _mix(
         tables,
         kernels,
     ):
-        # The map is linear: it acts on the keys of the regions, once for all queries.
-        keys = F.linear(key, weight).unflatten(1, (groups, -1))
-        logits = (query @ keys.to(dtype)).unflatten(2, size)
+        # Being linear, the layer acts on the keys of the regions, once for all queries.
+        keys = F.linear(key, weight).unflatten(1, (groups, -1))  # B G c K
+        logits = (query @ keys.to(dtype)).unflatten(2, size)  # B G H W K
         weights = (logits + (neighborhood_bias(table, (size[0], size[1])) + bias)).softmax(-1)
         mixed.append(neighborhood_aggregation(value, weights.to(value.dtype), k))
-    return torch.cat(mixed, dim=1).flatten(1, 2)
+    return torch.cat(mixed, dim=1).flatten(1, 2)  # B C H W
 
 
 class DynamicConv(nn.Module):
     """Depthwise convolution with a small and a large kernel made from the context.
 
     In each of G groups of channels a position's query is compared with keys of 7 x 7 regions of
-    the context; a linear map turns these 49 affinities into the logits of both kernels, a relative
-    position bias is added, and their softmax weighs the neighborhood. Half of the channels see the
-    small kernel, half the large one. A map smaller than the large kernel is enlarged for it and
-    pooled back. Source: OverLoCK (arXiv 2502.20087), section 3.3.
+    the context; a linear layer turns these 49 affinities into the logits of both kernels, a
+    relative position bias is added, and their softmax weighs the neighborhood. Half of the channels
+    see the small kernel, half the large one. A feature map smaller than the large kernel is
+    enlarged for it and pooled back. Source: OverLoCK (arXiv 2502.20087), section 3.3.
 
     Args:
         dim: channels of the values.
@@ -107,13 +107,13 @@ class DynamicConv(nn.Module):
         self.proj = conv_norm(dim, dim, 1)
 
     def forward(self, values: Tensor, guide: Tensor) -> Tensor:
-        """Mix `values` (B, dim, H, W) as `guide` says, a map of dim + context_dim channels."""
+        """Mix `values` (B, dim, H, W) as `guide` says, (B, dim + context_dim, H, W)."""
         wide = _enlarge(values, self.kernel_size)
         x, context = _enlarge(guide, self.kernel_size).split(self.split, dim=1)
         query = self.query(x)
         if self.scale != 1:
             query = query * self.scale
-        key = self.key(self.pool(context)).flatten(2)
+        key = self.key(self.pool(context)).flatten(2)  # B C/2 R
         kernel = self.kernel.weight, self.kernel.bias
         mixed = _mix(wide, query, key, kernel, (self.bias_small, self.bias_large))
         return self.proj(_shrink(mixed, values))

@@ -1,4 +1,4 @@
-"""OverLoCK's focus net, inside of a stage: image and context channels side by side.
+"""OverLoCK's focus net: image and context channels side by side.
 
 Source: OverLoCK (arXiv 2502.20087), section 3.2 and figure 4b.
 """
@@ -6,19 +6,23 @@ Source: OverLoCK (arXiv 2502.20087), section 3.2 and figure 4b.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.families.overlock.conv_mlp import ConvMlp, ResidualConv
 from backbones.families.overlock.dynamic_conv import DynamicConv
-from backbones.families.overlock.layer_scale import LayerScale
-from backbones.layers import BranchedConv, Chain, GlobalResponseNorm, conv_norm
+from backbones.families.overlock.layers import ConvMlp, LayerScale, ResidualConv
+from backbones.layers import BranchedConv, Chain, GlobalResponseNorm, Head, conv_norm
+from backbones.skeleton import Stage
 
-__all__ = ["FocusBlock", "FocusDownsample"]
+__all__ = ["FocusBlock", "FocusDownsample", "FocusNet", "FocusStage"]
 
 EPS = 1e-6
 
@@ -26,8 +30,8 @@ EPS = 1e-6
 class FocusBlock(nn.Module):
     """A block of the focus net: a dynamic convolution, then an MLP.
 
-    Its map holds the image's channels, then the context's. Except in the very first block, where
-    the two are equal, the context takes in the reference: what the overview said itself.
+    Its feature map holds the image's channels, then the context's. Except in the very first block,
+    where the two are equal, the context takes in the reference: what the overview said itself.
 
     Args:
         dim: channels of the image.
@@ -78,14 +82,14 @@ class FocusBlock(nn.Module):
 
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
         if not self.first:
-            image, context = x.split(self.split, dim=1)
+            image, context = x.split(self.split, dim=1)  # together B C H W
             context = self.x_scale(context) + self.h_scale(reference)
             x = torch.cat((image, context), dim=1)
         x = self.conv_dw1(x)
         guide = self.norm1(x)
-        values = self.fusion(guide)
+        values = self.fusion(guide)  # B dim H W, without the context's channels
         y = self.mixer(values, guide) + self.lepe(values)
-        y = self.proj(self.se(y) * self.gate(values))
+        y = self.proj(self.se(y) * self.gate(values))  # B C H W
         x = self.conv_dw2(self.ls1(x) + self.drop_path(y))
         return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -111,7 +115,7 @@ class FocusBlock(nn.Module):
 
 
 class FocusDownsample(nn.Module):
-    """Halve image and context parts of a map, each with its own convolution."""
+    """Halve the image and the context of a feature map, each with its own convolution."""
 
     def __init__(self, in_dim: int, dim: int, context: int) -> None:
         super().__init__()
@@ -121,10 +125,55 @@ class FocusDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         image, context = x.split(self.split, dim=1)
-        return torch.cat((self.image(image), self.context(context)), dim=1)
+        return torch.cat((self.image(image), self.context(context)), dim=1)  # B C' H/2 W/2
 
     def scale_context(self, scale: LayerScale) -> None:
         """Fold a layer scale on the context channels of the output."""
         merge.fold_chain(self.context)
         merge.scale_into_previous(self.context.conv, scale.weight)
         merge.shift_into_previous(self.context.conv, scale.bias)
+
+
+class FocusStage(Stage):
+    """A stage of the focus net, whose blocks take the reference too."""
+
+    def reparameterize(self) -> None:
+        """Fold the scale of each block's context into what computes that context."""
+        before: Any = self.downsample
+        block: Any
+        for block in self.blocks:
+            block.reparameterize()
+            if isinstance(block.x_scale, LayerScale):
+                before.scale_context(block.x_scale)
+                block.x_scale = nn.Identity()
+            before = block
+
+
+class FocusNet(nn.Module):
+    """The close look: two stages, at stride 16 and 32, guided by the overview (section 3.2)."""
+
+    def __init__(self, overview_dim: int, context: int, stages: Sequence[Stage]) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(overview_dim, context, 1)
+        self.stages = nn.ModuleList(stages)
+        self.aux_head: Head | None = None  # on the overview
+
+    def reparameterize(self) -> None:
+        """Drop the auxiliary head, which only training uses."""
+        self.aux_head = None
+
+    def run_stages(self, base: Tensor, overview: Tensor, checkpointing: bool) -> Iterator[Tensor]:
+        """Yield the output of each stage, image and context channels together."""
+        context = self.project(overview)
+        wide = F.interpolate(context, size=base.shape[-2:], mode="bilinear", align_corners=False)
+        x = torch.cat((base, wide), dim=1)  # image and context channels at stride 16
+        stage: Any  # a Stage, whose blocks take the reference too
+        for stage, reference in zip(self.stages, (wide, context)):
+            x = stage.downsample(x)
+            if checkpointing:
+                blocks = [partial(block, reference=reference) for block in stage.blocks]
+                x = checkpoint_seq(blocks, x, use_reentrant=False)
+            else:
+                for block in stage.blocks:
+                    x = block(x, reference)
+            yield x

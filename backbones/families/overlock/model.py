@@ -8,12 +8,9 @@ the focus net, whose two stages give the model's third and fourth feature maps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from timm.layers import (
     DropPath,
     LayerNorm2d,
@@ -21,14 +18,12 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
 )
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from backbones import merge
 from backbones.errors import UnsupportedError
-from backbones.families.overlock.conv_mlp import ConvMlp, ResidualConv
-from backbones.families.overlock.focus import FocusBlock, FocusDownsample
-from backbones.families.overlock.layer_scale import LayerScale
+from backbones.families.overlock.focus import FocusBlock, FocusDownsample, FocusNet, FocusStage
+from backbones.families.overlock.layers import ConvMlp, LayerScale, ResidualConv
 from backbones.layers import (
     BRANCHED_CONV_LAYOUT,
     BranchedConv,
@@ -36,7 +31,7 @@ from backbones.layers import (
     conv_norm,
     split_merged_kernels,
 )
-from backbones.skeleton import Stage, StagedBackbone, StagePlan, Tensors, check_input, per_stage
+from backbones.skeleton import StagedBackbone, StagePlan, Tensors, check_input, per_stage
 
 EPS = 1e-6
 HEAD_DIM = 1024
@@ -78,51 +73,6 @@ class Block(nn.Module):
         self.mlp.reparameterize()
         if isinstance(self.ls, LayerScale):
             self.ls.shift_into(self.mlp.fc2)
-
-
-class FocusStage(Stage):
-    """A stage of the focus net, whose blocks take the reference too."""
-
-    def reparameterize(self) -> None:
-        """Fold the scale of each block's context into what computes that context."""
-        before: Any = self.downsample
-        block: Any
-        for block in self.blocks:
-            block.reparameterize()
-            if isinstance(block.x_scale, LayerScale):
-                before.scale_context(block.x_scale)
-                block.x_scale = nn.Identity()
-            before = block
-
-
-class FocusNet(nn.Module):
-    """The close look: two stages, at stride 16 and 32, guided by the overview (section 3.2)."""
-
-    def __init__(self, overview_dim: int, context: int, stages: Sequence[Stage]) -> None:
-        super().__init__()
-        self.project = nn.Conv2d(overview_dim, context, 1)
-        self.stages = nn.ModuleList(stages)
-        self.aux_head: Head | None = None  # on the overview
-
-    def reparameterize(self) -> None:
-        """Drop the auxiliary head, which only training uses."""
-        self.aux_head = None
-
-    def run_stages(self, base: Tensor, overview: Tensor, checkpointing: bool) -> Iterator[Tensor]:
-        """Yield the output of each stage, image and context channels together."""
-        context = self.project(overview)
-        wide = F.interpolate(context, size=base.shape[-2:], mode="bilinear", align_corners=False)
-        x = torch.cat((base, wide), dim=1)
-        stage: Any  # a Stage, whose blocks take the reference too
-        for stage, reference in zip(self.stages, (wide, context)):
-            x = stage.downsample(x)
-            if checkpointing:
-                blocks = [partial(block, reference=reference) for block in stage.blocks]
-                x = checkpoint_seq(blocks, x, use_reentrant=False)
-            else:
-                for block in stage.blocks:
-                    x = block(x, reference)
-            yield x
 
 
 def numbered(pattern: str, replacement: str, names: Mapping[int, str]) -> list[tuple[str, str]]:
@@ -174,7 +124,7 @@ class OverLoCK(StagedBackbone):
     first_conv = "stem.0.conv"
     auxiliary_keys = (r"^focus\.aux_head\.",)
     layouts = {"authors": AUTHORS_LAYOUT}
-    one_size = "maps smaller than its kernels are enlarged for them"
+    fixed_size_reason = "feature maps smaller than its kernels are enlarged for them"
     focus: FocusNet | None
 
     def __init__(

@@ -1,23 +1,20 @@
-"""What other code bases call the parts of ConvNeXt: renames for `StagedBackbone.layouts`."""
+"""How other code bases name ConvNeXt's parts: renames for `StagedBackbone.layouts`."""
 
 from __future__ import annotations
 
-__all__ = ["CONVNEXT_LAYOUT", "PYRAMID_LAYOUT", "TRANSFORMERS_LAYOUT"]
+from backbones.layers import CONVNEXT_LAYOUT
 
-# From the keys of ConvNeXt's authors, which HorNet's and UniRepLKNet's took over.
-PYRAMID_LAYOUT = (
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-)
-CONVNEXT_LAYOUT = (
-    *PYRAMID_LAYOUT,
-    (r"^norm\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+__all__ = ["LAYOUTS"]
+
+BLOCK = (
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"\.pwconv(\d)\.", r".mlp.fc\1."),
+    (r"\.grn\.gamma$", ".mlp.grn.weight"),
+    (r"\.grn\.beta$", ".mlp.grn.bias"),
 )
 # From the keys of ConvNextForImageClassification and ConvNextV2ForImageClassification, or of their
 # trunks alone, to ours; inside of a block to those of the authors.
-TRANSFORMERS_LAYOUT = (
+TRANSFORMERS = (
     (r"^convnext(?:v2)?\.", ""),
     (r"^embeddings\.patch_embeddings\.", "stem.0."),
     (r"^embeddings\.layernorm\.", "stem.1."),
@@ -30,3 +27,4 @@ TRANSFORMERS_LAYOUT = (
     (r"\.grn\.", ".mlp.grn."),
     (r"^classifier\.", "head.fc."),
 )
+LAYOUTS = {"authors": (*CONVNEXT_LAYOUT, *BLOCK), "transformers": (*TRANSFORMERS, *BLOCK)}
