@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_house import ROOMS
 
 import backbones
 from backbones import cli
@@ -145,6 +146,21 @@ def test_commands_exist(page, monkeypatch, capsys):
         except SystemExit as error:  # argparse
             code = error.code
         assert code == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+@by_page
+def test_files_named_in_the_text_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    paths = re.findall(r"`((?:\w+/)+(?:\w+\.(?:py|yaml|json\.gz))?)`", text)
+    for path in paths:
+        places = (ROOT, page.parent, ROOT / "backbones")
+        assert any((place / path).exists() for place in places), path
+
+
+def test_the_map_names_the_rooms_in_their_order():
+    text = (ROOT / "backbones" / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Rooms")[2].partition("## Rules")[0]
+    assert re.findall(r"(?m)^\| \[?`(\w+)`", table) == ROOMS
 
 
 @by_page
