@@ -241,7 +241,7 @@ def test_every_test_over_the_registry_passes_inside_the_repository(tree):
 
 def test_house_recipe_manifest_and_merge_tests_pass_inside_the_repository(tree):
     """Whole files, but for what is about another family alone."""
-    written = run(tree, "scripts/update_readme.py", cwd=tree)  # as the table's test says
+    written = run(tree, "scripts/update_tables.py", cwd=tree)  # as the tables' test says
     assert written.returncode == 0, written.stderr
     others = " and ".join(f"not {name}" for name in backbones.list_families())
     tests = passed(tree, *WHOLE, "-k", f"toynet or ({others})")
