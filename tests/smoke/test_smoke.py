@@ -121,5 +121,5 @@ def test_onnx(name, tmp_path):
 
 def test_command():
     command = [sys.executable, "-m", "backbones", "list", "--json"]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert json.loads(answer) == backbones.list_models()
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert json.loads(listed) == backbones.list_models()
