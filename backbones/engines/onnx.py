@@ -66,7 +66,7 @@ def write_onnx(
     optional_import("onnxscript", "onnx")
     model = rewrite_for_graphs(conversion.model, decompose=decompose)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    shapes = {axis: torch.export.Dim(name) for axis, name in conversion.axes.items()}
+    shapes = {axis: torch.export.Dim(name, max=2**31 - 1) for axis, name in conversion.axes.items()}
     try:
         program = torch.onnx.export(
             model,

@@ -130,7 +130,8 @@ class Head(nn.Module):
             x = getattr(self, name)(x)
         x = self.drop(x)
         if not pre_logits:
-            x = self.get_classifier()(x)  # B num_classes
+            # By attribute: strict torch.export of PyTorch 2.6 records no call of get_submodule.
+            x = getattr(self, self.classifier_name.split(".")[0])(x)  # B num_classes
         return x if self.pool_type else x.permute(0, 3, 1, 2)
 
     def reparameterize(self) -> None:

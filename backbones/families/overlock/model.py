@@ -8,7 +8,6 @@ the focus net, whose two stages give the model's third and fourth feature maps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from timm.layers import (
@@ -193,10 +192,14 @@ class OverLoCK(StagedBackbone):
         return ["stages.0", "stages.1", *last]
 
     def run_stages(self, x: Tensor) -> Iterator[Tensor]:
-        maps = super().run_stages(x)  # two stages, base and overview
-        yield from islice(maps, 2)
+        guides = []  # base and overview
+        for index, output in enumerate(super().run_stages(x)):
+            if index < 2:
+                yield output
+            else:
+                guides.append(output)
         if self.focus is not None:
-            base, overview = maps
+            base, overview = guides
             yield from self.focus.run_stages(base, overview, self.grad_checkpointing)
 
     def forward(self, x: Tensor) -> Any:
