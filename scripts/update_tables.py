@@ -140,7 +140,9 @@ def written(text: str) -> str:
         ValueError: the text has no place for one.
     """
     if START not in text or END not in text:
-        raise ValueError(f"the lines {START} and {END}, between which the table stands, are missing")
+        raise ValueError(
+            f"the lines {START} and {END}, between which the table stands, are missing"
+        )
     return text.partition(START)[2].partition(END)[0].strip()
 
 

@@ -1,4 +1,4 @@
-"""The READMEs say what is there: tables are current, links lead somewhere, commands and code run."""
+"""The READMEs say what is there: tables are current, links resolve, commands and code run."""
 
 from __future__ import annotations
 
