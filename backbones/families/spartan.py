@@ -45,13 +45,13 @@ class SpatialMixer(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.proj_in(x)
+        y = self.proj_in(x)  # B C/2 H W
         if self.gamma is not None:
             y = y + self.gamma.view(1, -1, 1, 1) * (y - y.mean((2, 3), keepdim=True))
         else:
             y = y + self.contrast(x.mean((2, 3), keepdim=True))
         mixed = self.se_h(self.conv_h(y)), self.se_l(self.conv_l(y))
-        return self.proj_out(torch.cat(mixed, dim=1))
+        return self.proj_out(torch.cat(mixed, dim=1))  # B C H W
 
     def reparameterize(self) -> None:
         """Fold the norms, and the contrast: with W' = (1 + g) W, minus g W on the mean."""
