@@ -1,7 +1,7 @@
 """Efficient vision backbones that run where you deploy.
 
-``create_model("convnext_tiny")`` gives a model that provably computes what its authors' model
-computes, in plain PyTorch. Importing this package registers every model with timm.
+``create_model("convnext_tiny")`` gives a model that computes what its authors' model computes, in
+plain PyTorch. Importing this package registers every model with timm.
 """
 
 from backbones.bench import BenchReport, benchmark

@@ -7,7 +7,7 @@ linear layer, which is changed in place; it holds for every parameter value and 
 borders included, and does nothing where nothing is left to move or where it would not hold.
 
 Values are computed in float64 and stored in the layer's own type, device and memory layout. Rules
-work on the meta device too. Modules must be in evaluation mode (:mod:`backbones.reparam` checks).
+work on the meta device too. Modules must be in evaluation mode (`reparameterize` checks).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python scripts/measure_finetuning.py                       # all families; takes
 python scripts/measure_finetuning.py cpubone_nano lsnet_t  # these models
 
 The images are scikit-learn's 1,797 digits at 64x64, a fifth of them held out. Released weights are
-taken where the Hub can be reached. Prints the table that the README quotes.
+taken where the Hub can be reached. Prints the table of backbones/train/README.md.
 """
 
 from __future__ import annotations

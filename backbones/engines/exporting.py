@@ -97,7 +97,7 @@ def export(
     classes: Sequence[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
-    """Write `model` in a deployment format, proved equal to the model.
+    """Write `model` in a deployment format, compared with the model.
 
     What leaves is a copy in eval mode on the CPU, re-parameterized. The file is run in its engine
     and compared with the model on random images, for two batch sizes and, where height and width
