@@ -22,7 +22,7 @@ def optional_import(name: str, extra: str) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"{name} is needed for this and cannot be imported ({error});"
-            f' pip install "backbones[{extra}]"'
+            f' pip install ".[{extra}]" in the source tree brings it'
         ) from error
 
 

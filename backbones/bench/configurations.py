@@ -141,6 +141,6 @@ def require_engine(name: str, others: Sequence[str] = ()) -> str:
         )
     if name in ENGINES and name not in available_engines():
         raise MissingDependencyError(
-            f'engine {name!r} is not installed; pip install "backbones[{ENGINES[name].extra}]"'
+            f'engine {name!r} is not installed; pip install ".[{ENGINES[name].extra}]"'
         )
     return name

@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = command(
         commands,
         "export",
-        "write a model as a file for deployment, proved equal to the model",
+        "write a model as a file for deployment, compared with the model",
         "backbones export quickstart-output/model.safetensors model.onnx\n"
         "         backbones export lsnet_t lsnet_t.xml --precision int8 --calibration photos\n"
         "         backbones export cpubone_s app.onnx --preprocess --dynamic batch",

@@ -65,11 +65,10 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-# What makes a file, beside the forward methods of the model's own family. The algebra of merges is
-# no part of it: what it does shows in the weights and the structure.
+# What makes a file, beside the forward methods of the model's own family.
 _MAKERS = (
-    "ops layers stages.py skeleton.py engines/exporting.py engines/formats.py engines/preparation "
-    "engines/rewrites engines/onnx.py engines/openvino engines/executorch.py"
+    "ops layers merge.py stages.py skeleton.py engines/exporting.py engines/formats.py "
+    "engines/preparation engines/rewrites engines/onnx.py engines/openvino engines/executorch.py"
 ).split()
 
 

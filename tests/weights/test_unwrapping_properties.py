@@ -31,7 +31,7 @@ from backbones.families.hornet import HorNet
 State = dict[str, Tensor]
 
 
-class Subject(NamedTuple):
+class Kind(NamedTuple):
     """A model, and a way to write its state dict as somebody else does."""
 
     build: Callable[[], nn.Module]
@@ -85,21 +85,21 @@ CPUBONE = renamed(
     ("head.classifier.", "head.op_list.3."),
 )
 SMALL = {"depths": [1, 1, 1, 1], "num_classes": 3}
-SUBJECTS = {
-    "toy": Subject(Toy, "backbones", dict),
-    "toy, authors'": Subject(Toy, "authors", authors),
-    "toy, flat": Subject(Toy, "flat", flat),
-    "ConvNeXt V2": Subject(
+MODELS = {
+    "toy": Kind(Toy, "backbones", dict),
+    "toy, authors'": Kind(Toy, "authors", authors),
+    "toy, flat": Kind(Toy, "flat", flat),
+    "ConvNeXt V2": Kind(
         lambda: ConvNeXt(dims=[4, 4, 8, 8], use_grn=True, ls_init_value=None, **SMALL),
         "authors",
         CONVNEXT,
     ),
-    "HorNet": Subject(
+    "HorNet": Kind(
         lambda: HorNet(dims=[16, 16, 16, 32], mixers=["dwconv", "dwconv", "gf", "gf"], **SMALL),
         "authors",
         HORNET,
     ),
-    "CPUBone": Subject(
+    "CPUBone": Kind(
         lambda: CPUBone(dims=[8, 8, 16, 16], head_dims=[8, 8], **SMALL),
         "authors",
         CPUBONE,
@@ -113,8 +113,8 @@ ROADS = ["dict", "zip", "legacy"]
 
 
 @cache
-def model_of(subject: str) -> nn.Module:
-    return SUBJECTS[subject].build()
+def model_of(kind: str) -> nn.Module:
+    return MODELS[kind].build()
 
 
 def values_for(model: nn.Module, seed: int) -> State:
@@ -173,7 +173,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CHECKPOINTS = {
-    "subject": st.sampled_from(sorted(SUBJECTS)),
+    "kind": st.sampled_from(sorted(MODELS)),
     "seed": st.integers(0, 1 << 30),
     "prefix": st.lists(st.sampled_from(PREFIXES), max_size=3).map("".join),
     "names": st.lists(st.sampled_from(WRAPPERS), max_size=3),
@@ -188,7 +188,7 @@ BOUNDED = settings(
 @given(**CHECKPOINTS, counters=st.booleans(), notes=st.booleans())
 def test_what_was_put_in_comes_out(
     folder: Path,
-    subject: str,
+    kind: str,
     seed: int,
     prefix: str,
     names: list[str],
@@ -196,17 +196,17 @@ def test_what_was_put_in_comes_out(
     counters: bool,
     notes: bool,
 ) -> None:
-    model, rng = model_of(subject), random.Random(seed)
+    model, rng = model_of(kind), random.Random(seed)
     before, state = snapshot(model), values_for(model, seed)
     if not counters:
         state = {key: value for key, value in state.items() if "num_batches" not in key}
-    entries = [(prefix + k, v) for k, v in SUBJECTS[subject].export(state).items()]
+    entries = [(prefix + k, v) for k, v in MODELS[kind].export(state).items()]
     if notes:
         entries.append(("note", "not a tensor"))
     rng.shuffle(entries)
     report = load_checkpoint(model, carried(wrapped(dict(entries), names, rng), road, folder))
     assert_same(model, {**before, **state})
-    assert (report.layout, report.prefix) == (SUBJECTS[subject].layout, prefix)
+    assert (report.layout, report.prefix) == (MODELS[kind].layout, prefix)
     assert report.wrapper == expected_wrapper(names)
     assert report.loaded == len(state)
     assert not (report.missing or report.unexpected or report.dropped)
@@ -238,7 +238,7 @@ def spoil(state: State, key: str, how: str) -> State:
 )
 def test_one_wrong_entry_spoils_all(
     folder: Path,
-    subject: str,
+    kind: str,
     seed: int,
     prefix: str,
     names: list[str],
@@ -246,9 +246,9 @@ def test_one_wrong_entry_spoils_all(
     how: str,
     place: int,
 ) -> None:
-    model, rng = model_of(subject), random.Random(seed)
+    model, rng = model_of(kind), random.Random(seed)
     before = snapshot(model)
-    state = SUBJECTS[subject].export(values_for(model, seed))
+    state = MODELS[kind].export(values_for(model, seed))
     keys = [key for key, value in state.items() if value.is_floating_point()]
     spoiled = spoil(state, keys[place % len(keys)], how)
     entries = [(prefix + key, value) for key, value in spoiled.items()]
@@ -258,14 +258,14 @@ def test_one_wrong_entry_spoils_all(
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("subject", GOLDENS)
-def test_the_authors_names_are_theirs(subject: str) -> None:
+@pytest.mark.parametrize("kind", GOLDENS)
+def test_the_authors_names_are_theirs(kind: str) -> None:
     """The names used above, held against a state dict of the authors' own code."""
-    name = GOLDENS[subject]
+    name = GOLDENS[kind]
     golden = Golden(FOLDER / f"{name}.json.gz")
     model: Any = create_model(name, device="meta")
     theirs = {
         key for key in golden.content["state_dict"] if not key.endswith("num_batches_tracked")
     }
-    ours = SUBJECTS[subject].export(model.state_dict())
+    ours = MODELS[kind].export(model.state_dict())
     assert {key for key in ours if not key.endswith("num_batches_tracked")} == theirs

@@ -23,7 +23,7 @@ class Head(nn.Module):
 
 
 class Toy(nn.Module):
-    """Two stages, a head, an optional auxiliary head; two foreign layouts beside its own."""
+    """Two stages, a head, an optional auxiliary head; two layouts of others beside its own."""
 
     classifier_names = ("head.fc",)
     first_conv = "stem.0"

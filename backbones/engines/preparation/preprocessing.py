@@ -3,7 +3,7 @@
 timm's validation transform resizes the shorter side to ``size / crop_pct`` with an antialiasing
 filter and cuts out the center. Both are linear and separable, so that one matrix a side does them:
 row i holds the filter's weights around the place in the image that output i comes from. The
-matrices are computed in the graph from the image's size by elementary operations, which every
+matrices are computed in the graph from the image's size by plain operations, which every
 format knows and which leave the size free.
 """
 
