@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from backbones.bench.model_spec import ModelSpec
-from backbones.engines import ENGINES, available_engines, check_input_size
+from backbones.engines import ENGINES, PRECISIONS, available_engines, check_input_size
 from backbones.errors import ConfigError, MissingDependencyError, nearest
 
 __all__ = ["PUBLISHED", "Conditions", "Configuration", "list_configurations", "require_engine"]
 
 AUTO_START_S = 20.0  # in which an engine must have started for ``auto`` to consider it
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,15 @@ from backbones.manifest import load_manifest
 from backbones.registry import registry, unknown
 from backbones.skeleton import StagedBackbone
 from backbones.timm_bridge import as_ours
-from backbones.weights import inner_module, local_copy, read_description, save_checkpoint
+from backbones.weights import (
+    CHECKPOINT_SUFFIXES,
+    inner_module,
+    local_copy,
+    read_description,
+    save_checkpoint,
+)
 
 __all__ = ["ModelSpec", "is_checkpoint", "specify_model"]
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import backbones
 from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
 from backbones.engines import available_formats, file_suffixes
 from backbones.errors import ConfigError
+from backbones.weights import CHECKPOINT_SUFFIXES
 
 __all__ = ["add_parser", "run"]
-
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # a tag has a dot as well
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the file and print how well it agrees with the model."""
     if args.img_size and len(args.img_size) > 2:
         raise ConfigError(f"--img-size takes one or two numbers, got {len(args.img_size)}")
-    is_file = Path(args.model).suffix in WEIGHTS
+    is_file = Path(args.model).suffix in CHECKPOINT_SUFFIXES  # a tag has a dot as well
     if is_file:
         model = open_model(args.name, args.model)
     elif args.random:

@@ -29,6 +29,7 @@ from backbones.weights.publish import (
 from backbones.weights.saving import save_checkpoint
 from backbones.weights.target import inner_module
 from backbones.weights.untrusted import (
+    CHECKPOINT_SUFFIXES,
     Checkpoint,
     read_checkpoint,
     read_content,
@@ -38,6 +39,7 @@ from backbones.weights.untrusted import (
 )
 
 __all__ = [
+    "CHECKPOINT_SUFFIXES",
     "FILES",
     "Checkpoint",
     "LoadReport",

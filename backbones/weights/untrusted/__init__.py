@@ -1,6 +1,7 @@
 """Reading files of strangers: safetensors headers, zip archives, pickles, state dicts."""
 
 from backbones.weights.untrusted.reading import (
+    CHECKPOINT_SUFFIXES,
     Checkpoint,
     read_checkpoint,
     read_content,
@@ -10,6 +11,7 @@ from backbones.weights.untrusted.reading import (
 from backbones.weights.untrusted.state_dicts import unwrap, unwrap_all
 
 __all__ = [
+    "CHECKPOINT_SUFFIXES",
     "Checkpoint",
     "read_checkpoint",
     "read_content",

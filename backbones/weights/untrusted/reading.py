@@ -20,6 +20,7 @@ from backbones.weights.untrusted.state_dicts import unwrap_all
 from backbones.weights.untrusted.torch_files import CONVERTER, load_archive, load_pickle
 
 __all__ = [
+    "CHECKPOINT_SUFFIXES",
     "Checkpoint",
     "read_checkpoint",
     "read_content",
@@ -27,6 +28,8 @@ __all__ = [
     "read_metadata",
 ]
 
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+"""What checkpoint files are usually named; their content decides."""
 _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run 'git lfs pull' there"),
     (b"<", "a web page or other markup; open the address in a browser and fetch the file itself"),
