@@ -5,7 +5,6 @@ This module imports no torch and opens no connection.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -75,11 +74,8 @@ class WeightsEntry:
         return self.url or self.page or "nowhere"
 
 
-ENTRY_KEYS = tuple(
-    field.name
-    for field in dataclasses.fields(WeightsEntry)
-    if field.name not in ("variant", "tag", "where")
-)
+_HINTS = typing.get_type_hints(WeightsEntry)
+ENTRY_KEYS = tuple(key for key in _HINTS if key not in ("variant", "tag", "where"))
 
 
 @dataclass(frozen=True)
@@ -150,18 +146,12 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _check(node: Any, what: str) -> None:
-    hints = _hints()
     for key, value in node.items():
         where = node.where(key)
         if key not in ENTRY_KEYS:
             raise ConfigError(f"{where}: {what}: unknown key {key!r}{nearest(key, ENTRY_KEYS)}")
-        if not fits(value, hints[key]):
-            raise ConfigError(f"{where}: {what}: {key} must be {in_words(hints[key])}: {value!r}")
-
-
-@lru_cache(maxsize=1)
-def _hints() -> dict[str, Any]:
-    return typing.get_type_hints(WeightsEntry)
+        if not fits(value, _HINTS[key]):
+            raise ConfigError(f"{where}: {what}: {key} must be {in_words(_HINTS[key])}: {value!r}")
 
 
 def _check_source(entry: WeightsEntry) -> None:

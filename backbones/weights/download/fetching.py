@@ -52,7 +52,12 @@ def fetch(
     copy = local_copy(source, cache_dir)
     if copy is None and not source.available:
         raise WeightsUnavailableError(_why_unavailable(source))
-    _require_digest(source)
+    if source.sha256 is None and _digest_required():
+        raise CheckpointError(
+            f"{source.name}: {REQUIRE_DIGEST} is set and no digest is recorded; record it with"
+            f" 'backbones weights lock {source.name}', or pass checkpoint_path=... with a file you"
+            " trust"
+        )
     if copy is not None and not (again and source.available):
         verify(copy, source)
         if source.sha256 or source.url or not source.available or _is_mirrored(copy, source):
@@ -129,15 +134,6 @@ def verify(path: Path, entry: WeightsEntry) -> None:
     if digest != entry.sha256:
         raise CheckpointError(
             f"{path}: sha256 {digest}, but {entry.name} has {entry.sha256}; not loaded: {way_out}"
-        )
-
-
-def _require_digest(entry: WeightsEntry) -> None:
-    if entry.sha256 is None and _digest_required():
-        raise CheckpointError(
-            f"{entry.name}: {REQUIRE_DIGEST} is set and no digest is recorded; record it with"
-            f" 'backbones weights lock {entry.name}', or pass checkpoint_path=... with a file you"
-            " trust"
         )
 
 

@@ -50,8 +50,7 @@ def download(
     Args:
         url: an http or https address.
         path: the file to write; its folder is created.
-        sha256: the digest that the content must have, if recorded.
-        size: likewise its size in bytes.
+        sha256, size: recorded digest and size in bytes, if any.
         again: replace a file that is there.
 
     Raises:
@@ -149,7 +148,8 @@ class _Transfer:
         if response.status == 206:
             begin = self.received()
             known = self._validator.read_text() if self._validator.is_file() else etag
-            if _range_start(response.headers.get("Content-Range", "")) != begin or etag != known:
+            sent = response.headers.get("Content-Range", "")
+            if not sent.startswith(f"bytes {begin}-") or etag != known:
                 self.discard()
                 raise TransientError("the server sent another part than asked for")
             self.resumed = begin > 0
@@ -257,11 +257,6 @@ def _translated(url: str) -> Iterator[None]:
         raise TransientError(str(reason)) from error
     except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
         raise TransientError(first_line(error)) from error
-
-
-def _range_start(content_range: str) -> int | None:
-    found = re.match(r"bytes (\d+)-", content_range)
-    return int(found[1]) if found else None
 
 
 class _NoDowngrade(urllib.request.HTTPRedirectHandler):

@@ -79,12 +79,10 @@ def hub_file(
     `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_HOME` and the client's other variables apply.
 
     Args:
-        repo: ``owner/name``.
-        file: its path in the repository.
+        repo, file: ``owner/name``, and the file's path in it.
         revision: branch, tag or commit; None for the main branch.
         cache_dir: the cache; None for the Hub's own.
-        sha256: recorded digest, if any. The caller verifies the file itself.
-        size: recorded size in bytes, if any.
+        sha256, size: recorded digest and size in bytes, if any. The caller verifies the file.
         again: download even if the file is in the cache.
 
     Raises:
@@ -143,10 +141,8 @@ class _Place:
 def _announcement(where: _Place) -> HfFileMetadata:
     """Ask the Hub for commit, digest and size of a file."""
     url = hf_hub_url(where.repo, where.file, revision=where.revision)
-    return _ask(
-        lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT),
-        where,
-    )
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    return _ask(lambda: get_hf_file_metadata(url, timeout=timeout), where)
 
 
 def _check_announcement(

@@ -44,12 +44,7 @@ def measure_pin(entry: WeightsEntry, *, cache_dir: str | Path | None = None) -> 
 
 
 def write_pin(manifest: str | Path, name: str, pin: Pin) -> None:
-    """Write a pin into an entry of a manifest file, leaving every other line as it is.
-
-    Args:
-        manifest: the YAML file.
-        name: the entry, ``variant.tag``.
-        pin: what to record.
+    """Write a pin into the entry ``variant.tag`` of a manifest; every other line stays as it is.
 
     Raises:
         ConfigError: the file has no such entry, is written in a style that cannot be changed line
@@ -63,7 +58,7 @@ def write_pin(manifest: str | Path, name: str, pin: Pin) -> None:
     begin, end, indent = _block(path, lines, name)
     for key, value in (("revision", pin.revision), ("sha256", pin.sha256), ("size", pin.size)):
         text = "null" if value is None else str(value)
-        at = next((i for i in range(begin, end) if _is_key(lines[i], indent, key)), None)
+        at = next((i for i in range(begin, end) if lines[i].startswith(f"{indent}{key}:")), None)
         if at is None and value is not None:
             lines.insert(end, f"{indent}{key}: {text}\n")
             end += 1
@@ -104,7 +99,3 @@ def _block(path: Path, lines: list[str], name: str) -> tuple[int, int, str]:
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" "))
-
-
-def _is_key(line: str, indent: str, key: str) -> bool:
-    return line.startswith(f"{indent}{key}:")

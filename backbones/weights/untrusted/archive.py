@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from backbones.errors import CheckpointError
 
-__all__ = ["Archive", "read_archive"]
+__all__ = ["read_archive"]
 
 # A member a tensor and a handful more; the largest training checkpoints have 20,000 tensors.
 _MAX_MEMBERS = 100_000
@@ -44,18 +44,12 @@ class _Member:
         return self.begin + self.size
 
 
-@dataclass(frozen=True)
-class Archive:
-    """What `torch.load` will find in an archive."""
+def read_archive(
+    stream: BinaryIO, size: int, max_pickle_bytes: int
+) -> tuple[bytes, dict[str, int]]:
+    """Check the archive open as `stream`, `size` bytes long; return what `torch.load` will find.
 
-    pickled: bytes
-    storages: dict[str, int]
-    """Size in bytes of every stored block of numbers, by the name the pickle uses for it."""
-
-
-def read_archive(stream: BinaryIO, size: int, max_pickle_bytes: int) -> Archive:
-    """Check the archive open as `stream`, `size` bytes long, and return its parts.
-
+    That is the pickle, and the bytes of every storage by the name the pickle uses for it.
     Checksums are verified, which PyTorch does not do. Memory is bounded by `max_pickle_bytes` and
     by the number of members allowed.
 
@@ -82,7 +76,7 @@ def read_archive(stream: BinaryIO, size: int, max_pickle_bytes: int) -> Archive:
     stream.seek(pickles[0].begin)
     prefix = f"{roots.pop()}/data/"
     storages = {m.name.removeprefix(prefix): m.size for m in members if m.name.startswith(prefix)}
-    return Archive(stream.read(pickles[0].size), storages)
+    return stream.read(pickles[0].size), storages
 
 
 def _members(stream: BinaryIO, size: int) -> list[_Member]:

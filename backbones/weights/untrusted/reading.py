@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from backbones.errors import CheckpointError, WeightsUnavailableError
-from backbones.weights.untrusted.safetensors_header import MAX_TENSORS, Header, parse_header
+from backbones.weights.untrusted.safetensors_header import MAX_TENSORS, parse_header
 from backbones.weights.untrusted.state_dicts import unwrap_all
 from backbones.weights.untrusted.torch_files import CONVERTER, load_archive, load_pickle
 
@@ -95,8 +95,8 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     with _open(path) as stream:
         head = stream.read(512)
         kind = _kind(path, head, size)
-        header = parse_header(path, stream, size) if kind == "safetensors" else None
-    if header is not None:
+        metadata = parse_header(path, stream, size) if kind == "safetensors" else {}
+    if kind == "safetensors":
         try:
             tensors: Any = safetensors.torch.load_file(path)
         except Exception as error:  # SafetensorError and whatever PyTorch raises
@@ -110,7 +110,7 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _refuse_excess(path, found, size)
-    return Checkpoint(found, header.metadata if header else {}, wrapper, others, str(path))
+    return Checkpoint(found, metadata, wrapper, others, str(path))
 
 
 def read_content(path: str | PathLike[str]) -> dict[str, Any]:
@@ -135,17 +135,13 @@ def read_content(path: str | PathLike[str]) -> dict[str, Any]:
     content = load_archive(path, size) if kind == "zip" else load_pickle(path, head, size)
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{path}: no mapping by names; give a training checkpoint")
+    tensors: dict[str, Tensor] = {}
     try:
-        tensors: dict[str, Tensor] = {}
         _copied(content, lambda name, tensor: tensors.setdefault(name, tensor), {})
-        _refuse_excess(path, tensors, size)
-        return _copied(content, lambda name, tensor: tensor.clone(), {})
-    except _Endless as error:
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-class _Endless(CheckpointError):
-    """Containers that hold themselves, or are nested too deeply."""
+    _refuse_excess(path, tensors, size)
+    return _copied(content, lambda name, tensor: tensor.clone(), {})
 
 
 def _copied(
@@ -162,10 +158,10 @@ def _copied(
         return content
     if id(content) in done:
         if done[id(content)] is None:
-            raise _Endless("its contents are nested without end; do not use this file")
+            raise CheckpointError("its contents are nested without end; do not use this file")
         return done[id(content)]
     if depth > _MAX_DEPTH:
-        raise _Endless("its contents are nested too deeply; do not use this file")
+        raise CheckpointError("its contents are nested too deeply; do not use this file")
     done[id(content)] = None  # until it is complete
     items = content.items() if isinstance(content, Mapping) else enumerate(content)
     copies = {key: _copied(item, copy, done, f"{name}.{key}", depth + 1) for key, item in items}
@@ -184,12 +180,7 @@ def read_description(path: str | PathLike[str]) -> dict[str, Any]:
         CheckpointError: it is no checkpoint, or no intact safetensors file.
     """
     path = Path(path)
-    size = _size(path)
-    with _open(path) as stream:
-        if _kind(path, stream.read(512), size) != "safetensors":
-            return {}
-        header = parse_header(path, stream, size)
-    return dict(_description(header.metadata, path))
+    return dict(_description(_metadata(path) or {}, path))
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
@@ -202,18 +193,21 @@ def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
         CheckpointError: it is no intact safetensors file.
     """
     path = Path(path)
-    metadata: dict[str, Any] = dict(_header(path).metadata)
+    metadata: dict[str, Any] | None = _metadata(path)
+    if metadata is None:
+        raise CheckpointError(f"{path}: only safetensors files carry metadata")
     if "backbones" in metadata:
         metadata["backbones"] = _description(metadata, path)
     return metadata
 
 
-def _header(path: Path) -> Header:
+def _metadata(path: Path) -> dict[str, Any] | None:
+    """Return the metadata of a safetensors file; None for files of `torch.save`."""
     size = _size(path)
     with _open(path) as stream:
         if _kind(path, stream.read(512), size) != "safetensors":
-            raise CheckpointError(f"{path}: only safetensors files carry metadata")
-        return parse_header(path, stream, size)
+            return None
+        return {**parse_header(path, stream, size)}
 
 
 def _refuse_excess(path: Path, tensors: Mapping[str, Tensor], size: int) -> None:

@@ -12,13 +12,12 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from backbones.errors import CheckpointError
 
-__all__ = ["MAX_HEADER_BYTES", "MAX_TENSORS", "Header", "parse_header"]
+__all__ = ["MAX_HEADER_BYTES", "MAX_TENSORS", "parse_header"]
 
 # The model of the zoo with most tensors has 5,000.
 MAX_TENSORS = 25_000
@@ -44,16 +43,8 @@ _ITEM_BYTES = {
 }
 
 
-@dataclass(frozen=True)
-class Header:
-    """Names and shapes of the tensors, and the file's free-form metadata."""
-
-    shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
-
-
-def parse_header(path: Path, stream: BinaryIO, size: int) -> Header:
-    """Read and check the header of the safetensors file open as `stream`, `size` bytes long.
+def parse_header(path: Path, stream: BinaryIO, size: int) -> dict[str, str]:
+    """Check the header of the safetensors file open as `stream` and return its metadata.
 
     Raises:
         CheckpointError: the file is cut short, or the header contradicts the file or itself.
@@ -86,14 +77,12 @@ def parse_header(path: Path, stream: BinaryIO, size: int) -> Header:
 
     if len(header) > MAX_TENSORS:
         refuse(f"declares {len(header)} tensors")
-    shapes: dict[str, tuple[int, ...]] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         problem = _entry_problem(entry)
         if problem:
             refuse(f"tensor {name[:80]!r}: {problem}")
         begin, end = entry["data_offsets"]
-        shapes[name] = tuple(entry["shape"])
         spans.append((begin, end, name))
 
     position, available = 0, size - 8 - length
@@ -107,7 +96,7 @@ def parse_header(path: Path, stream: BinaryIO, size: int) -> Header:
         refuse(f"cut short: the tensors need {position} bytes, the file holds {available}")
     if position < available:
         refuse(f"{available - position} bytes at the end belong to no tensor")
-    return Header(shapes, metadata)
+    return metadata
 
 
 def _entry_problem(entry: Any) -> str | None:

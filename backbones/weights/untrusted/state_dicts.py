@@ -74,7 +74,8 @@ def _wrapper_of(obj: Mapping[Any, Any]) -> tuple[str, Any] | None:
     candidates = {n: obj[n] for n in WRAPPERS if isinstance(obj.get(n), Mapping) and obj[n]}
     by_decay = [n for n in _AVERAGED if n in candidates and _is_by_decay(candidates[n])]
     order = [n for n in candidates if n not in by_decay]
-    at = order.index("state_dict") + 1 if "state_dict" in order else _first_raw(order)
+    raw = sum(name in _AVERAGED for name in order)
+    at = order.index("state_dict") + 1 if "state_dict" in order else raw
     for name in (*order[:at], *by_decay, *order[at:]):
         content = candidates[name]
         if name in by_decay:
@@ -88,10 +89,6 @@ def _wrapper_of(obj: Mapping[Any, Any]) -> tuple[str, Any] | None:
         if _holds_tensors(content):
             return name, content
     return None
-
-
-def _first_raw(order: list[str]) -> int:
-    return sum(name in _AVERAGED for name in order)
 
 
 def _is_by_decay(content: Mapping[Any, Any]) -> bool:

@@ -44,11 +44,11 @@ def load_archive(path: Path, size: int) -> Any:
     """
     try:
         with path.open("rb") as stream:
-            archive = read_archive(stream, size, _MAX_PICKLE_BYTES)
+            pickled, storages = read_archive(stream, size, _MAX_PICKLE_BYTES)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    check = PickleCheck(size, archive.storages)
-    _, refused = _followed(path, io.BytesIO(archive.pickled), check, pickles=1)
+    check = PickleCheck(size, storages)
+    _, refused = _followed(path, io.BytesIO(pickled), check, pickles=1)
     if refused:
         raise _refusal(path, refused)
     return _torch_load(path, mmap=True)
@@ -89,18 +89,9 @@ def load_pickle(path: Path, head: bytes, size: int) -> Any:
 def _followed(
     path: Path, stream: io.BytesIO, check: PickleCheck, *, pickles: int
 ) -> tuple[Any, Refused | None]:
-    """Follow the first `pickles` pickles of a file.
-
-    Returns:
-        A stand-in for the last one's object, and the first thing found that no checkpoint does.
-
-    Raises:
-        UnsafeCheckpointError: they name anything but the parts of a checkpoint.
-        CheckpointError: they are damaged.
-    """
+    """Follow pickles; return the last one's stand-in and the first thing no checkpoint does."""
     result: Any = None
-    refused: Refused | None = None
-    damage: Exception | None = None
+    refused, damage = None, None
     for _ in range(pickles):
         try:
             result = check.follow(stream)
