@@ -328,12 +328,7 @@ def _resolve(
 
 
 def check_arguments(variant: Variant, model_class: type, hidden: Sequence[str] = ()) -> None:
-    """Compare a variant's arguments with the constructor of its family.
-
-    Args:
-        variant: the variant as read.
-        model_class: the family's class.
-        hidden: constructor arguments that a file must not set (device, dtype).
+    """Compare a variant's arguments with its family's constructor, without those `hidden` there.
 
     Raises:
         ConfigError: for an unknown or missing key or a value of the wrong type.

@@ -71,7 +71,7 @@ def load_checkpoint(
     files saved in that form, and any other by merging them on the way.
 
     Args:
-        model: a model of this package, with or without `features_only`, or any module.
+        model: a model of this package, or any module.
         source: a safetensors or `torch.save` file, or a dict as such a file holds: authors',
             timm's or our own layout, in any wrapper (`unwrap`), with any prefix.
         strict: False tolerates missing and unexpected entries, which are then in the report;
@@ -100,7 +100,7 @@ def load_pretrained(
     must fit completely; the model is unchanged when it does not.
 
     Args:
-        model: a model of this package, with or without `features_only`.
+        model: the model, with or without `features_only`.
         source: a file, a checkpoint that was read, or what is first brought to this machine: a
             manifest entry, or timm's `PretrainedCfg`.
         lacks: parts that the file is known not to hold: ``classifier``, ``head``.
@@ -164,8 +164,7 @@ def _load(
                 other_width.append(key)
                 del tensors[key]
         elif key in options.get("any_input_channels", ()):
-            channels = tensor.shape[1]
-            tensors[key] = adapt_input_conv(body.in_chans, tensor, base_chans=channels)
+            tensors[key] = adapt_input_conv(body.in_chans, tensor, base_chans=tensor.shape[1])
     body.load_state_dict(tensors, strict=False)
     return LoadReport(
         checkpoint.source,
@@ -204,13 +203,8 @@ def filter_for_timm(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str
     first_conv = getattr(model, "first_conv", None) or ()
     names = (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
     checkpoint = _checkpoint(state_dict, "the pretrained weights")
-    mapped = _map(
-        checkpoint,
-        model,
-        ignore_classifier=True,
-        any_input_channels=[f"{name}.weight" for name in names],
-    )
-    return mapped.tensors
+    channels = [f"{name}.weight" for name in names]
+    return _map(checkpoint, model, ignore_classifier=True, any_input_channels=channels).tensors
 
 
 def _checkpoint(source: Any, label: str = "the given dict") -> Checkpoint:

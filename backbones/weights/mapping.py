@@ -129,11 +129,10 @@ def _try(
 ) -> None:
     """Fill in `attempt`: rename, drop what is not needed, let the model complete, compare."""
     try:
-        renamed = (
-            layout(dict(tensors), target.module)
-            if callable(layout)
-            else _rename(tensors, layout, attempt)
-        )
+        if callable(layout):
+            renamed = layout(dict(tensors), target.module)
+        else:
+            renamed = _rename(tensors, layout, attempt)
     except Exception as error:  # a family's code on others' tensors; shown if nothing fits
         attempt.error = error
         return
@@ -225,15 +224,8 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def _finish(attempt: _Attempt, target: Target) -> Mapped:
     check_values(attempt.tensors, target.present)
-    return Mapped(
-        attempt.tensors,
-        attempt.layout,
-        attempt.prefix,
-        tuple(attempt.dropped),
-        tuple(attempt.ignored),
-        tuple(attempt.missing),
-        tuple(attempt.unexpected),
-    )
+    rest = (attempt.dropped, attempt.ignored, attempt.missing, attempt.unexpected)
+    return Mapped(attempt.tensors, attempt.layout, attempt.prefix, *map(tuple, rest))
 
 
 def _explain(attempt: _Attempt, target: Target, strict: bool) -> str:

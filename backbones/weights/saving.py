@@ -41,7 +41,7 @@ def save_checkpoint(
     provenance: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Save a model's state dict as safetensors, with metadata that lets it be rebuilt.
+    """Save a model's state dict as safetensors, with metadata to rebuild it; return the path.
 
     The metadata holds ``format`` and one JSON object ``backbones`` with the variant's name and
     arguments, whether the weights are merged, license, provenance, class names and the input
@@ -54,9 +54,6 @@ def save_checkpoint(
         license: license of the weights; by default that of the pretrained weights, if known.
         provenance: where the weights come from (source, digest, training), as JSON values.
         classes: names of the classes, in the classifier's order.
-
-    Returns:
-        The path.
 
     Raises:
         CheckpointError: the file cannot be written, the model has no values (meta device), the

@@ -34,13 +34,10 @@ def is_transient_status(code: int) -> bool:
 
 
 def with_retries(action: Callable[[], T], what: str, progress: Callable[[], int] = lambda: 0) -> T:
-    """Call `action` until it does not raise `TransientError`, at growing intervals.
+    """Call `action`, named `what` in messages, until it raises no `TransientError`, ever slower.
 
-    Args:
-        action: what to do.
-        what: its name for messages.
-        progress: bytes that all attempts together have brought; an attempt that added a MiB to
-            the most there ever was starts the count of failures anew.
+    An attempt that added a MiB to the most `progress` ever was (bytes that all attempts together
+    have brought) starts the count of failures anew.
 
     Raises:
         TransientError: the last attempt's.

@@ -40,11 +40,6 @@ def hub_config(
     without this package. A variant that is registered nowhere (a user's YAML file) is described as
     another one of its family with all arguments that differ.
 
-    Args:
-        model: a whole model of this package.
-        license: license of the weights.
-        classes: names of the classes.
-
     Raises:
         UnsupportedError: the model is none of this package, was not made by `create_model`, or has
             arguments that JSON cannot hold.
@@ -65,10 +60,8 @@ def hub_config(
     variant = body.config["name"]
     if not body.deployed and arguments.keys() <= _COMMON and architecture == f"backbones_{variant}":
         architecture = variant
-    described = filter_pretrained_cfg(
-        {key: value for key, value in cfg.items() if key not in _LEFT_OUT},
-        remove_source=True,
-    )
+    known = {key: value for key, value in cfg.items() if key not in _LEFT_OUT}
+    described = filter_pretrained_cfg(known, remove_source=True)
     described |= input_config(body) | {"license": license, "fixed_input_size": False}
     if classes is not None or cfg.get("num_classes") != body.num_classes:
         described.pop("label_names", None)

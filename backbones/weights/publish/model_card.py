@@ -35,14 +35,10 @@ def model_card(
     license: str,
     provenance: Mapping[str, Any] | None,
 ) -> str:
-    """Return a card that says what is known of a model, and no more.
+    """Return a card that says what is known of a model with this ``config.json``, and no more.
 
-    Args:
-        model: the model.
-        config: its ``config.json``.
-        repo_id: where it will be published, for the example; None for a placeholder.
-        license: license of the weights, in the card's front matter as the Hub spells it.
-        provenance: where the weights come from.
+    The example names `repo_id`, or a placeholder for None; the front matter has the license of the
+    weights as the Hub spells it.
     """
     target = Target(model)
     cfg = config["pretrained_cfg"]

@@ -40,7 +40,7 @@ def save_for_hf(
     provenance: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Write a folder that ``timm.create_model("local-dir:<folder>", pretrained=True)`` loads.
+    """Write and return a folder for ``timm.create_model("local-dir:<folder>", pretrained=True)``.
 
     So does ``backbones.create_model``, and both with ``"hf-hub:<owner>/<name>"`` once the folder is
     a repository of the Hub (`push_to_hub`). It holds the weights with our metadata
@@ -60,9 +60,6 @@ def save_for_hf(
         classes: names of the classes, in the classifier's order.
         provenance: where the weights come from, as JSON values.
         repo_id: ``owner/name`` on the Hub, for the example in the card.
-
-    Returns:
-        The folder.
 
     Raises:
         UnsupportedError: the model is none of this package, or cannot be rebuilt from its variant
@@ -106,9 +103,10 @@ def push_to_hub(
     message: str = "Add model",
     token: str | None = None,
 ) -> str:
-    """Upload what `save_for_hf` writes to a repository of the Hub, which is made where needed.
+    """Upload what `save_for_hf` writes to a repository of the Hub; return the commit's address.
 
-    A model card that the repository has already is kept, since people edit it there.
+    The repository is made where needed. A model card that it has already is kept, since people
+    edit it there.
 
     Args:
         model, license, classes, provenance: as in `save_for_hf`.
@@ -118,9 +116,6 @@ def push_to_hub(
         replace_card: replace the card too.
         message: message of the commit.
         token: with the right to write; None for `HF_TOKEN` or the token of ``hf auth login``.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         ConfigError: `repo_id` is not of the form ``owner/name``.

@@ -82,9 +82,6 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     No code is ever run, and no option allows it: pickles go through a list of what they may name
     and PyTorch's weights-only reader. Memory and time are bounded by the size of the file.
 
-    Args:
-        path: the file; its extension does not matter.
-
     Raises:
         WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
         UnsafeCheckpointError: reading would run code; the message names what was blocked.
@@ -114,11 +111,10 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 
 
 def read_content(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read everything a file of `torch.save` holds, as safely as `read_checkpoint`.
+    """Read the mapping that a file of `torch.save` holds, as safely as `read_checkpoint`.
 
-    Returns:
-        The mapping that was saved: tensors, numbers, texts and containers of them. The tensors are
-        copies, so that the file may be replaced.
+    It has tensors, numbers, texts and containers of them. The tensors are copies, so that the file
+    may be replaced.
 
     Raises:
         WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
