@@ -204,11 +204,7 @@ def _manifest(args: argparse.Namespace) -> Manifest:
 
 
 def _selected(args: argparse.Namespace) -> list[WeightsEntry]:
-    """Return the entries of the names given: a variant stands for all its tags.
-
-    Raises:
-        UnknownModelError: a name or pattern that matches none.
-    """
+    """Return the entries of the names given: a variant stands for all its tags."""
     manifest = _manifest(args)
     chosen: dict[str, WeightsEntry] = {}
     for given in args.names or ["*"]:
