@@ -124,18 +124,20 @@ def _on_cpu(
     _check(shape, bins)
     height, width = shape[2:]
     dtype = torch.promote_types(torch.promote_types(x_dtype, weight_dtype), torch.float32)
-    transform = _best(height, width, dtype == torch.float32)
+    transform = _best(height, width, dtype == torch.float32, shape[0] == 0)
     fits = x_dtype == weight_dtype == dtype and bins[1:3] == _bins((height, width))
     return transform if fits else partial(_converted, transform)
 
 
-def _best(height: int, width: int, single: bool) -> Transform:
+def _best(height: int, width: int, single: bool, empty: bool) -> Transform:
     longest = max(height, width)
     smooth = _SMOOTH % height == 0
-    if longest > _MIXED_SIDE or (smooth and width == _FAST_WIDTH):
+    # MKL's transform refuses an empty batch on some processors.
+    fast = longest > _MIXED_SIDE or (smooth and width == _FAST_WIDTH)
+    if fast and not empty:
         return _fast_fourier
     with torch.inference_mode(False):  # or no later call could be differentiated
-        if not smooth or (longest <= _MATRIX_SIDE and (height, width) != _FAST_MAP):
+        if empty or not smooth or (longest <= _MATRIX_SIDE and (height, width) != _FAST_MAP):
             return partial(_by_matrices, matrices=_matrices(height, width, single))
         matrices = tuple(map(torch.from_numpy, horizontal(height, width, single)))
         return partial(_mixed, matrices=matrices)

@@ -79,7 +79,7 @@ def test_a_filter_of_another_size_is_resized(height, width, bins):
     assert torch.allclose(ops.spectral_filter(x, resized), out, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("size", [7, 14, 24])
+@pytest.mark.parametrize("size", [7, 14, 24, 32, 64])
 def test_no_images_give_none(size):
     x, weight = arguments(0, 2, size, size)
     assert ops.spectral_filter(x, weight).shape == x.shape

@@ -135,8 +135,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(fit, monkeypat
 
 
 def fill_the_disk(options, queue):
-    torch.set_num_threads(1)  # a forked process has none of OpenMP's other threads
-
     def limit(update):
         if update.epoch == 2:  # no file may grow beyond this from now on
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
@@ -149,7 +147,7 @@ def fill_the_disk(options, queue):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(options, tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork has none of OpenMP's other threads
     queue = context.Queue()
     worker = context.Process(target=fill_the_disk, args=(options, queue))
     worker.start()
