@@ -166,5 +166,5 @@ def test_digits_replace_their_own_files_and_no_others(tmp_path):
 
 def test_digits_without_scikit_learn_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"backbones\[quickstart\]"):
+    with pytest.raises(MissingDependencyError, match=r"\.\[quickstart\]"):
         write_digits(tmp_path / "digits")
