@@ -17,7 +17,7 @@ from torch import nn
 
 from backbones import weights
 from backbones.config import Variant, check_arguments, read_family
-from backbones.errors import CheckpointError, ConfigError, UnknownModelError, nearest
+from backbones.errors import ConfigError, UnknownModelError, nearest
 from backbones.manifest import load_manifest
 from backbones.registry import PLACEMENT, build_with_report, registry, unknown
 from backbones.reparameterization import reparameterize
@@ -257,7 +257,7 @@ def open_checkpoint(
     saved = described if described.get("name") in (given, own_name) else {}
     arguments: dict[str, Any] = {"deploy": True} if saved.get("deploy") else {}
     if variant is None:
-        arguments |= _sizes_in_file(checkpoint, _timm_twin(given)) | overrides
+        arguments |= _timm_sizes(checkpoint, given) | overrides
         model, report = _create_with_timm(given, False, checkpoint, None, arguments)
     else:
         model_class = registry.model_class(variant.family)
@@ -265,7 +265,7 @@ def open_checkpoint(
             arguments |= weights.saved_arguments(checkpoint, model_class)
         else:
             twin = model_class(**variant.arguments, device="meta")
-            arguments |= _sizes_in_file(checkpoint, twin)
+            arguments |= weights.sizes_in_file(checkpoint, twin)
         model, report = build_with_report(
             variant, pretrained_cfg=tag, checkpoint=checkpoint, **{**arguments, **overrides}
         )
@@ -278,44 +278,12 @@ def open_checkpoint(
     return LoadedModel(model.eval(), given, variant, tag, saved, report)
 
 
-def _sizes_in_file(checkpoint: weights.Checkpoint, twin: Any) -> dict[str, int]:
-    """Return numbers of classes and input channels of a checkpoint of somebody else's.
-
-    Args:
-        checkpoint: the file as read.
-        twin: the model with other sizes, on the meta device.
-    """
-    cfg = getattr(twin, "pretrained_cfg", None) or {}
-    first_conv = getattr(twin, "first_conv", None) or cfg.get("first_conv")
-    if not isinstance(first_conv, str):
-        return {}
-    try:
-        tensors = weights.map_checkpoint(
-            checkpoint.tensors,
-            twin,
-            ignore_classifier=True,
-            any_input_channels=[f"{first_conv}.weight"],
-        ).tensors
-    except CheckpointError:
-        return {}  # what does not fit is named when it is loaded
-    sizes = {}
-    classifier = getattr(twin, "classifier_names", None) or cfg.get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    for key, name, axis in (
-        ("num_classes", next(iter(names), None), 0),
-        ("in_chans", first_conv, 1),
-    ):
-        if (tensor := tensors.get(f"{name}.weight")) is not None:
-            sizes[key] = tensor.shape[axis]
-    return sizes
-
-
-def _timm_twin(name: str) -> Any:
-    """Return a model of timm on the meta device; None for those that are no plain names."""
+def _timm_sizes(checkpoint: weights.Checkpoint, name: str) -> dict[str, int]:
+    """Return the sizes in a checkpoint of one of timm's models; none for other names."""
     if not timm.is_model(name):
-        return None
+        return {}
     with torch.device("meta"):
-        return timm.create_model(name)
+        return weights.sizes_in_file(checkpoint, timm.create_model(name))
 
 
 def _create_with_timm(

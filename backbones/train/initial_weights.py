@@ -17,7 +17,7 @@ from backbones.factory import create_model, find_variant
 from backbones.manifest import load_manifest
 from backbones.train.config import TrainConfig
 from backbones.train.data import set_input
-from backbones.weights import load_checkpoint, read_description
+from backbones.weights import load_checkpoint, read_checkpoint, read_description
 
 __all__ = ["InitialWeights", "create_initial_model", "hub_responds"]
 
@@ -112,8 +112,8 @@ def _create(
 def _of_whole_checkpoint(
     name: str, path: str, arguments: dict[str, Any], classes: list[str] | None
 ) -> tuple[nn.Module, InitialWeights]:
-    saved = read_description(path)
-    known = saved.get("classes")
+    checkpoint = read_checkpoint(path)
+    known = checkpoint.description.get("classes")
     if known and classes and list(known) != list(classes):
         raise CheckpointError(
             f"{path} was trained on other classes ({len(known)}: {', '.join(known[:5])}, ...)"
@@ -121,8 +121,9 @@ def _of_whole_checkpoint(
             " --pretrained-path starts from it with a new classifier"
         )
     model = create_model(name, **arguments)
-    load_checkpoint(model, path)
-    return model, InitialWeights(path, saved.get("license"), f"starting from {path}")
+    load_checkpoint(model, checkpoint)
+    license = checkpoint.description.get("license")
+    return model, InitialWeights(path, license, f"starting from {path}")
 
 
 def _with_new_classifier(

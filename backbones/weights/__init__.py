@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backbones.weights.arguments import saved_arguments
+from backbones.weights.arguments import saved_arguments, sizes_in_file
 from backbones.weights.download import (
     fetch,
     local_copy,
@@ -64,6 +64,7 @@ __all__ = [
     "save_for_hf",
     "saved_arguments",
     "sha256_of",
+    "sizes_in_file",
     "unwrap",
     "verify",
     "write_pin",

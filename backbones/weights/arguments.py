@@ -1,17 +1,21 @@
-"""The constructor arguments that a checkpoint says its model was created with.
+"""The constructor arguments of a checkpoint's model, as far as the file tells them.
 
-They are data from a stranger, like its tensors: a few bytes of metadata could ask for a model of
-terabytes, or for one that takes forever to build.
+What it says is data from a stranger, like its tensors: a few bytes of metadata could ask for a
+model of terabytes, or for one that takes forever to build.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from backbones.errors import CheckpointError
+from backbones.weights.mapping import map_checkpoint
+from backbones.weights.target import Target
 from backbones.weights.untrusted import Checkpoint
 
-__all__ = ["saved_arguments"]
+__all__ = ["saved_arguments", "sizes_in_file"]
 
 # A re-parameterized file holds fewer numbers than the training form of its model: parallel branches
 # and norms are gone. No family merges away more than a third.
@@ -53,3 +57,33 @@ def saved_arguments(checkpoint: Checkpoint, model_class: Any) -> dict[str, Any]:
     if needed > _MOST_MERGED * stored + _SLACK:
         raise refusal(f"a model of {needed} numbers and holds {stored}")
     return dict(arguments)
+
+
+def sizes_in_file(checkpoint: Checkpoint, twin: nn.Module) -> dict[str, int]:
+    """Return ``num_classes`` and ``in_chans`` of a checkpoint of somebody else's, as far as found.
+
+    Args:
+        checkpoint: the file as read.
+        twin: the model with other sizes, on the meta device.
+    """
+    cfg = getattr(twin, "pretrained_cfg", None) or {}
+    first_conv = getattr(twin, "first_conv", None) or cfg.get("first_conv")
+    if not isinstance(first_conv, str):
+        return {}
+    try:
+        tensors = map_checkpoint(
+            checkpoint.tensors,
+            twin,
+            ignore_classifier=True,
+            any_input_channels=[f"{first_conv}.weight"],
+        ).tensors
+    except CheckpointError:
+        return {}  # what does not fit is named when it is loaded
+    places = {"in_chans": (first_conv, 1)}
+    if classifiers := Target(twin).classifiers:
+        places["num_classes"] = (classifiers[0], 0)
+    return {
+        key: tensors[f"{name}.weight"].shape[axis]
+        for key, (name, axis) in places.items()
+        if f"{name}.weight" in tensors
+    }
