@@ -1,7 +1,5 @@
 """``python -m backbones``: the command line."""
 
-from __future__ import annotations
-
 import sys
 
 from backbones.cli import main

@@ -5,8 +5,6 @@ file can say nothing the model would not understand. Every error names file, lin
 module imports no torch.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

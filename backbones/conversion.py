@@ -1,7 +1,5 @@
 """A checkpoint of any layout as a model that can be saved or published as ours."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce

@@ -5,8 +5,6 @@ catch either. None of them derives from ``TypeError``: timm's loader retries on 
 hide the message.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """The front door: lists models, creates them by name, and loads them from checkpoints."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import re

@@ -4,8 +4,6 @@ What is written goes to a hidden folder on the same disk first, is flushed, and 
 place. If anything fails, what was there before is there again and nothing else is left behind.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What is known of a model without downloading anything: size, cost, origin, weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

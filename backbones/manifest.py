@@ -3,8 +3,6 @@
 This module imports no torch and opens no connection.
 """
 
-from __future__ import annotations
-
 import re
 import typing
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,6 @@ Values are computed in float64 and stored in the layer's own type, device and me
 work on the meta device too. Modules must be in evaluation mode (`reparameterize` checks).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The main job in one call: images in, a trained, checked and exported model out."""
 
-from __future__ import annotations
-
 import dataclasses
 import platform
 import shutil
@@ -187,11 +185,7 @@ def _save_and_export(
 def _compare_file(
     path: Path, batches: Any, result: Evaluation, say: Callable[[str], None]
 ) -> tuple[Evaluation, Agreement]:
-    """Run the exported file over the held-out images and compare it with the model.
-
-    Raises:
-        ExportError: the two do not name the same class for every image.
-    """
+    """Run the exported file over the held-out images and compare it with the model."""
     by_file = evaluate(OnnxRuntimeRunner(path), batches)
     agreement = compare(result.logits, by_file.logits)
     if agreement.top1_agreement < 1:
@@ -235,11 +229,7 @@ def _measure(
 
 
 def _check(config: QuickstartConfig) -> None:
-    """Refuse what cannot work before anything is written.
-
-    Raises:
-        BackbonesError: a package is missing, or the model, the size or the output do not fit.
-    """
+    """Refuse what cannot work before anything is written."""
     for package in NEEDS:
         optional_import(package, "quickstart")
     if config.output.exists() and not config.output.is_dir():

@@ -1,7 +1,5 @@
 """Families and variants by name, and the one road that builds them."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.util

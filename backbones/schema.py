@@ -3,8 +3,6 @@
 This module imports no torch.
 """
 
-from __future__ import annotations
-
 import inspect
 import types
 import typing

@@ -1,7 +1,5 @@
 """Stages: what a builder needs to know of one, the default module, and the input's check."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The bridge to timm: our models in its registry, and its instances of our models as ours."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import sys

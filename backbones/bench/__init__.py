@@ -1,7 +1,5 @@
 """Measured latency: of callables, of a model in every engine, of many models."""
 
-from __future__ import annotations
-
 from backbones.bench.benchmarking import benchmark
 from backbones.bench.child import ChildError
 from backbones.bench.latency import Latency, compare_latency, measure

@@ -1,7 +1,5 @@
 """benchmark(): one model, in every way that this machine can run it."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

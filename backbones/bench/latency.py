@@ -1,7 +1,5 @@
 """Latency of callables after warm-up, candidates in alternation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

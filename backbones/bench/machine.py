@@ -1,7 +1,5 @@
 """The machine that figures were measured on, and what its processor can do at most."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

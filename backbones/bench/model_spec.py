@@ -1,7 +1,5 @@
 """The model that a benchmark is about, described so that another process can build it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

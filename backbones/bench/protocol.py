@@ -5,8 +5,6 @@ points descriptor 1 at standard error; what was printed before it could do so, w
 lacks the mark and is passed over.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

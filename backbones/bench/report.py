@@ -1,7 +1,5 @@
 """What a benchmark found, for programs and for people."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ turns of a round. The order is *certain* if
 Otherwise the comparison means nothing, and reports say so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ request says what to do:
     Reply with the peak memory and leave. So does a parent that is gone.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 import time

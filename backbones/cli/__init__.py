@@ -3,8 +3,6 @@
 Exit codes: 0 all is well; 1 the job failed; 2 wrong usage or bad input; 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

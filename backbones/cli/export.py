@@ -1,7 +1,5 @@
 """``backbones export``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``backbones info``."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

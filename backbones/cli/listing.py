@@ -1,7 +1,5 @@
 """``backbones list``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

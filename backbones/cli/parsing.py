@@ -1,7 +1,5 @@
 """Parts of parsers that several commands share, and how a model enters a command."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``backbones predict``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any
@@ -79,11 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_images(paths: list[str]) -> None:
-    """Decode every image once.
-
-    Raises:
-        DataError: names every file that is no image.
-    """
+    """Decode every image once."""
     problems = []
     for path in paths:
         try:

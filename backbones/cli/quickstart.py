@@ -1,7 +1,5 @@
 """``backbones quickstart``."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

@@ -1,7 +1,5 @@
 """``backbones reparam``."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """``backbones train``."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

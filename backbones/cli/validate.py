@@ -1,7 +1,5 @@
 """``backbones validate``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``backbones weights``: what is released, where it lies, and whether it is the right file."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import fnmatch

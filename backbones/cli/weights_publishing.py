@@ -1,7 +1,5 @@
 """``backbones weights convert`` and ``backbones weights push``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import secrets

@@ -1,7 +1,5 @@
 """Export to deployment formats, each file compared with the model, and runners for the files."""
 
-from __future__ import annotations
-
 from backbones.engines.caching import processor, versions
 from backbones.engines.deploying import Candidate, DeployReport, deploy
 from backbones.engines.executorch import ExecuTorchConfig

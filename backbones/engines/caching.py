@@ -1,7 +1,5 @@
 """Where engine files are kept between processes: one folder for each model, by its content."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import inspect

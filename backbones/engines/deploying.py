@@ -1,7 +1,5 @@
 """deploy(): the fastest form of a model on this machine, as one callable."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -199,11 +197,7 @@ def deploy(
 
 
 def _list_of(engine: str | Sequence[str]) -> list[str]:
-    """Return one name or several as a list.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return one name or several as a list."""
     names = [engine] if isinstance(engine, str) else list(engine)
     if not names:
         raise ConfigError("name at least one engine, or 'auto'")
@@ -219,12 +213,7 @@ def _started(
     say: Callable[[str], None],
     time_limit: float,
 ) -> tuple[Runners, list[Candidate]]:
-    """Start engines, and say why others did not start.
-
-    Raises:
-        BackbonesError: the only one does not start.
-        ConfigError: none of several does.
-    """
+    """Start engines, and say why others did not start."""
     began = time.perf_counter()
     runners: Runners = {}
     others: list[Candidate] = []
@@ -279,11 +268,7 @@ def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[C
 
 
 def _fastest(candidates: Sequence[Candidate], several: bool) -> Candidate:
-    """Return the fastest of those that compute what the model computes.
-
-    Raises:
-        ConfigError: none of several does.
-    """
+    """Return the fastest of those that compute what the model computes."""
     fit = [one for one in candidates if one.reason is None or not several]
     if not fit:
         raise ConfigError(f"no candidate agrees with the model: {list(candidates)}")

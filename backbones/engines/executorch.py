@@ -1,7 +1,5 @@
 """ExecuTorch with XNNPACK, for phones and small boards."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import threading
@@ -33,10 +31,6 @@ def _to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path)
 
     Returns:
         How many operations XNNPACK runs, and how many the portable (slow) kernels.
-
-    Raises:
-        MissingDependencyError: executorch is not installed.
-        ExportError: the model cannot be recorded or lowered.
     """
     exir = optional_import("executorch.exir", "executorch")
     passes = optional_import("executorch.exir.passes.sym_shape_eval_pass", "executorch")

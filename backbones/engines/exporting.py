@@ -1,7 +1,5 @@
 """export(): convert, run the file in its engine, compare, and only then put it in place."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import time
@@ -194,12 +192,7 @@ def _free_dimensions(target: Format, dynamic: Sequence[str], preprocess: bool) -
 
 
 def _check_request(target: Format, dynamic: Sequence[str], precision: str, path: Path) -> None:
-    """Refuse what the format cannot do before anything is computed.
-
-    Raises:
-        UnsupportedError: a precision or free dimension that the format does not have.
-        ConfigError: no such precision or dimension, or no folder to write to.
-    """
+    """Refuse what the format cannot do before anything is computed."""
     if precision not in PRECISIONS:
         raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if precision not in target.precisions:
@@ -226,12 +219,7 @@ def _real_images(
     preprocess: bool,
     path: Path,
 ) -> Tensor | None:
-    """Return the images to calibrate on and to compare with, as the model takes them.
-
-    Raises:
-        ConfigError: int8 without images.
-        UnsupportedError: a file with preprocessing takes other images.
-    """
+    """Return the images to calibrate on and to compare with, as the model takes them."""
     if calibration is None:
         if precision == "int8":
             raise ConfigError(
@@ -245,11 +233,7 @@ def _real_images(
 
 
 def _check_free_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
-    """Refuse a free image size where the graph would be wrong for other sizes than its own.
-
-    Raises:
-        UnsupportedError: the model's graph depends on the size.
-    """
+    """Refuse a free image size where the graph would be wrong for other sizes than its own."""
     for _, part in backbones_in(model):
         if part.fixed_size_reason and {"height", "width"} & set(dynamic):
             raise UnsupportedError(
@@ -259,11 +243,7 @@ def _check_free_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
 
 
 def _output_names(result: Any) -> tuple[str, ...]:
-    """Return names for a model's outputs.
-
-    Raises:
-        UnsupportedError: it gives neither a tensor nor a list of them.
-    """
+    """Return names for a model's outputs."""
     if isinstance(result, Tensor):
         return ("logits",)
     if not isinstance(result, list | tuple) or not all(isinstance(x, Tensor) for x in result):
@@ -302,9 +282,6 @@ def _verified(
 
     Returns:
         The engine's name, and the comparisons.
-
-    Raises:
-        ExportError: the file cannot be opened, or does not compute what the model computes.
     """
     runner = target.open(file)
     inputs: list[tuple[Tensor, bool]] = []

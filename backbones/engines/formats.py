@@ -1,7 +1,5 @@
 """What a format is: a typed config, and what converts to it and runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ int8 is static: weights a channel, activations a tensor, ranges from real images
 quantizer places the operations where the engine can fuse them.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Sequence
@@ -43,10 +41,6 @@ def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
     Weights beyond the 2 GB that one file holds go to ``<path>.data`` beside it. In int8 the
     weights and activations of convolutions and products are quantized, with QuantizeLinear and
     DequantizeLinear around them.
-
-    Raises:
-        MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        ExportError: the exporter failed.
     """
     if conversion.precision != "int8":
         write_onnx(conversion, config, path)
@@ -101,12 +95,7 @@ class _Batches:
 
 
 def _quantize(source: Path, path: Path, conversion: Conversion) -> None:
-    """Write the int8 form (QuantizeLinear and DequantizeLinear) of an ONNX file.
-
-    Raises:
-        MissingDependencyError: onnxruntime is not installed.
-        ConfigError: there are no calibration images.
-    """
+    """Write the int8 form (QuantizeLinear and DequantizeLinear) of an ONNX file."""
     tools = optional_import("onnxruntime.quantization", "onnx")
     prepared = source.with_name(f"prepared-{source.name}")
     reader = _Batches(conversion)

@@ -1,7 +1,5 @@
 """What an engine is: how it starts a model, and the callable that it gives, images to outputs."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

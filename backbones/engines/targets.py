@@ -1,7 +1,5 @@
 """All formats and engines, in one table each."""
 
-from __future__ import annotations
-
 from os import PathLike
 from pathlib import Path
 

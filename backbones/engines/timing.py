@@ -5,8 +5,6 @@ again, and threads of the engine before it may still spin, waiting for more work
 begins with calls that are not counted.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Running a model and a file on the same inputs, and how far their outputs are apart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Source: "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated 
 (arXiv 2207.14284), section 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Source: "InceptionNeXt: When Inception Meets ConvNeXt" (arXiv 2303.16900), section 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Source: "SpaRTAN: Spatial Reinforcement Token-based Aggregation Network for Visu
 (arXiv 2507.10999) and the authors' code.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from bisect import bisect_right

@@ -3,8 +3,6 @@
 Source: "UniRepLKNet: A Universal Perception Large-Kernel ConvNet" (arXiv 2311.15599), section 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """A depthwise kernel with parallel smaller ones, each under its own norm."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Modules one after the other that fold the norms between them."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

@@ -1,7 +1,5 @@
 """The head's contract, written once: feature maps -> pool -> vectors -> dropout -> classifier."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any

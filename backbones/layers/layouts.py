@@ -1,7 +1,5 @@
 """How ConvNeXt's authors name its parts, which other families took over: renames for `layouts`."""
 
-from __future__ import annotations
-
 __all__ = ["CONVNEXT_LAYOUT", "PYRAMID_LAYOUT"]
 
 PYRAMID_LAYOUT = (

@@ -1,7 +1,5 @@
 """The channel mixer of the ConvNeXt line: expand, activate, reduce."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from backbones import merge

@@ -1,7 +1,5 @@
 """The response norm, and the type in which norms take their statistics."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

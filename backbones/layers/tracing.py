@@ -1,7 +1,5 @@
 """Help for torch.fx, whose symbolic tracing cannot branch on shapes and types."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar

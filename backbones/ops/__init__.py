@@ -5,8 +5,6 @@ whether the operations are being recorded, and every path is tested against the 
 values and gradients. :func:`use_reference` forces the reference.
 """
 
-from __future__ import annotations
-
 from backbones.ops.dispatch import (
     at_least_float32,
     is_recorded,

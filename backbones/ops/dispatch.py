@@ -5,8 +5,6 @@ against it. Three questions decide the path: is the reference asked for, is some
 operations (``torch.compile``, ``torch.export``, ``torch.jit.trace``), and are the sizes known.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 

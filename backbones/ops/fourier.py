@@ -6,8 +6,6 @@ reduced to one turn, by numpy: a table then belongs to no device, and computing 
 recorded by whoever traces the model.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import NamedTuple
 

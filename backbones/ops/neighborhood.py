@@ -6,8 +6,6 @@ et al., CVPR 2023, arXiv 2204.07143), section 3.1; used by OverLoCK (Lou and Yu,
 arXiv 2502.20087), section 3.3, with dynamic kernels as weights.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

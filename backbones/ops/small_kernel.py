@@ -4,8 +4,6 @@ Source: LSNet (Wang et al., CVPR 2025, arXiv 2503.23135), section 3.3, the aggre
 large-small convolution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any

@@ -4,8 +4,6 @@ Source: HorNet (Rao et al., NeurIPS 2022, arXiv 2207.14284), section 3.1, the gl
 HorNet-GF, after Global Filter Networks (Rao et al., NeurIPS 2021, arXiv 2107.00645), section 3.2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 

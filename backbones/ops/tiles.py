@@ -4,8 +4,6 @@ A tile is a rectangle of query positions with the smallest rectangle of key posi
 all their windows. Within a tile the aggregation is one matrix product (queries x keys).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 

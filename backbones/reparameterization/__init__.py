@@ -1,7 +1,5 @@
 """Re-parameterization of any model: ours, timm's instances of our models, others of timm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

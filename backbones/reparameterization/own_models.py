@@ -4,8 +4,6 @@ The blocks' own ``reparameterize()`` are written in the algebra of :mod:`backbon
 ``reparameterize_model`` calls the same ones.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Other models of timm: timm's own hooks, and pairs of linear layer and batch norm."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from itertools import pairwise

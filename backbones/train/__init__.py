@@ -1,7 +1,5 @@
 """Fine-tuning and validation, on timm's data, task, optimizer, scheduler and saver parts."""
 
-from __future__ import annotations
-
 from backbones.train.config import TrainConfig
 from backbones.train.data import (
     DataError,

@@ -1,7 +1,5 @@
 """Checkpoints of a run: timm's layout, written whole or not at all, read without running code."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

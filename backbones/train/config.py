@@ -1,7 +1,5 @@
 """What a training run is made of; fields bear the names of timm's training script."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence

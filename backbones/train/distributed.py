@@ -1,7 +1,5 @@
 """The processes of one training run, as torchrun starts them, and this one among them."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager

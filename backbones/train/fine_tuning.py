@@ -1,7 +1,5 @@
 """run(): images in, a fine-tuned model and its checkpoints out."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path

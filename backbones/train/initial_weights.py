@@ -1,7 +1,5 @@
 """Where a run begins: the model, with released weights, a checkpoint's, or fresh ones."""
 
-from __future__ import annotations
-
 import threading
 import urllib.error
 import urllib.request

@@ -8,8 +8,6 @@ source repository, not in its packages. The script sees its own arguments and it
 Python had been started with it.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Pictures of results."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Recipes: the training options of ``configs/recipes/``, by name or from a file of one's own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache

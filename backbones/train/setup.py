@@ -1,7 +1,5 @@
 """Puts a run's parts together: loaders, task with its losses, optimizer, schedule."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

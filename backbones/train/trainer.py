@@ -1,7 +1,5 @@
 """One epoch of training, and one of validation."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """One run in one process: epoch after epoch, with checkpoints, history and curves."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

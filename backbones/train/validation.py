@@ -1,7 +1,5 @@
 """Accuracy of a model, or of an engine's runner: on batches, and on a folder with its classes."""
 
-from __future__ import annotations
-
 import csv
 import io
 import time

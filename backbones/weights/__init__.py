@@ -1,7 +1,5 @@
 """Checkpoints: reading them safely, bringing them here, mapping them to a model, publishing."""
 
-from __future__ import annotations
-
 from backbones.weights.arguments import saved_arguments, sizes_in_file
 from backbones.weights.download import (
     fetch,

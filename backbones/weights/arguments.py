@@ -4,8 +4,6 @@ What it says is data from a stranger, like its tensors: a few bytes of metadata 
 model of terabytes, or for one that takes forever to build.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Loading checkpoints into models: all or nothing, and with a report of what happened."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Bringing a checkpoint's keys and shapes into a model's own: prefixes, layouts, completeness."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The prefixes that wrappers of a model leave on its parameters' names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Saving models as safetensors files that say what they are."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a model expects of a checkpoint: the view of a model that the mapping works on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property

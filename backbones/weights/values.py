@@ -1,7 +1,5 @@
 """Checking that a checkpoint's numbers are ones a model can hold."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

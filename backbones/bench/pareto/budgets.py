@@ -1,7 +1,5 @@
 """The most accurate model within a time budget."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

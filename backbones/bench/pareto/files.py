@@ -1,7 +1,5 @@
 """A Pareto front as JSON, CSV and picture."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """Models by published accuracy and measured latency, and which of them are on the Pareto front."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

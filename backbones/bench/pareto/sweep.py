@@ -1,7 +1,5 @@
 """front(): published accuracy against latency measured here, of many models."""
 
-from __future__ import annotations
-
 import dataclasses
 import fnmatch
 import tempfile
@@ -156,11 +154,7 @@ def _part_of(progress: Progress, number: int, of: int) -> Progress:
 
 
 def _expand(models: Sequence[str] | None) -> list[str]:
-    """Return the models that names and patterns stand for, each once, in order.
-
-    Raises:
-        UnknownModelError: no such model, or none that a pattern matches.
-    """
+    """Return the models that names and patterns stand for, each once, in order."""
     manifest = load_manifest()
     if isinstance(models, str):
         raise ConfigError(f"models is a list of names: [{models!r}]")

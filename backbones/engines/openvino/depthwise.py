@@ -6,8 +6,6 @@ long as one of 15x15. Where the limit lies depends on processor and version, so 
 measured once where it runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

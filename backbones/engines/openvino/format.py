@@ -1,7 +1,5 @@
 """OpenVINO's intermediate representation: an ``.xml`` file of the graph, a ``.bin`` of weights."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import dataclass
@@ -27,10 +25,6 @@ def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> 
 
     In fp16 the weights are stored in half precision; what is computed in is said when the file is
     opened. In int8 NNCF quantizes weights and activations.
-
-    Raises:
-        MissingDependencyError: openvino, onnx or onnxscript is not installed; int8 needs nncf.
-        ExportError: a converter failed.
     """
     ov = optional_import("openvino", "openvino")
     between = path.with_suffix(".onnx")
@@ -50,12 +44,7 @@ def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> 
 
 
 def _quantized(model: Any, conversion: Conversion) -> Any:
-    """Return the int8 form of an OpenVINO model.
-
-    Raises:
-        MissingDependencyError: nncf is not installed.
-        ConfigError: there are no calibration images.
-    """
+    """Return the int8 form of an OpenVINO model."""
     nncf = optional_import("nncf", "openvino")
     nncf.set_log_level(logging.ERROR)
     given = list(conversion.calibration_batches())

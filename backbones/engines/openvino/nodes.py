@@ -1,7 +1,5 @@
 """Reading and replacing nodes of an OpenVINO model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

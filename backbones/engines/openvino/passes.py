@@ -4,8 +4,6 @@ Both rewrites are for models whose shapes are known, so they are done when a fil
 free batch size OpenVINO would carry the permutations out, and a file that held them be slower.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Running OpenVINO's files on the CPU."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Sequence
@@ -165,11 +163,7 @@ def _put_channels_last(images: np.ndarray, place: np.ndarray) -> None:
 
 
 def _possible(asked: str | None, written: str) -> str:
-    """Return the precision asked for, or else that of the file, if this processor has it.
-
-    Raises:
-        UnsupportedError: the processor does not compute in the precision asked for.
-    """
+    """Return the precision asked for, or else that of the file, if this processor has it."""
     if asked is None:
         return written if computes_in(written) else "fp32"
     if not computes_in(asked):

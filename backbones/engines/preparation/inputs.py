@@ -1,7 +1,5 @@
 """What goes into a model: the size of images, random ones, and real ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path

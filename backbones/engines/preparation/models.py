@@ -1,7 +1,5 @@
 """From a user's model to what is converted or run: a copy in eval mode on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

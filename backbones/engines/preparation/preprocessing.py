@@ -7,8 +7,6 @@ matrices are computed in the graph from the image's size by plain operations, wh
 format knows and which leave the size free.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

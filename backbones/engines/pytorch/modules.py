@@ -1,7 +1,5 @@
 """PyTorch's modules as engines, eager or compiled, in the memory layout that is fastest here."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """PyTorch's own formats: the program of ``torch.export``, and AOTInductor's compiled package."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import threading
@@ -37,11 +35,7 @@ class AotiConfig(FormatConfig):
 
 
 def _to_pt2(conversion: Conversion, config: Pt2Config, path: Path) -> None:
-    """Write the program, with metadata as the extra file ``backbones.json``.
-
-    Raises:
-        ExportError: the model cannot be recorded.
-    """
+    """Write the program, with metadata as the extra file ``backbones.json``."""
     facts = json.dumps({**conversion.metadata, "shape": _shape_of(conversion)}, allow_nan=False)
     # PyTorch wants its own suffix, whatever the user's is.
     between = path.with_name("program.pt2")
@@ -50,11 +44,7 @@ def _to_pt2(conversion: Conversion, config: Pt2Config, path: Path) -> None:
 
 
 def _to_aoti(conversion: Conversion, config: AotiConfig, path: Path) -> None:
-    """Compile the model and write the package, with metadata in the library.
-
-    Raises:
-        ExportError: the model cannot be recorded or compiled; a C++ compiler is needed.
-    """
+    """Compile the model and write the package, with metadata in the library."""
     facts = json.dumps({**conversion.metadata, "shape": _shape_of(conversion)}, allow_nan=False)
     between = path.with_name("package.pt2")
     try:

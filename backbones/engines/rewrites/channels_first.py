@@ -1,7 +1,5 @@
 """Blocks that move the channels to the end and back, as blocks on feature maps (B, C, H, W)."""
 
-from __future__ import annotations
-
 from timm.layers import LayerNorm2d
 from torch import nn
 

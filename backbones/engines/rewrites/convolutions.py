@@ -1,7 +1,5 @@
 """Convolutions with the channels of their inputs or outputs in other orders and portions."""
 
-from __future__ import annotations
-
 import copy
 
 from torch import Tensor, nn

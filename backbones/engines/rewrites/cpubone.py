@@ -1,7 +1,5 @@
 """CPUBone's attention without a split."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """HorNet's blocks without permutations, and its gated convolutions with fewer splits."""
 
-from __future__ import annotations
-
 import itertools
 
 from timm.layers import LayerNorm2d

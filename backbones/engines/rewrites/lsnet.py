@@ -1,7 +1,5 @@
 """LSNet's attention without a split."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from backbones.engines.rewrites.convolutions import select_outputs

@@ -1,7 +1,5 @@
 """Normalization in the operations that OpenVINO computes where the data lies."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from timm.layers import GroupNorm1, LayerNorm2d
 from torch import Tensor, nn

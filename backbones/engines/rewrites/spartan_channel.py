@@ -4,8 +4,6 @@ The even channels come first here, then the odd ones: as the halves of one map (
 two maps (`RotatedMixer`).
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """SpaRTAN's spatial mixer: the contrast after the projection, and one squeeze and excitation."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """All rewrites by the type of block, and the walk that applies them to a model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any

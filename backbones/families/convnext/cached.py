@@ -1,7 +1,5 @@
 """Values computed from parameters and cached until a parameter changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

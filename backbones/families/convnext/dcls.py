@@ -3,8 +3,6 @@
 Source: "Dilated convolution with learnable spacings" (arXiv 2112.03740), section 2.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

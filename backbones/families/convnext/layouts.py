@@ -1,7 +1,5 @@
 """How other code bases name ConvNeXt's parts: renames for `StagedBackbone.layouts`."""
 
-from __future__ import annotations
-
 from backbones.layers import CONVNEXT_LAYOUT
 
 __all__ = ["LAYOUTS"]

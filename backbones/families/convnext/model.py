@@ -5,8 +5,6 @@ Sources: "A ConvNet for the 2020s" (arXiv 2201.03545), "ConvNeXt V2" (arXiv 2301
 "Dilated convolution with learnable spacings" (arXiv 2112.03740), section 4.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 Source: CPUBone (arXiv 2603.26425).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ Source: "CPUBone: Efficient Vision Backbone Design for Devices with Low Parallel
 Capabilities" (arXiv 2603.26425). The state dict is key for key that of timm's class.
 """
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Source: LSNet (arXiv 2503.23135), whose last stage uses it, after LeViT (arXiv 2104.01136).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """A pair of heads behind one pooled feature map, for models that also learned from a teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

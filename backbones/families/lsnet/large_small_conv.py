@@ -3,8 +3,6 @@
 Source: LSNet (arXiv 2503.23135), section 3.3.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from backbones import merge

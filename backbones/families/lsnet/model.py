@@ -4,8 +4,6 @@ Source: "LSNet: See Large, Focus Small" (arXiv 2503.23135), section 3. Its stage
 8, 16, 32 and 64.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Convolution whose kernels are made from the context at every position (OverLoCK's ContMix)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

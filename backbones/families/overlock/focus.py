@@ -3,8 +3,6 @@
 Source: OverLoCK (arXiv 2502.20087), section 3.2 and figure 4b.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Layers that the base and overview nets and the focus net share."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

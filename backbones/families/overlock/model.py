@@ -5,8 +5,6 @@ Source: "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixi
 the focus net, whose two stages give the model's third and fourth feature maps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

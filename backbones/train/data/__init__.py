@@ -1,7 +1,5 @@
 """Images of a run: opening, checking and splitting them, and batches of them."""
 
-from __future__ import annotations
-
 from backbones.train.data.digits import write_digits
 from backbones.train.data.folders import (
     ImageFolder,

@@ -1,8 +1,6 @@
 """scikit-learn's 1,797 real handwritten digits (UCI "Optical Recognition of Handwritten Digits",
 its test part) written out as an image folder."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

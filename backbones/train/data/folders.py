@@ -1,7 +1,5 @@
 """Image folders: ``root/<split>/<class>/<image>``, or ``root/<class>/<image>`` without splits."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Opening images of strangers."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

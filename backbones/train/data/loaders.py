@@ -1,7 +1,5 @@
 """Batches of images, prepared as a model needs them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training and validation images of a run, from folders or any of timm's dataset readers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a download needs of the disk: room, a writable folder, and a digest of what arrived."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import shutil

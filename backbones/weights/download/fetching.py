@@ -1,7 +1,5 @@
 """Bringing a released checkpoint to this machine, and saying whether it is the right file."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Files of plain web servers: resumable, verified before they appear, one process at a time."""
 
-from __future__ import annotations
-
 import http.client
 import os
 import re

@@ -1,7 +1,5 @@
 """Files of the Hugging Face Hub, through the Hub's own client and cache."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

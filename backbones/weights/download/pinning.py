@@ -1,7 +1,5 @@
 """Recording digests in the manifest, so that every later download is verified."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path

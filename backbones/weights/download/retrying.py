@@ -1,7 +1,5 @@
 """Trying again what failed for a reason that may pass."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time

@@ -1,7 +1,5 @@
 """The ``config.json`` of a published model: what timm's loader, and ours, rebuild it from."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

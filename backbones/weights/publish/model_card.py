@@ -1,7 +1,5 @@
 """The model card, ``README.md``, of a published model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

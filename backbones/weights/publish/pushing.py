@@ -1,7 +1,5 @@
 """Publishing models: a folder that timm and this package load, and its way to the Hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path

@@ -7,8 +7,6 @@ refused here: one directory at the very end, members one after the other from th
 and every fact that is stored twice stored alike.
 """
 
-from __future__ import annotations
-
 import stat
 import struct
 import zlib

@@ -5,8 +5,6 @@ tuples and a storage of a terabyte are all made of harmless names. Every call he
 what it costs, and given a stand-in for its result.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable

@@ -5,8 +5,6 @@ what a checkpoint of tensors needs, and with a count of what it will cost, so th
 which runs afterwards, meets nothing that takes more memory or time than the file's size allows.
 """
 
-from __future__ import annotations
-
 import pickletools
 from collections import OrderedDict, deque
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Reading checkpoint files of strangers: safetensors and `torch.save`, never running code."""
 
-from __future__ import annotations
-
 import json
 import stat
 from collections.abc import Callable, Mapping

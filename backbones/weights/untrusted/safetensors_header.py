@@ -6,8 +6,6 @@ memory than the file itself. Format: 8 bytes little-endian header length, JSON, 
 bytes without gaps (https://github.com/huggingface/safetensors#format).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

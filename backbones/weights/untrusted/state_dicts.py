@@ -1,7 +1,5 @@
 """Finding the state dict inside whatever a training script saved."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -7,8 +7,6 @@ that allocate any amount of memory (`bytearray`, chained encodings). Then PyTorc
 unpickler reads the file, memory-mapped.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import threading
