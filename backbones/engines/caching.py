@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from backbones.files import write_json
 
-__all__ = ["content_key", "default_folder", "processor", "read_choice", "versions", "write_choice"]
+__all__ = ["content_key", "processor", "read_choice", "versions", "write_choice"]
 
 VERSIONS = "torch timm onnx onnxscript onnxruntime openvino nncf executorch torchao numpy".split()
-
-
-def default_folder() -> Path:
-    """Return the folder ``backbones/engines`` in PyTorch's cache (`TORCH_HOME`)."""
-    return Path(torch.hub.get_dir()) / "backbones" / "engines"
 
 
 def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = None) -> str:

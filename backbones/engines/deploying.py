@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
-from backbones.engines.caching import content_key, default_folder, read_choice, write_choice
+from backbones.engines.caching import content_key, read_choice, write_choice
 from backbones.engines.exporting import export
 from backbones.engines.preparation import (
     PRECISIONS,
@@ -23,7 +23,7 @@ from backbones.engines.preparation import (
     random_input,
     reparameterized_copy,
 )
-from backbones.engines.runners import Deployment, Engine, Runner
+from backbones.engines.runners import Deployment, Runner
 from backbones.engines.targets import ENGINES, available_engines, find_engine
 from backbones.engines.timing import take_turns
 from backbones.engines.verification import Agreement, as_list, compare, run_model
@@ -132,7 +132,12 @@ def deploy(
     """
     if precision not in (*PRECISIONS, "auto"):
         raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}, auto")
-    names = available_engines() if engine == "auto" else _list_of(engine)
+    if engine == "auto":
+        names = available_engines()
+    else:
+        names = [engine] if isinstance(engine, str) else list(engine)
+    if not names:
+        raise ConfigError("name at least one engine, or 'auto'")
     for name in names:
         find_engine(name)
     if batch_size < 1 or (threads is not None and threads < 1):
@@ -145,7 +150,7 @@ def deploy(
     data_config = {**resolve_model_data_config(model), "input_size": size}
     images = None if calibration is None else load_images(calibration, data_config)
     clone = reparameterized_copy(model)
-    folder = Path(cache_dir) if cache_dir is not None else default_folder()
+    folder = Path(cache_dir or Path(torch.hub.get_dir(), "backbones", "engines"))
     deployment = Deployment(
         model=clone,
         size=size,
@@ -196,14 +201,6 @@ def deploy(
     return chosen
 
 
-def _list_of(engine: str | Sequence[str]) -> list[str]:
-    """Return one name or several as a list."""
-    names = [engine] if isinstance(engine, str) else list(engine)
-    if not names:
-        raise ConfigError("name at least one engine, or 'auto'")
-    return names
-
-
 Runners = dict[tuple[str, str], Runner]  # by engine and precision
 
 
@@ -222,7 +219,7 @@ def _started(
         if several and precision not in engine.precisions:
             continue
         spent = time.perf_counter() - began
-        if several and runners and spent > _latest_start(engine, time_limit):
+        if several and runners and spent > (time_limit / 2 if engine.slow else time_limit):
             reason = f"not tried, the time limit of {time_limit:.0f} s was near"
             others.append(Candidate(name, precision, reason=reason))
             continue
@@ -250,7 +247,12 @@ def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[C
     candidates = []
     for key, runner in runners.items():
         values = [ms for turn in times[" ".join(key)] for ms in turn]
-        agreement, problem = _agreement_of(runner, images, expected)
+        parts = [as_list(runner(part)) for part in images.split(8)]
+        agreement, problem = None, None
+        try:
+            agreement = compare(expected, [torch.cat(outputs) for outputs in zip(*parts)])
+        except BackbonesError as error:
+            problem = str(error)
         if agreement is not None and agreement.top1_agreement < LEAST_AGREEMENT and several:
             # On random images classes lie close together, and only fp32 is compared on them.
             problem = f"names the class of fp32 for less than {LEAST_AGREEMENT:.0%} of images"
@@ -293,19 +295,3 @@ def _as_before(deployment: Deployment, earlier: dict[str, Any]) -> tuple[Runner,
     )
     deployment = dataclasses.replace(deployment, precision=earlier["precision"])
     return ENGINES[earlier["engine"]].start(deployment), report
-
-
-def _agreement_of(
-    runner: Runner, images: Tensor, expected: Any
-) -> tuple[Agreement | None, str | None]:
-    """Return how well a runner agrees with the model, or why it cannot be told."""
-    parts = [as_list(runner(part)) for part in images.split(8)]
-    try:
-        return compare(expected, [torch.cat(outputs) for outputs in zip(*parts)]), None
-    except BackbonesError as error:
-        return None, str(error)
-
-
-def _latest_start(engine: Engine, time_limit: float) -> float:
-    """Return the seconds after which an engine is not started any more."""
-    return time_limit / 2 if engine.slow else time_limit

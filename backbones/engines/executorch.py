@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from backbones.engines.formats import Conversion, Format, FormatConfig, Notes, traced
-from backbones.engines.runners import Deployment, Engine, Runner, existing
-from backbones.errors import ExportError, first_line
+from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
 from backbones.optional import optional_import
 
-__all__ = ["ENGINE", "FORMAT", "ExecuTorchConfig", "ExecuTorchRunner"]
+__all__ = ["ENGINE", "FORMAT", "ExecuTorchConfig"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class ExecuTorchConfig(FormatConfig):
 def _to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> Notes:
     """Write the program, what XNNPACK knows delegated to it; metadata is the method ``backbones``.
 
-    Returns:
-        How many operations XNNPACK runs, and how many the portable (slow) kernels.
+    Returns how many operations XNNPACK runs, and how many the portable (slow) kernels.
     """
     exir = optional_import("executorch.exir", "executorch")
     passes = optional_import("executorch.exir.passes.sym_shape_eval_pass", "executorch")
@@ -45,7 +43,7 @@ def _to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path)
     # Where lowering loses the bound of a size, memory is planned for the example's.
     largest = conversion.example[:1].expand(*shape).contiguous()
     program = traced(dataclasses.replace(conversion, example=largest), {"batch": config.max_batch})
-    try:
+    with explained(f"{path.name}: ExecuTorch cannot lower it", OSError):
         lowered = exir.to_edge_transform_and_lower(
             program,
             partitioner=[xnnpack.XnnpackPartitioner()],
@@ -57,12 +55,6 @@ def _to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path)
         )
         with path.open("wb") as stream:
             lowered.to_executorch(plan).write_to_file(stream)
-    except OSError:
-        raise
-    except Exception as error:  # whatever the many stages of lowering raise
-        raise ExportError(
-            f"{path.name}: ExecuTorch cannot lower it: {first_line(error)}"
-        ) from error
     delegated, others = found.num_delegated_nodes, found.num_non_delegated_nodes
     return {
         "delegated_operations": delegated,
@@ -71,19 +63,10 @@ def _to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path)
     }
 
 
-class ExecuTorchRunner(Runner):
-    """An ExecuTorch program; calls of several threads take turns.
+class _ExecuTorchRunner(Runner):
+    """An ExecuTorch program that `export` wrote; calls of several threads take turns.
 
-    Its threads are XNNPACK's own, one for each core; their number cannot be set from Python.
-
-    Args:
-        path: the file.
-        threads: accepted for the sake of the other engines; see above.
-
-    Raises:
-        MissingDependencyError: executorch is not installed.
-        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
-        ExportError: it is no program of `export`.
+    Its threads are XNNPACK's own, one for each core; `threads` cannot set their number.
     """
 
     engine = "executorch"
@@ -91,25 +74,17 @@ class ExecuTorchRunner(Runner):
     def __init__(self, path: str | PathLike[str], *, threads: int | None = None) -> None:
         runtime = optional_import("executorch.runtime", "executorch")
         self.path = existing(path)
-        try:
+        with explained(
+            f"{self.path}: cannot be loaded as an ExecuTorch program that this package wrote"
+        ):
             self._program = runtime.Runtime.get().load_program(str(self.path))
             facts = json.loads(self._program.load_method("backbones").execute([])[0])
             self._method = self._program.load_method("forward")
-        except Exception as error:  # the runtime's errors have no common public class
-            raise ExportError(
-                f"{self.path}: cannot be loaded as an ExecuTorch program that this package wrote:"
-                f" {first_line(error)}"
-            ) from error
         batch, *rest = facts["shape"]
         self.max_batch = int(self._method.metadata.input_tensor_meta(0).sizes()[0])
-        free = facts["free_batch"]
-        super().__init__(
-            self.path,
-            [None if free else batch, *rest],
-            threads=threads,
-            raw=facts["preprocess"],
-            metadata=facts,
-        )
+        shape = [None if facts["free_batch"] else batch, *rest]
+        raw = facts["preprocess"]
+        super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
         self._turn = threading.Lock()
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
@@ -127,10 +102,10 @@ def _start(deployment: Deployment) -> Runner:
     batch = deployment.batch_size
     config = ExecuTorchConfig(max_batch=max(2, batch))
     path = deployment.exported(f"{deployment.precision}-{batch}.pte", deployment.precision, config)
-    return ExecuTorchRunner(path, threads=deployment.threads)
+    return _ExecuTorchRunner(path, threads=deployment.threads)
 
 
 FORMAT = Format(
-    "executorch", ".pte", ExecuTorchConfig, _to_executorch, ExecuTorchRunner, dynamic=("batch",)
+    "executorch", ".pte", ExecuTorchConfig, _to_executorch, _ExecuTorchRunner, dynamic=("batch",)
 )
 ENGINE = Engine("executorch", _start, ("fp32",), ("executorch",), extra="executorch")

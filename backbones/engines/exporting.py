@@ -134,9 +134,15 @@ def export(
     target, config = find_format(format, path)
     free = _free_dimensions(target, dynamic, preprocess)
     _check_request(target, free, precision, path)
+    if calibration is None and precision == "int8":
+        raise ConfigError(
+            f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
+        )
+    if calibration is not None and preprocess:
+        raise UnsupportedError("calibration images are normalized; leave preprocess out")
     size = input_size_of(model, input_size)
     data_config = {**resolve_model_data_config(model), "input_size": size}
-    real = _real_images(calibration, data_config, precision, preprocess, path)
+    real = None if calibration is None else load_images(calibration, data_config)
     clone = reparameterized_copy(model) if merge else plain_copy(model)
     _check_free_sizes(clone, () if preprocess else free)
     wrap = {"preprocess": preprocess, "features": features}
@@ -155,7 +161,9 @@ def export(
         precision=precision,
         calibration=real,
         metadata={
-            **_metadata(model, size, classes, provenance),
+            **_description(model, provenance),
+            "classes": None if classes is None else list(classes),
+            "input": {**data_config, "input_size": list(size)},
             "precision": precision,
             "preprocess": preprocess,
             "outputs": outputs,
@@ -164,10 +172,10 @@ def export(
     )
     with new_file(path) as file:
         notes = target.convert(conversion, config, file)
-        # The runner is gone before the file moves: some systems do not move a file that is open.
-        engine, checks = (
-            _verified(reference, target, file, conversion, path) if verify else (None, ())
-        )
+        engine: str | None = None
+        checks: tuple[Check, ...] = ()
+        if verify:  # the runner is gone before the file moves: some systems do not move open files
+            engine, checks = _verified(reference, target, file, conversion, path)
         written = sum(one.stat().st_size for one in file.parent.iterdir() if one.is_file())
     return ExportReport(
         path=path,
@@ -212,26 +220,6 @@ def _check_request(target: Format, dynamic: Sequence[str], precision: str, path:
         raise ConfigError(f"{path}: give a file in a folder that exists")
 
 
-def _real_images(
-    calibration: Images | None,
-    data_config: Mapping[str, Any],
-    precision: str,
-    preprocess: bool,
-    path: Path,
-) -> Tensor | None:
-    """Return the images to calibrate on and to compare with, as the model takes them."""
-    if calibration is None:
-        if precision == "int8":
-            raise ConfigError(
-                f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
-            )
-        return None
-    real = load_images(calibration, data_config)
-    if preprocess:
-        raise UnsupportedError("calibration images are normalized; leave preprocess out")
-    return real
-
-
 def _check_free_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:
     """Refuse a free image size where the graph would be wrong for other sizes than its own."""
     for _, part in backbones_in(model):
@@ -251,17 +239,8 @@ def _output_names(result: Any) -> tuple[str, ...]:
     return tuple(f"features_{i}" for i in range(len(result)))
 
 
-def _metadata(
-    model: nn.Module,
-    size: Sequence[int],
-    classes: Sequence[str] | None,
-    provenance: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return name, arguments, license, provenance, classes and preprocessing as JSON values.
-
-    `input` is what ``timm.data.create_transform`` takes, so that a reader of the file needs
-    nothing else to prepare an image.
-    """
+def _description(model: nn.Module, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return name, arguments, license and provenance as JSON values."""
     config: Mapping[str, Any] = getattr(model, "config", None) or {}
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     source = {key: cfg[key] for key in ("hf_hub_id", "url", "tag") if cfg.get(key)}
@@ -270,30 +249,22 @@ def _metadata(
         "arguments": config.get("arguments"),
         "license": cfg.get("license"),
         "provenance": dict(provenance) if provenance is not None else source or None,
-        "classes": None if classes is None else list(classes),
-        "input": {**resolve_model_data_config(model), "input_size": list(size)},
     }
 
 
 def _verified(
     reference: nn.Module, target: Format, file: Path, conversion: Conversion, path: Path
 ) -> tuple[str, tuple[Check, ...]]:
-    """Run a file in its engine and compare it with the model.
-
-    Returns:
-        The engine's name, and the comparisons.
-    """
+    """Run a file in its engine and compare it; return the engine's name and the comparisons."""
     runner = target.open(file)
-    inputs: list[tuple[Tensor, bool]] = []
-    if conversion.precision != "int8":
-        random = [random_input(shape, raw=conversion.raw) for shape in _shapes(conversion)]
-        inputs += [(x, False) for x in random]
+    shapes = _shapes(conversion) if conversion.precision != "int8" else []
+    inputs = [(random_input(shape, raw=conversion.raw), False) for shape in shapes]
     if conversion.calibration is not None:
         real = conversion.calibration
         inputs.append((real if "batch" in conversion.dynamic else real[:1], True))
     return runner.engine, tuple(
-        verify_on_input(reference, runner, x, conversion.precision, path, real)
-        for x, real in inputs
+        verify_on_input(reference, runner, x, conversion.precision, path, is_real)
+        for x, is_real in inputs
     )
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backbones.engines.runners import Runner
-from backbones.errors import ConfigError, ExportError, first_line
+from backbones.engines.runners import Runner, explained
+from backbones.errors import ConfigError
 
 __all__ = ["Conversion", "Format", "FormatConfig", "Notes", "traced"]
 
@@ -49,11 +49,7 @@ class Conversion:
         return {positions[name]: name for name in self.dynamic}
 
     def calibration_batches(self) -> Iterator[np.ndarray]:
-        """Yield the calibration images in batches that the file takes.
-
-        Raises:
-            ConfigError: there are none.
-        """
+        """Yield the calibration images in batches that the file takes."""
         if self.calibration is None:
             raise ConfigError("int8 needs images to calibrate on (calibration=FOLDER or a tensor)")
         size = _CALIBRATION_BATCH if "batch" in self.dynamic else self.example.shape[0]
@@ -81,12 +77,7 @@ class Format:
 def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:
     """Return the model as ``torch.export`` records it, free dimensions as asked for.
 
-    Args:
-        conversion: what is converted.
-        limits: largest value of a free dimension, by name, for formats that need one.
-
-    Raises:
-        ExportError: the model cannot be recorded.
+    `limits` has the largest values of free dimensions, by name, for formats that need some.
     """
     bounds = limits or {}
     shapes: dict[int, Any] = {
@@ -95,14 +86,11 @@ def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> A
         else torch.export.Dim.DYNAMIC
         for axis, name in conversion.axes.items()
     }
-    try:
-        with torch.no_grad():
-            return torch.export.export(
-                conversion.model,
-                (conversion.example,),
-                dynamic_shapes=(shapes or None,),
-                # What cannot be decided for all sizes is checked when the program runs.
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-    except Exception as error:  # whatever a model's code raises while it is recorded
-        raise ExportError(f"torch.export cannot record the model: {first_line(error)}") from error
+    with explained("torch.export cannot record the model"), torch.no_grad():
+        return torch.export.export(
+            conversion.model,
+            (conversion.example,),
+            dynamic_shapes=(shapes or None,),
+            # What cannot be decided for all sizes is checked when the program runs.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from backbones.engines.formats import Conversion, Format, FormatConfig
 from backbones.engines.rewrites import rewrite_for_graphs
-from backbones.engines.runners import Deployment, Engine, Runner, existing
-from backbones.errors import ExportError, first_line
+from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
 from backbones.optional import optional_import
 
 __all__ = ["ENGINE", "FORMAT", "OnnxConfig", "OnnxRuntimeRunner", "write_onnx"]
@@ -61,7 +60,7 @@ def write_onnx(
     model = rewrite_for_graphs(conversion.model, decompose=decompose)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     shapes = {axis: torch.export.Dim(name, max=2**31 - 1) for axis, name in conversion.axes.items()}
-    try:
+    with explained(f"{path.name}: PyTorch's ONNX exporter failed"):
         program = torch.onnx.export(
             model,
             (conversion.example,),
@@ -76,10 +75,6 @@ def write_onnx(
         facts = json.dumps(conversion.metadata, allow_nan=False)
         program.model.metadata_props["backbones"] = facts
         program.save(path, external_data=size > LARGEST)
-    except Exception as error:  # whatever torch.export, the translation and protobuf raise
-        raise ExportError(
-            f"{path.name}: PyTorch's ONNX exporter failed: {first_line(error)}"
-        ) from error
 
 
 class _Batches:
@@ -179,10 +174,8 @@ class OnnxRuntimeRunner(Runner):
             options.add_free_dimension_override_by_name("batch", batch_size)
         # Idle threads that spin would take the cores from whatever runs between two calls.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
+        with explained(f"{self.path}: ONNX Runtime cannot load it"):
             return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no common public class
-            raise ExportError(f"{self.path}: ONNX Runtime cannot load it: {error}") from error
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run the session for this number of images."""

@@ -1,7 +1,8 @@
 """What an engine is: how it starts a model, and the callable that it gives, images to outputs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 from backbones.engines.preparation import random_input
 from backbones.engines.verification import as_list
 from backbones.errors import (
+    BackbonesError,
     ConfigError,
+    ExportError,
     InputSizeError,
     UnsupportedError,
     WeightsUnavailableError,
+    first_line,
 )
 from backbones.optional import is_installed
 
-__all__ = ["Deployment", "Engine", "Runner", "existing"]
+__all__ = ["Deployment", "Engine", "Runner", "existing", "explained"]
 
 Shape = Sequence[int | str | None]  # a number is fixed, anything else is free
 
@@ -101,15 +105,26 @@ class Runner(ABC):
 
 
 def existing(path: str | PathLike[str]) -> Path:
-    """Return the path of an exported file.
-
-    Raises:
-        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
-    """
+    """Return the path of an exported file, or raise :class:`WeightsUnavailableError`."""
     path = Path(path)
     if not path.is_file():
         raise WeightsUnavailableError(f"{path}: no such file; export the model first")
     return path
+
+
+@contextmanager
+def explained(what: str, *through: type[Exception]) -> Iterator[None]:
+    """Raise :class:`ExportError` ``<what>: <message>`` for whatever an engine or converter raises.
+
+    Their errors have no common public class. Ours pass `through`, and those named.
+    """
+    passing: tuple[type[Exception], ...] = (BackbonesError, *through)
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        raise ExportError(f"{what}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -152,10 +167,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: what it computes in, the packages it needs, and how it starts a model.
-
-    `slow` tells that a start takes minutes and cannot be interrupted.
-    """
+    """What it computes in, the packages it needs, how it starts; `slow`: that takes minutes."""
 
     name: str
     open: Callable[[Deployment], Runner]
@@ -170,13 +182,7 @@ class Engine:
         return all(is_installed(name) for name in self.packages)
 
     def start(self, deployment: Deployment) -> Runner:
-        """Start a model.
-
-        Raises:
-            UnsupportedError: the engine does not compute in the precision asked for.
-            MissingDependencyError: a package is missing.
-            ExportError: the model cannot be converted, or does not compute the same there.
-        """
+        """Start a model, or refuse a precision that the engine does not compute in."""
         if deployment.precision not in self.precisions:
             raise UnsupportedError(
                 f"engine {self.name!r} has no precision {deployment.precision!r}; it has"

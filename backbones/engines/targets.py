@@ -62,11 +62,7 @@ def open_exported(path: str | PathLike[str], *, threads: int | None = None) -> R
 
 
 def find_format(wanted: str | FormatConfig | None, path: Path) -> tuple[Format, FormatConfig]:
-    """Return the format asked for by name or config, or else by the path's suffix.
-
-    Raises:
-        UnsupportedError: no such format.
-    """
+    """Return the format asked for by name or config, or else by the path's suffix."""
     available = ", ".join(available_formats())
     if isinstance(wanted, FormatConfig):
         for format in FORMATS.values():
@@ -94,11 +90,7 @@ def available_engines() -> list[str]:
 
 
 def find_engine(name: str) -> Engine:
-    """Return an engine by name.
-
-    Raises:
-        UnsupportedError: there is no such engine.
-    """
+    """Return an engine by name."""
     if name not in ENGINES:
         raise UnsupportedError(
             f"no engine {name!r}{nearest(name, ENGINES)}; there are {', '.join(ENGINES)}"

@@ -101,21 +101,14 @@ def verify_on_input(
     path: Path,
     real: bool = False,
 ) -> Check:
-    """Compare the runner of a file and the model on an input.
+    """Compare the runner of a file with the model, the reference in float32, on an input.
 
-    Args:
-        model: the reference, in float32.
-        runner: what runs the file.
-        x: the input.
-        precision: of the file.
-        path: where the file shall go, for the message.
-        real: whether `x` holds real images.
+    `path` is where the file shall go, for the message; `real`: `x` holds real images.
 
     Raises:
         ExportError: they differ by more than the precision may, relative to the output's magnitude.
     """
-    expected, shape = run_model(model, x), tuple(x.shape)
-    found = runner(x)
+    expected, found, shape = run_model(model, x), runner(x), tuple(x.shape)
     try:
         agreement = compare(expected, found)
     except ExportError as error:

@@ -5,7 +5,7 @@ The blocks' own ``reparameterize()`` are written in the algebra of :mod:`backbon
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "merge_backbones",
     "relative_difference",
     "require_eval",
+    "sizes_of",
     "smallest_input",
 ]
 
@@ -59,26 +60,11 @@ class ReparamReport:
 def merge_backbones(
     model: nn.Module, *, inplace: bool, verify: bool, count_operations: bool
 ) -> tuple[nn.Module, ReparamReport]:
-    """Merge everything that can be merged exactly in all backbones of this package in `model`.
+    """Merge all that can be merged exactly in the backbones of this package in `model`.
 
-    The backbone may be the model itself or any part of it (of a U-Net, a detector, an
-    ``nn.Sequential``), with `features_only`, pruned, of any type and memory layout. Merges are
-    computed in float64 and stored in the model's type.
-
-    Args:
-        model: in evaluation mode.
-        inplace: change `model` itself instead of a copy.
-        verify: compare logits and feature maps before and after, in float64 at the smallest valid
-            input size, on a copy; on the meta device there is nothing to compare.
-        count_operations: also count the operators of a forward pass before and after.
-
-    Returns:
-        The re-parameterized model and what was done.
-
-    Raises:
-        UnsupportedError: the model is in training mode.
-        EquivalenceError: the two forms differ; `model` is unchanged. The message names the first
-            module that differs.
+    Merges are computed in float64 and stored in the model's type. `verify` compares logits and
+    feature maps in float64 at the smallest valid input size, on a copy; on the meta device there is
+    nothing to compare. `count_operations`: also those of a forward pass before and after.
     """
     parts = list(backbones_in(model))
     for name, part in parts:
@@ -87,21 +73,16 @@ def merge_backbones(
     if not inplace:
         model = copy.deepcopy(model)
         parts = list(backbones_in(model))
-    before = [_sizes(part, count_operations) for _, part in parts]
+    backbones = [part for _, part in parts]
+    before = sizes_of(backbones)
+    operations = _count_operations(backbones) if count_operations else 0
     with merge.recorded() as merges:
-        for _, part in parts:
+        for part in backbones:
             timm.models.reparameterize_model(part, inplace=True).eval()
-    after = [_sizes(part, count_operations) for _, part in parts]
-    parameters, entries, operations = (
-        (sum(sizes[i] for sizes in before), sum(sizes[i] for sizes in after)) for i in range(3)
-    )
-    return model, ReparamReport(
-        dict(merges),
-        parameters,
-        entries,
-        operations if count_operations else None,
-        max(differences, default=None),
-    )
+    parameters, entries = zip(before, sizes_of(backbones))
+    counts = (operations, _count_operations(backbones)) if count_operations else None
+    largest = max(differences, default=None)
+    return model, ReparamReport(dict(merges), parameters, entries, counts, largest)
 
 
 def require_eval(model: nn.Module, name: str = "") -> None:
@@ -131,11 +112,18 @@ def smallest_input(part: StagedBackbone, device: Any, dtype: torch.dtype) -> Ten
     return values.to(device)
 
 
+def sizes_of(parts: Iterable[nn.Module]) -> tuple[int, int]:
+    """Return the numbers of parameters and of entries of the state dicts."""
+    counts = [(sum(p.numel() for p in one.parameters()), len(one.state_dict())) for one in parts]
+    return sum(count for count, _ in counts), sum(count for _, count in counts)
+
+
 def _verify(name: str, part: StagedBackbone) -> float:
     """Return the largest difference that re-parameterizing makes; raise where it makes one."""
-    twin = copy.deepcopy(part)
-    twin = twin.to("cpu" if _device(part).type == "mps" else _device(part), torch.float64)
-    x = smallest_input(part, _device(twin), torch.float64)
+    device = next(part.parameters()).device
+    device = torch.device("cpu") if device.type == "mps" else device
+    twin = copy.deepcopy(part).to(device, torch.float64)
+    x = smallest_input(part, device, torch.float64)
     before = _outputs(twin, x)
     merged = timm.models.reparameterize_model(twin)
     after = _outputs(merged, x)
@@ -186,32 +174,31 @@ def _first_that_differs(one: nn.Module, other: nn.Module, x: Tensor) -> str:
         inside = any(name.startswith(f"{outer}.") for outer in names)
         if name and hasattr(module, "reparameterize") and not inside:
             names.append(name)
-    recorded: list[dict[str, Tensor]] = []
-    for model in (one, other):
-        outputs: dict[str, Tensor] = {}
-        hooks = []
-        for name in names:
-            module = dict(model.named_modules()).get(name)
-            if module is not None:
-                hook = _recording(outputs, name)
-                hooks.append(module.register_forward_hook(hook))
-        _outputs(model, x)  # type: ignore[arg-type]
-        for handle in hooks:
-            handle.remove()
-        recorded.append(outputs)
-    first, second = recorded
+    first, second = (_outputs_of(names, model, x) for model in (one, other))
     for name, value in first.items():
         if name not in second or not relative_difference(value, second[name]) <= TOLERANCE:
             return name
     return "the order of modules"
 
 
-def _recording(outputs: dict[str, Tensor], name: str) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs.setdefault(name, output)
+def _outputs_of(names: list[str], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of the modules of these names, as far as a model has and runs them."""
+    found: dict[str, Tensor] = {}
 
-    return hook
+    def record(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found.setdefault(name, output)
+
+    modules = dict(model.named_modules())
+    hooks = [
+        modules[name].register_forward_hook(lambda _, inputs, output, n=name: record(n, output))
+        for name in names
+        if name in modules
+    ]
+    _outputs(model, x)  # type: ignore[arg-type]
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 class _Counter(TorchFunctionMode):
@@ -229,20 +216,13 @@ class _Counter(TorchFunctionMode):
         return result
 
 
-def _sizes(part: StagedBackbone, count_operations: bool) -> tuple[int, int, int]:
-    """Parameters, entries of the state dict, and operators of a forward pass (0: not counted)."""
-    parameters = sum(p.numel() for p in part.parameters())
-    if not count_operations:
-        return parameters, len(part.state_dict()), 0
-    twin = copy.deepcopy(part).to("meta")
-    dtype = next(twin.parameters()).dtype
+def _count_operations(parts: Iterable[StagedBackbone]) -> int:
+    """Return how many operators a forward pass calls."""
     with torch.no_grad(), _Counter() as counter:
-        twin(smallest_input(part, "meta", dtype))
-    return parameters, len(part.state_dict()), counter.count
-
-
-def _device(part: nn.Module) -> torch.device:
-    return next(part.parameters()).device
+        for part in parts:
+            twin = copy.deepcopy(part).to("meta")
+            twin(smallest_input(part, "meta", next(twin.parameters()).dtype))
+    return counter.count
 
 
 def _on_meta(part: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from backbones.reparameterization.own_models import (
     ReparamReport,
     relative_difference,
     require_eval,
+    sizes_of,
 )
 
 __all__ = ["merge_timm_model"]
@@ -30,16 +31,7 @@ def merge_timm_model(
     """Call timm's own hooks and fold batch norms into the linear layers before them.
 
     Which neighbors run one after the other is unknown, so each fold is tried, and undone where it
-    changes the outputs.
-
-    Args:
-        model: in evaluation mode, with timm's ``pretrained_cfg``.
-        inplace: change `model` itself instead of a copy.
-        verify: refuse timm's hooks where they change the outputs.
-
-    Raises:
-        UnsupportedError: the model is in training mode or says nothing of its input.
-        EquivalenceError: timm's hooks change the outputs; `model` is unchanged.
+    changes the outputs. `verify` refuses timm's hooks where they do.
     """
     require_eval(model)
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -60,15 +52,14 @@ def merge_timm_model(
             f" {difference:.1e} of the largest value. The model is unchanged"
         )
     pairs = _foldable(twin, _pairs(twin), before, x)
-    sizes = [_sizes(model)]
+    sizes = sizes_of([model])
     if not inplace:
         model = copy.deepcopy(model)
     model = _through_hooks(model)
     with merge.recorded() as merges:
         _fold(model, pairs)
     _fold(twin, pairs)
-    sizes.append(_sizes(model))
-    parameters, entries = ((sizes[0][i], sizes[1][i]) for i in range(2))
+    parameters, entries = zip(sizes, sizes_of([model]))
     largest = _difference(before, _outputs(twin, x)) if verify else None
     return model, ReparamReport(dict(merges), parameters, entries, None, largest)
 
@@ -135,7 +126,3 @@ def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def _difference(old: list[Tensor], new: list[Tensor]) -> float:
     return max(relative_difference(a, b) for a, b in zip(old, new, strict=True))
-
-
-def _sizes(model: nn.Module) -> tuple[int, int]:
-    return sum(p.numel() for p in model.parameters()), len(model.state_dict())

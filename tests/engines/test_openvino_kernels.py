@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from backbones.engines.openvino import OpenVinoRunner
-from backbones.engines.openvino import depthwise as widening
+from backbones.engines.openvino import passes as widening
 from backbones.engines.openvino import runner as running
-from backbones.engines.openvino.depthwise import WIDE, milliseconds, widen_depthwise
+from backbones.engines.openvino.passes import WIDE, milliseconds, widen_depthwise
 
 ov = pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")

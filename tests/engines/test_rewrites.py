@@ -10,13 +10,17 @@ from torch import nn
 import backbones
 from backbones import merge
 from backbones.engines.rewrites import REWRITES, rewrite_block, rewrite_for_graphs
+from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
 from backbones.engines.rewrites.convolutions import depthwise, select_inputs, select_outputs
-from backbones.engines.rewrites.cpubone import SeparateHeads
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, FilteredGates, SeparateGates
-from backbones.engines.rewrites.lsnet import SeparateProjections
 from backbones.engines.rewrites.norms import FEW, DecomposedNorm2d, WholeNorm2d
-from backbones.engines.rewrites.spartan_channel import PairMixer, RotatedMixer
-from backbones.engines.rewrites.spartan_spatial import ContrastAfter, contrast_after, side_by_side
+from backbones.engines.rewrites.spartan import (
+    ContrastAfter,
+    PairMixer,
+    RotatedMixer,
+    contrast_after,
+    side_by_side,
+)
 from backbones.families import convnext, hornet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention

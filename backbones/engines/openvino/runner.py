@@ -1,27 +1,73 @@
-"""Running OpenVINO's files on the CPU."""
+"""OpenVINO: a graph (``.xml``) and its weights (``.bin``), and running them on the CPU."""
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.openvino.depthwise import widen_depthwise
-from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights
+from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.onnx import OnnxConfig, write_onnx
+from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights, widen_depthwise
 from backbones.engines.preparation import PRECISIONS
-from backbones.engines.runners import Deployment, Engine, Runner, existing
-from backbones.errors import ExportError, UnsupportedError, first_line
+from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
+from backbones.errors import UnsupportedError
 from backbones.optional import optional_import
 
-__all__ = ["ENGINE", "OpenVinoRunner", "computes_in"]
+__all__ = ["ENGINE", "FORMAT", "OpenVinoConfig", "OpenVinoRunner", "computes_in"]
 
 # What the engine computes in. It would choose a lower precision itself where it were faster.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 NEEDS = {"bf16": "BF16", "fp16": "FP16"}  # the processor's capability, as OpenVINO calls it
+
+
+@dataclass(frozen=True)
+class OpenVinoConfig(FormatConfig):
+    """OpenVINO by way of ONNX."""
+
+
+def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> None:
+    """Write ``<path>`` and, beside it, the weights as ``.bin``; metadata is ``rt_info/backbones``.
+
+    In fp16 the weights are stored in half precision; what is computed in is said when the file is
+    opened. In int8 NNCF quantizes weights and activations.
+    """
+    ov = optional_import("openvino", "openvino")
+    between = path.with_suffix(".onnx")
+    # In int8 norms stay whole operations: NNCF would quantize the statistics of decomposed ones.
+    write_onnx(conversion, OnnxConfig(), between, decompose=conversion.precision != "int8")
+    with explained(f"{path.name}: OpenVINO cannot convert it"):
+        model = ov.Core().read_model(str(between))
+        if conversion.precision == "int8":
+            model = _quantized(model, conversion)
+        model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
+        ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
+    for file in path.parent.glob(f"{between.name}*"):
+        file.unlink()
+
+
+def _quantized(model: Any, conversion: Conversion) -> Any:
+    """Return the int8 form of an OpenVINO model."""
+    nncf = optional_import("nncf", "openvino")
+    nncf.set_log_level(logging.ERROR)
+    given = list(conversion.calibration_batches())
+    return nncf.quantize(
+        model,
+        nncf.Dataset(given),
+        subset_size=len(given),
+        preset=nncf.QuantizationPreset.MIXED,
+        ignored_scope=nncf.IgnoredScope(
+            types=["MVN", "ReduceMean", "Multiply", "Add", "Power", "Divide"], validate=False
+        ),
+    )
 
 
 class OpenVinoRunner(Runner):
@@ -72,7 +118,7 @@ class OpenVinoRunner(Runner):
         # by batch size, None for any; and of them those that take (B, H, W, C)
         self._compiled: dict[int | None, Any] = {}
         self._channels_last: set[int | None] = set()
-        self._compiled[size] = self._compile(self._fitted(model, size, raw))
+        self._compile(model, size, raw)
         super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
         self.precision = precision
         self._lock = threading.Lock()
@@ -80,38 +126,27 @@ class OpenVinoRunner(Runner):
 
     def _read(self) -> Any:
         """Return the file's model."""
-        try:
+        with self._loading():
             return self._core.read_model(str(self.path))
-        except RuntimeError as error:
-            raise self._cannot_load(error) from error
 
-    def _fitted(self, model: Any, size: int | None, raw: bool) -> Any:
-        """Return the model for a batch size; rewritten where that makes all shapes known."""
-        try:
+    def _compile(self, model: Any, size: int | None, raw: bool) -> None:
+        """Compile a model for a batch size; rewritten where that makes all shapes known."""
+        with self._loading():
             if size is not None:
                 dimensions = model.inputs[0].get_partial_shape()
                 dimensions[0] = size
                 model.reshape(dimensions)
-            if model.is_dynamic():
-                return model
-            norms_on_rows(model)
-            scales_into_weights(model)
-            widen_depthwise(model, self._options)
-            if raw:
-                return model
-            self._channels_last.add(size)
-            return _taking_channels_last(model)
-        except RuntimeError as error:
-            raise self._cannot_load(error) from error
+            if not model.is_dynamic():
+                norms_on_rows(model)
+                scales_into_weights(model)
+                widen_depthwise(model, self._options)
+                if not raw:
+                    self._channels_last.add(size)
+                    model = _taking_channels_last(model)
+            self._compiled[size] = self._core.compile_model(model, "CPU", self._options)
 
-    def _compile(self, model: Any) -> Any:
-        try:
-            return self._core.compile_model(model, "CPU", self._options)
-        except RuntimeError as error:
-            raise self._cannot_load(error) from error
-
-    def _cannot_load(self, error: RuntimeError) -> ExportError:
-        return ExportError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}")
+    def _loading(self) -> AbstractContextManager[None]:
+        return explained(f"{self.path}: OpenVINO cannot load it")
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run this thread's own request: requests share the model, not the buffers."""
@@ -119,8 +154,8 @@ class OpenVinoRunner(Runner):
         requests = self._of_thread.__dict__.setdefault("requests", {})
         if size not in requests:
             with self._lock:
-                if size not in self._compiled:
-                    self._compiled[size] = self._compile(self._read())
+                if size not in self._compiled:  # None, as the others were compiled in the beginning
+                    self._compile(self._read(), None, self.raw)
             request = self._compiled[size].create_infer_request()
             requests[size] = request, *(_views_of(request) if size in self._channels_last else ())
         request, *views = requests[size]
@@ -196,4 +231,7 @@ def _start(deployment: Deployment) -> Runner:
 
 ENGINE = Engine(
     "openvino", _start, PRECISIONS, ("openvino", "onnx", "onnxscript"), extra="openvino"
+)
+FORMAT = Format(
+    "openvino", ".xml", OpenVinoConfig, _to_openvino, OpenVinoRunner, ("fp32", "fp16", "int8")
 )

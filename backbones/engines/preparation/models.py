@@ -76,14 +76,10 @@ def prepared(
     preprocess: bool,
     features: bool,
 ) -> nn.Module:
-    """Wrap a model in what the file shall contain besides it.
+    """Wrap a model in float32, which becomes a part of the result, in what the file shall contain.
 
-    Args:
-        model: float32; it becomes a part of the result and changes its type with it.
-        data_config: the model's preprocessing.
-        precision: ``bf16`` and ``fp16`` compute in that type; others leave the model as it is.
-        preprocess: put resizing and normalization before it.
-        features: return the feature maps of the stages instead of logits.
+    With `precision` ``bf16`` or ``fp16`` it computes in that type; `preprocess` puts resizing and
+    normalization by `data_config` before it; `features` returns the feature maps of the stages.
 
     Raises:
         UnsupportedError: the model has no stages, or its preprocessing cannot be put in.

@@ -93,14 +93,9 @@ class Preprocessed(nn.Module):
 def resize_matrix(size: Any, resized: Any, out: int, filter: str, like: Tensor) -> Tensor:
     """Return the matrix (out, size) that resizes one side and takes the center of the result.
 
-    Args:
-        size: pixels of the image along this side.
-        resized: pixels after resizing, at least `out`.
-        out: pixels that are kept.
-        filter: ``bilinear`` or ``bicubic`` (Keys' kernel with a = -0.5, as Pillow's).
-        like: gives type and device.
-
-    Rows that reach beyond the image use the filter's part inside, as Pillow does.
+    The image has `size` pixels along this side, and `resized` after resizing, at least `out`. The
+    filter is ``bilinear`` or ``bicubic`` (Keys' kernel with a = -0.5, as Pillow's); rows that reach
+    beyond the image use its part inside, as Pillow does.
     """
     margin = resized - out
     first = (margin + margin // 2 % 2) // 2  # half of it, halves rounded to even

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,18 +49,11 @@ class InOtherLayout(nn.Conv2d):
 
 
 def choose_layout(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
-    """Lay out a model's weights so that it is fastest on inputs like `x`.
+    """Lay out a model's weights so that it is fastest on inputs like `x` (B, C, H, W), in place.
 
     The depthwise convolutions whose shapes are faster in the other layout are wrapped, within the
     whole model in NCHW and within the whole model in channels_last; the fastest of the plain and
-    mixed forms is kept.
-
-    Args:
-        model: in eval mode; changed in place.
-        x: an input (B, C, H, W) in the model's type.
-
-    Returns:
-        The model, and ``nchw``, ``channels_last``, ``nchw, mixed`` or ``channels_last, mixed``.
+    mixed forms is kept: ``nchw``, ``channels_last``, ``nchw, mixed`` or ``channels_last, mixed``.
     """
     shapes = _depthwise_shapes(model, x)
     results: list[tuple[float, torch.memory_format, set[tuple[Any, ...]]]] = []
@@ -85,25 +79,18 @@ Shapes = dict[Key, list[str]]
 def _depthwise_shapes(model: nn.Module, x: Tensor) -> Shapes:
     """Return the names of the depthwise convolutions by what decides their speed."""
     found: Shapes = defaultdict(list)
-    hooks = []
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
-            key = (
-                tuple(inputs[0].shape),
-                conv.kernel_size,
-                conv.stride,
-                conv.dilation,
-                conv.padding,
-            )
-            if name not in found[key]:
-                found[key].append(name)
+    def note(name: str, conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        shape = tuple(inputs[0].shape)
+        key = (shape, conv.kernel_size, conv.stride, conv.dilation, conv.padding)
+        if name not in found[key]:
+            found[key].append(name)
 
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-            hooks.append(module.register_forward_pre_hook(note(name)))
+    hooks = [
+        module.register_forward_pre_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+    ]
     try:
         with torch.inference_mode():
             model(x)
@@ -128,19 +115,13 @@ def _wrap(
     """Change the layout of the convolutions of some shapes; return what undoes it."""
     before = {name: model.get_submodule(name) for key in wrapped for name in shapes[key]}
     for name, conv in before.items():
-        _put(model, name, InOtherLayout.of(conv, outer))  # type: ignore[arg-type]
+        model.set_submodule(name, InOtherLayout.of(conv, outer))  # type: ignore[arg-type]
 
     def undo() -> None:
         for name, conv in before.items():
-            _put(model, name, conv)
+            model.set_submodule(name, conv)
 
     return undo
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    owner._modules[child] = module  # also where the owner is a list
 
 
 def _milliseconds(function: Callable[[Tensor], Any], x: Tensor) -> float:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from backbones.engines.preparation import DTYPES, HALVES, InPrecision
 from backbones.engines.pytorch.layouts import choose_layout
-from backbones.engines.runners import Deployment, Engine, Runner
+from backbones.engines.runners import Deployment, Engine, Runner, explained
 from backbones.engines.timing import torch_threads
-from backbones.errors import ExportError, first_line
 
 __all__ = ["COMPILE", "EAGER"]
 
@@ -52,10 +51,8 @@ def _start_compiled(deployment: Deployment) -> Runner:
         parameter.requires_grad_(False)
     compiled = torch.compile(module, fullgraph=True, options={"freezing": True})
     runner = _ModuleRunner("compile", compiled, deployment, layout)
-    try:
+    with explained("torch.compile failed"):
         runner(deployment.example)
-    except Exception as error:  # whatever the compiler's many stages raise
-        raise ExportError(f"torch.compile failed: {first_line(error)}") from error
     return runner
 
 

@@ -8,11 +8,9 @@ __all__ = ["depthwise", "select_inputs", "select_outputs", "with_values"]
 
 
 def select_outputs(conv: nn.Conv2d, channels: slice | Tensor) -> nn.Conv2d:
-    """Return the convolution that computes some of the output channels.
+    """Return the convolution that computes some output channels, in this order.
 
-    Args:
-        conv: dense, or depthwise with as many outputs as inputs, of which it takes those channels.
-        channels: which, in which order.
+    `conv` is dense, or depthwise with as many outputs as inputs, of which it takes those channels.
     """
     weight = conv.weight[channels]
     bias = None if conv.bias is None else conv.bias[channels]

@@ -36,8 +36,7 @@ def separate_gates(conv: GatedConv, decompose: bool) -> nn.Module:
 class SeparateGates(nn.Module):
     """The gated convolution without splits: a projection and depthwise convolution for each gate.
 
-    Args:
-        conv: re-parameterized, with a depthwise convolution as its mixer; it is used up.
+    `conv` is re-parameterized, with a depthwise convolution as its mixer; it is used up.
     """
 
     def __init__(self, conv: GatedConv) -> None:
@@ -64,8 +63,7 @@ class SeparateGates(nn.Module):
 class FilteredGates(nn.Module):
     """The gated convolution with a projection each for first factor, local and global channels.
 
-    Args:
-        conv: re-parameterized, with a global and local filter as its mixer; it is used up.
+    `conv` is re-parameterized, with a global and local filter as its mixer; it is used up.
     """
 
     def __init__(self, conv: GatedConv) -> None:
