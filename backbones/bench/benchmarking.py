@@ -37,15 +37,13 @@ def benchmark(
 
     Every configuration runs in a process of its own, and they take turns. The first is always the
     published form: eager PyTorch, not re-parameterized, operators by their reference; speedups
-    refer to it. All processes hold their model at once, so memory must suffice for all of them.
-    Processes only know what can be imported: a family that was registered in this process alone is
-    not found.
+    refer to it. Memory must suffice for all models at once. A family that was registered in this
+    process alone is not found by others.
 
     Args:
-        model: a name, a checkpoint of `save_checkpoint`, or a module of this package (or timm's own
-            instance of one of its models), whose weights are then saved to a temporary folder;
-            None for the model that `checkpoint` is of. A name is measured with random weights
-            unless its released ones are on this machine; time does not depend on them.
+        model: a name, a checkpoint, or a module of this package (or timm's own instance of one of
+            its models); None for the model that `checkpoint` is of. A name is measured with random
+            weights unless its released ones are on this machine; time does not depend on them.
         checkpoint: weights for the model named.
         overrides: further arguments of `create_model`, such as ``num_classes``.
         engines: of ``eager``, ``compile``, ``onnxruntime``, ``openvino`` and ``executorch``; None
@@ -68,9 +66,7 @@ def benchmark(
         ChildError: the machine's own speed could not be measured.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    conditions = Conditions(
-        batch_size, threads, input_size, None if calibration is None else str(calibration)
-    )
+    conditions = Conditions(batch_size, threads, input_size, calibration)
     conditions.check(precisions, seconds)
     configurations = list_configurations(engines, precisions)
     with tempfile.TemporaryDirectory(prefix="backbones-bench-") as folder:
