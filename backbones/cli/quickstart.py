@@ -8,17 +8,18 @@ from typing import Any
 
 from backbones import quickstart
 from backbones.cli.parsing import command, positive
-from backbones.cli.progress import Bars
+from backbones.cli.progress import Bar
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser"]
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Any) -> None:
     """Describe the command."""
     default = quickstart.QuickstartConfig()
     parser = command(
         commands,
         "quickstart",
+        _run,
         "train a small model on handwritten digits, check it, export it and compare",
         "backbones quickstart --output quickstart-output",
     )
@@ -49,15 +50,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="percent of held-out images to get right, else exit code 1 (default: %(default)s)",
     )
     parser.add_argument("--threads", type=positive, help="(default: PyTorch's)")
-    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Run the main job; exit code 1 where validation stays below the bar."""
     names = [field.name for field in dataclasses.fields(quickstart.QuickstartConfig)]
     config = quickstart.QuickstartConfig(**{name: getattr(args, name) for name in names})
-    with Bars() as bars:
-        report = quickstart.run(config, bars.say, bars.update)
+    with Bar() as bar:
+        report = quickstart.run(config, bar.say, bar.update)
     files = ", ".join(quickstart.RESULTS)
     print(f"{config.output} holds {files}, after {report['seconds']:.0f} s in all")
     if not report["passed"]:
