@@ -10,7 +10,7 @@ from torch import nn
 
 from backbones.bench.configurations import PUBLISHED, Conditions, list_configurations
 from backbones.bench.machine import examine
-from backbones.bench.measuring import Measurement, Progress, measure_in_turns
+from backbones.bench.measuring import Progress, measure_in_turns
 from backbones.bench.model_spec import specify_model
 from backbones.bench.report import BenchReport, row_of, verdict_on
 from backbones.errors import MissingDependencyError
@@ -82,8 +82,10 @@ def benchmark(
             limit_s=time_limit_s,
             progress=progress,
         )
-    if engines is not None:
-        _require_installed(found)
+    for name, one in found.items() if engines is not None else ():
+        # Only starting an engine shows what else it lacks.
+        if one.kind == MissingDependencyError.__name__ and name != str(PUBLISHED):
+            raise MissingDependencyError(f"{name}: {one.reason}")
     times = {name: one.times for name, one in found.items() if one.times is not None}
     baseline = times.get(str(configurations[0]))
     # Every worker counts the same model, so any will do.
@@ -108,10 +110,3 @@ def benchmark(
             *(line for name, one in found.items() for line in one.problems(name, threads)),
         ),
     )
-
-
-def _require_installed(found: Mapping[str, Measurement]) -> None:
-    """Raise what an engine that was named lacks, which only starting it shows."""
-    for name, one in found.items():
-        if one.kind == MissingDependencyError.__name__ and name != str(PUBLISHED):
-            raise MissingDependencyError(f"{name}: {one.reason}")

@@ -46,14 +46,9 @@ def specify_model(
     checkpoint: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> ModelSpec:
-    """Find out what is to be measured.
+    """Find out what is to be measured; arguments are those of `benchmark`.
 
-    Args:
-        model: a module of this package (or timm's own instance of a model that this package has),
-            a name, or a checkpoint; None for the model that `checkpoint` names.
-        folder: where a module's weights may be put for the workers to read.
-        checkpoint: a local file with the weights of the model named.
-        overrides: further arguments of `create_model`.
+    A module's weights are put into `folder`, for the workers to read.
 
     Raises:
         UnsupportedError: a module of another kind.

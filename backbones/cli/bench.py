@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones import bench
-from backbones.cli.parsing import add_json, add_model, command, positive, tell
+from backbones.cli.parsing import add_model, command, positive, tell
 from backbones.cli.progress import Bar
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint
@@ -57,7 +57,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--engine", help="of a front: auto, published or an engine (default: auto)")
     parser.add_argument("--calibration", metavar="DIR", help="folder of images, for int8")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for files")
-    add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

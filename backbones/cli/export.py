@@ -5,15 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.parsing import (
-    add_json,
-    add_model,
-    command,
-    label_names,
-    open_model,
-    positive,
-    tell,
-)
+from backbones.cli.parsing import add_model, command, label_names, open_model, positive, tell
 from backbones.engines import available_formats, file_suffixes
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint
@@ -71,7 +63,6 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="take fresh weights, to try out a device before weights are there",
     )
-    add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

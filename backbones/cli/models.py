@@ -8,7 +8,7 @@ from typing import Any
 from timm.data import resolve_model_data_config
 
 import backbones
-from backbones.cli.parsing import add_json, add_model, command, label_names, open_model, tell
+from backbones.cli.parsing import add_model, command, label_names, open_model, tell
 from backbones.factory import REMOTE, is_checkpoint
 from backbones.info import count_parameters
 
@@ -30,7 +30,6 @@ def add_parser(commands: Any) -> None:
         "--pretrained", action="store_true", help="names with tag of the weights to download"
     )
     parser.add_argument("--license", help="likewise, only weights under this license")
-    add_json(parser)
     parser = command(
         commands,
         "info",
@@ -40,7 +39,6 @@ def add_parser(commands: Any) -> None:
         "backbones info model_best.safetensors",
     )
     add_model(parser)
-    add_json(parser)
 
 
 def _list(args: argparse.Namespace) -> int:

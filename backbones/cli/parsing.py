@@ -1,8 +1,8 @@
 """Parts of parsers that several commands share, and how a model enters a command."""
 
 import argparse
-import json
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint
 
 __all__ = [
-    "add_json",
     "add_model",
     "command",
     "label_names",
@@ -30,6 +29,7 @@ def command(
     run: Callable[[argparse.Namespace], int] | None,
     summary: str,
     *examples: str,
+    json: bool = True,
 ) -> argparse.ArgumentParser:
     """Add a command that calls `run` (None: its verbs do), and whose help ends with examples."""
     parser = commands.add_parser(
@@ -40,17 +40,14 @@ def command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON for programs to read")
     return parser
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json``."""
-    parser.add_argument("--json", action="store_true", help="print JSON for programs to read")
 
 
 def tell(args: argparse.Namespace, facts: Any, *lines: Any) -> None:
     """Print facts for programs where ``--json`` asks for it, else lines for people."""
-    for line in [json.dumps(facts, default=list)] if args.json else lines:
+    for line in [dumps(facts, default=list)] if args.json else lines:
         print(line)
 
 

@@ -12,15 +12,7 @@ from timm.data import (
 )
 from tqdm import tqdm
 
-from backbones.cli.parsing import (
-    add_json,
-    add_model,
-    command,
-    label_names,
-    open_model,
-    positive,
-    tell,
-)
+from backbones.cli.parsing import add_model, command, label_names, open_model, positive, tell
 from backbones.train import DataError, find_bad_images, open_image
 
 __all__ = ["add_parser"]
@@ -41,7 +33,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--top-k", type=positive, default=5, help="classes to print an image (default: 5)"
     )
-    add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

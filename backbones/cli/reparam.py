@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.parsing import add_json, add_model, command, open_model, require_file, tell
+from backbones.cli.parsing import add_model, command, open_model, require_file, tell
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.factory import is_checkpoint, open_checkpoint
 from backbones.reparameterization import reparameterize_with_report
@@ -28,7 +28,6 @@ def add_parser(commands: Any) -> None:
     )
     add_model(parser)
     parser.add_argument("output", metavar="OUT", help="safetensors file to write")
-    add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> None:
         "backbones train --data-dir flowers --model lsnet_t",
         "backbones train --resume output/train/RUN/last.pth.tar",
         "torchrun --nproc-per-node 2 scripts/train.py --data-dir flowers --model lsnet_t",
+        json=False,
     )
     parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options")

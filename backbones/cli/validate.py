@@ -9,15 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from backbones.cli.parsing import (
-    add_json,
-    add_model,
-    command,
-    label_names,
-    open_model,
-    positive,
-    tell,
-)
+from backbones.cli.parsing import add_model, command, label_names, open_model, positive, tell
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
 from backbones.train import set_input, validate, write_validation
@@ -51,7 +43,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for metrics, tables and a picture"
     )
-    add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from backbones import weights
 from backbones.cli import weights_publishing
-from backbones.cli.parsing import add_json, command, tell
+from backbones.cli.parsing import command, tell
 from backbones.errors import BackbonesError, UnknownModelError, nearest
 from backbones.files import new_file
 from backbones.manifest import Manifest, WeightsEntry, load_manifest, read_manifest
@@ -30,57 +30,48 @@ def add_parser(commands: Any) -> None:
         "list, fetch, verify, pin, convert and publish weights",
         "backbones weights list 'lsnet*'",
         "backbones weights fetch cpubone_s0",
+        json=False,
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    _verb(verbs, "list", _list_entries, "list released weights", "backbones weights list --pinned")
-    verbs.choices["list"].add_argument("--status", choices=STATUSES, help="only of this status")
-    verbs.choices["list"].add_argument("--license", help="only under a matching license")
-    verbs.choices["list"].add_argument(
-        "--pinned", action="store_true", help="only those with a recorded digest"
-    )
-    _verb(verbs, "show", _show, "show everything known", "backbones weights show lsnet_t")
-    fetching = _verb(
-        verbs,
-        "fetch",
-        _fetch_files,
-        "download and verify; print the paths",
-        "backbones weights fetch 'lsnet*' --to /mnt/weights   # a mirror for BACKBONES_WEIGHTS_DIR",
-    )
+    for verb, action, summary, example in (
+        ("list", _list_entries, "list released weights", "list --pinned"),
+        ("show", _show, "show everything known", "show lsnet_t"),
+        (
+            "fetch",
+            _fetch_files,
+            "download and verify; print the paths",
+            "fetch 'lsnet*' --to /mnt/weights   # a mirror for BACKBONES_WEIGHTS_DIR",
+        ),
+        (
+            "verify",
+            _verify_files,
+            "compare the files on this machine with the recorded digests, without network",
+            "verify",
+        ),
+        (
+            "lock",
+            _lock,
+            "download, and record digests and revisions in the manifest",
+            "lock lsnet_t.in1k --manifest weights_manifest.yaml",
+        ),
+    ):
+        parser = command(verbs, verb, action, summary, f"backbones weights {example}")
+        parser.add_argument(
+            "names",
+            nargs="*",
+            metavar="NAME",
+            help="variant, variant.tag or pattern (default: all)",
+        )
+        parser.add_argument("--manifest", metavar="FILE", help="(default: the package's own)")
+        if action in (_fetch_files, _verify_files, _lock):
+            parser.add_argument("--cache-dir", metavar="DIR", help="where downloads are")
+    listing, fetching = verbs.choices["list"], verbs.choices["fetch"]
+    listing.add_argument("--status", choices=STATUSES, help="only of this status")
+    listing.add_argument("--license", help="only under a matching license")
+    listing.add_argument("--pinned", action="store_true", help="only those with a recorded digest")
     fetching.add_argument("--to", metavar="DIR", help="copy into this mirror folder")
     fetching.add_argument("--again", action="store_true", help="download even what is cached")
-    _verb(
-        verbs,
-        "verify",
-        _verify_files,
-        "compare the files on this machine with the recorded digests, without network",
-        "backbones weights verify",
-    )
-    _verb(
-        verbs,
-        "lock",
-        _lock,
-        "download, and record digests and revisions in the manifest",
-        "backbones weights lock lsnet_t.in1k --manifest weights_manifest.yaml",
-    )
-    for name in ("fetch", "verify", "lock"):
-        verbs.choices[name].add_argument("--cache-dir", metavar="DIR", help="where downloads are")
     weights_publishing.add_parsers(verbs)
-
-
-def _verb(
-    verbs: Any,
-    name: str,
-    action: Callable[[argparse.Namespace], int],
-    summary: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    parser = command(verbs, name, action, summary, example)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="variant, variant.tag or pattern (default: all)"
-    )
-    parser.add_argument("--manifest", metavar="FILE", help="manifest (default: the package's own)")
-    add_json(parser)
-    return parser
 
 
 def _list_entries(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import torch
 
 import backbones
 from backbones import weights
-from backbones.cli.parsing import add_json, command, require_file, tell
+from backbones.cli.parsing import command, require_file, tell
 from backbones.conversion import Conversion, read_for_release
 from backbones.errors import ConfigError
 
@@ -67,7 +67,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--in-chans", type=int, metavar="N", help="likewise of input channels")
     parser.add_argument("--license", help="license of the weights, where no tag says it")
-    add_json(parser)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -13,8 +13,6 @@ from backbones.errors import ConfigError
 
 __all__ = ["BudgetChoice", "ParetoFront", "ParetoRow", "mark_front", "parse_budget", "within"]
 
-HEADS = ["model", "tag", "top-1 %", "M params", "GMACs", "median ms", "p90 ms", "spread"]
-HEADS += ["engine", "front"]
 UNITS = {"": 1.0, "ms": 1.0, "s": 1000.0}
 
 
@@ -90,7 +88,7 @@ class ParetoFront:
     def __str__(self) -> str:
         rows = [row for row in self.rows if row.median_ms is not None]
         lines = [str(self.machine), ""]
-        lines += [markdown(HEADS, [_cells(row) for row in rows])] if rows else []
+        lines += [markdown([_cells(row) for row in rows])] if rows else []
         lines += ["", *(f"{row.model}: {row.reason}" for row in self.rows if row.reason)]
         lines += self.problems
         other = [
@@ -206,17 +204,16 @@ def _doubts(
     return tuple(doubts)
 
 
-def _cells(row: ParetoRow) -> list[str]:
-    over = ">" if row.stopped else ""
-    return [
-        row.model,
-        row.tag or "",
-        number(row.top1, ".2f"),
-        number(row.params, ".2f", 1e6),
-        number(row.macs, ".3f", 1e9),
-        over + number(row.median_ms, ".2f"),
-        number(row.p90_ms, ".2f"),
-        number(row.spread, ".0%"),
-        row.engine or "",
-        "*" if row.on_front else "",
-    ]
+def _cells(row: ParetoRow) -> dict[str, str]:
+    return {
+        "model": row.model,
+        "tag": row.tag or "",
+        "top-1 %": number(row.top1, ".2f"),
+        "M params": number(row.params, ".2f", 1e6),
+        "GMACs": number(row.macs, ".3f", 1e9),
+        "median ms": (">" if row.stopped else "") + number(row.median_ms, ".2f"),
+        "p90 ms": number(row.p90_ms, ".2f"),
+        "spread": number(row.spread, ".0%"),
+        "engine": row.engine or "",
+        "front": "*" if row.on_front else "",
+    }
