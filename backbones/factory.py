@@ -25,6 +25,7 @@ __all__ = [
     "LoadedModel",
     "create_model",
     "find_variant",
+    "is_checkpoint",
     "list_families",
     "list_models",
     "load_model",
@@ -98,6 +99,16 @@ def find_variant(name: str) -> tuple[Variant | None, str | None]:
     if variant is not None and tag:
         load_manifest().find(variant.name, tag)
     return variant, tag or None
+
+
+def is_checkpoint(given: str | Path) -> bool:
+    """Whether what is given as a model is a checkpoint's path; a tag of a name has a dot, too."""
+    path = Path(given)
+    if str(given).startswith(REMOTE) or path.suffix in (".yaml", ".yml"):
+        return False
+    if isinstance(given, Path) or path.suffix in weights.CHECKPOINT_SUFFIXES:
+        return True
+    return path.is_file() and not timm.is_model(given)
 
 
 def _user_variant(path: str, chosen: str) -> Variant:
@@ -242,7 +253,7 @@ def open_checkpoint(
     given = name or described.get("name")
     if given is None:
         raise ConfigError(
-            f"{checkpoint.source} does not say which model it is of; add --model NAME, or in Python"
+            f"{checkpoint.source} does not say which model it is of; add --name NAME, or in Python"
             " load_model(path, NAME)"
         )
     variant, tag = find_variant(given)

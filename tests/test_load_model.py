@@ -99,7 +99,7 @@ def test_bad_input_is_named(tmp_path):
     model = filled("convnext_atto", num_classes=2)
     plain = tmp_path / "m.pth"
     torch.save(model.state_dict(), plain)
-    with pytest.raises(ConfigError, match=r"m\.pth does not say which model.*--model NAME"):
+    with pytest.raises(ConfigError, match=r"m\.pth does not say which model.*--name NAME"):
         backbones.load_model(plain)
     with pytest.raises(UnknownModelError, match="did you mean 'convnext_atto'"):
         backbones.load_model(plain, "convnext_attoo")

@@ -10,7 +10,7 @@ from torch import nn
 
 from backbones.bench.configurations import PUBLISHED, Conditions, list_configurations
 from backbones.bench.machine import examine
-from backbones.bench.measuring import Measurement, Progress, measure_in_turns
+from backbones.bench.measuring import Progress, measure_in_turns
 from backbones.bench.model_spec import specify_model
 from backbones.bench.report import BenchReport, row_of, verdict_on
 from backbones.errors import MissingDependencyError
@@ -37,15 +37,13 @@ def benchmark(
 
     Every configuration runs in a process of its own, and they take turns. The first is always the
     published form: eager PyTorch, not re-parameterized, operators by their reference; speedups
-    refer to it. All processes hold their model at once, so memory must suffice for all of them.
-    Processes only know what can be imported: a family that was registered in this process alone is
-    not found.
+    refer to it. Memory must suffice for all models at once. A family that was registered in this
+    process alone is not found by others.
 
     Args:
-        model: a name, a checkpoint of `save_checkpoint`, or a module of this package (or timm's own
-            instance of one of its models), whose weights are then saved to a temporary folder;
-            None for the model that `checkpoint` is of. A name is measured with random weights
-            unless its released ones are on this machine; time does not depend on them.
+        model: a name, a checkpoint, or a module of this package (or timm's own instance of one of
+            its models); None for the model that `checkpoint` is of. A name is measured with random
+            weights unless its released ones are on this machine; time does not depend on them.
         checkpoint: weights for the model named.
         overrides: further arguments of `create_model`, such as ``num_classes``.
         engines: of ``eager``, ``compile``, ``onnxruntime``, ``openvino`` and ``executorch``; None
@@ -68,9 +66,7 @@ def benchmark(
         ChildError: the machine's own speed could not be measured.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    conditions = Conditions(
-        batch_size, threads, input_size, None if calibration is None else str(calibration)
-    )
+    conditions = Conditions(batch_size, threads, input_size, calibration)
     conditions.check(precisions, seconds)
     configurations = list_configurations(engines, precisions)
     with tempfile.TemporaryDirectory(prefix="backbones-bench-") as folder:
@@ -86,8 +82,10 @@ def benchmark(
             limit_s=time_limit_s,
             progress=progress,
         )
-    if engines is not None:
-        _require_installed(found)
+    for name, one in found.items() if engines is not None else ():
+        # Only starting an engine shows what else it lacks.
+        if one.kind == MissingDependencyError.__name__ and name != str(PUBLISHED):
+            raise MissingDependencyError(f"{name}: {one.reason}")
     times = {name: one.times for name, one in found.items() if one.times is not None}
     baseline = times.get(str(configurations[0]))
     # Every worker counts the same model, so any will do.
@@ -112,10 +110,3 @@ def benchmark(
             *(line for name, one in found.items() for line in one.problems(name, threads)),
         ),
     )
-
-
-def _require_installed(found: Mapping[str, Measurement]) -> None:
-    """Raise what an engine that was named lacks, which only starting it shows."""
-    for name, one in found.items():
-        if one.kind == MissingDependencyError.__name__ and name != str(PUBLISHED):
-            raise MissingDependencyError(f"{name}: {one.reason}")

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from backbones.bench.protocol import decode, encode
@@ -44,12 +43,7 @@ class Child:
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        threads: int,
-        limit_s: float = 600.0,
-        command: Sequence[str] = WORKER,
+        self, name: str, *, threads: int, limit_s: float = 600.0, command: Sequence[str] = WORKER
     ) -> None:
         self.name, self.limit_s = name, limit_s
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
@@ -78,12 +72,7 @@ class Child:
     def __enter__(self) -> Child:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def request(self, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Conditions:
     batch_size: int
     threads: int
     input_size: Sequence[int] | None
-    calibration: str | None
+    calibration: str | Path | None
     warmup_s: float = 0.3
 
     def check(self, precisions: Sequence[str], seconds: float) -> None:
@@ -61,10 +61,7 @@ class Conditions:
             raise ConfigError(f"no precisions; there are {', '.join(PRECISIONS)}")
         for precision in precisions:
             if precision not in PRECISIONS:
-                raise ConfigError(
-                    f"no precision {precision!r}{nearest(precision, PRECISIONS)}"
-                    f" (there are {', '.join(PRECISIONS)})"
-                )
+                raise _unknown("precision", precision, PRECISIONS)
         if "int8" in precisions and self.calibration is None:
             raise ConfigError(
                 "int8 needs images like those of later use to find its ranges; name a folder of"
@@ -90,7 +87,7 @@ class Conditions:
             "batch_size": self.batch_size,
             "threads": self.threads,
             "input_size": None if self.input_size is None else list(self.input_size),
-            "calibration": self.calibration,
+            "calibration": None if self.calibration is None else str(self.calibration),
             "cache_dir": str(folder / "engines"),
             "auto_start_s": AUTO_START_S,
             "warmup_s": self.warmup_s,
@@ -102,9 +99,7 @@ def list_configurations(
 ) -> list[Configuration]:
     """Return what to compare: the published form first, then each engine at each precision.
 
-    Args:
-        engines: which; ``published`` adds nothing. None for those that are installed.
-        precisions: of ``fp32``, ``bf16``, ``fp16`` and ``int8``.
+    Engines are those installed where none are given; ``published`` among them adds nothing.
 
     Raises:
         ConfigError: an unknown engine, or none.
@@ -123,11 +118,7 @@ def list_configurations(
 
 
 def require_engine(name: str, others: Sequence[str] = ()) -> str:
-    """Return the name of an engine that was asked for, once it is known to be installed.
-
-    Args:
-        name: the engine, or ``published``.
-        others: further names that are allowed.
+    """Return the name of an engine, ``published`` or one of `others`, once it is found installed.
 
     Raises:
         ConfigError: no such engine.
@@ -135,11 +126,13 @@ def require_engine(name: str, others: Sequence[str] = ()) -> str:
     """
     known = ("published", *ENGINES, *others)
     if name not in known:
-        raise ConfigError(
-            f"no engine {name!r}{nearest(name, known)} (there are {', '.join(known)})"
-        )
+        raise _unknown("engine", name, known)
     if name in ENGINES and name not in available_engines():
         raise MissingDependencyError(
             f'engine {name!r} is not installed; pip install ".[{ENGINES[name].extra}]"'
         )
     return name
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> ConfigError:
+    return ConfigError(f"no {kind} {name!r}{nearest(name, known)} (there are {', '.join(known)})")

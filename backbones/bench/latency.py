@@ -48,10 +48,9 @@ def compare_latency(
     warmup_s: float = 0.3,
     seconds: float = 1.5,
 ) -> dict[str, Latency]:
-    """Measure several callables on the same input, taking turns.
+    """Measure several callables on the same input, taking turns, so that disturbances fall on all.
 
-    What else happens on the machine then falls on all alike. The first tenth of a second of a
-    turn, which refills the caches, is not counted. Modules are measured as they are: the caller
+    The first tenth of a second of a turn, which refills the caches, is not counted. The caller
     chooses eval mode.
 
     Args:

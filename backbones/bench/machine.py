@@ -15,14 +15,7 @@ import torch
 from backbones.bench.child import WORKER, Child
 from backbones.engines import processor, versions
 
-__all__ = [
-    "Machine",
-    "examine",
-    "matmul_peak",
-    "n_threads",
-    "peak_memory_mib",
-    "usable_cpus",
-]
+__all__ = ["Machine", "examine", "matmul_peak", "n_threads", "peak_memory_mib", "usable_cpus"]
 
 LIBRARIES = ("backbones", "torch", "timm", "onnxruntime", "openvino", "executorch")
 SIDES = (512, 1024, 2048)
@@ -82,12 +75,6 @@ def examine(
 ) -> Machine:
     """Describe this machine and measure its matrix products, in a process of their own.
 
-    Args:
-        threads: threads of the products.
-        kinds: ``fp32`` and ``bf16``.
-        limit_s: seconds that one reply may take.
-        command: the worker.
-
     Raises:
         ChildError: the process died or did not reply.
     """
@@ -109,9 +96,7 @@ def examine(
 def matmul_peak(kinds: Sequence[str], seconds: float = 0.4) -> dict[str, Any]:
     """Return the best rate of square products by type, and how many processors were at work.
 
-    Args:
-        kinds: ``fp32`` and ``bf16``.
-        seconds: time for each size of each type, at least three products.
+    Kinds are ``fp32`` and ``bf16``; each size of each takes `seconds`, and three products at least.
     """
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     gmacs, cores = {}, 0.0

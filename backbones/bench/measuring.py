@@ -93,11 +93,7 @@ def measure_in_turns(
         seconds: timed seconds of each, spread over the rounds.
         limit_s: seconds that any one reply may take.
         stop: called once with the facts of each that is loaded: a reason not to go on, or None.
-        progress: see `Progress`.
-        command: the worker.
-
-    Returns:
-        Measurements by name, in the order of `jobs`.
+        progress, command: see `Progress` and `Child`.
     """
     found = {name: Measurement() for name in jobs}
     steps, done = len(jobs) * (2 + ROUNDS), 0

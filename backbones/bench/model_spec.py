@@ -9,20 +9,14 @@ import timm
 from torch import nn
 
 from backbones.errors import ConfigError, UnknownModelError, UnsupportedError
-from backbones.factory import REMOTE, create_model, find_variant, load_model
+from backbones.factory import REMOTE, create_model, find_variant, is_checkpoint, load_model
 from backbones.manifest import load_manifest
 from backbones.registry import registry, unknown
 from backbones.skeleton import StagedBackbone
 from backbones.timm_bridge import as_ours
-from backbones.weights import (
-    CHECKPOINT_SUFFIXES,
-    inner_module,
-    local_copy,
-    read_description,
-    save_checkpoint,
-)
+from backbones.weights import inner_module, local_copy, read_description, save_checkpoint
 
-__all__ = ["ModelSpec", "is_checkpoint", "specify_model"]
+__all__ = ["ModelSpec", "specify_model"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +46,9 @@ def specify_model(
     checkpoint: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> ModelSpec:
-    """Find out what is to be measured.
+    """Find out what is to be measured; arguments are those of `benchmark`.
 
-    Args:
-        model: a module of this package (or timm's own instance of a model that this package has),
-            a name, or a checkpoint; None for the model that `checkpoint` names.
-        folder: where a module's weights may be put for the workers to read.
-        checkpoint: a local file with the weights of the model named.
-        overrides: further arguments of `create_model`.
+    A module's weights are put into `folder`, for the workers to read.
 
     Raises:
         UnsupportedError: a module of another kind.
@@ -84,11 +73,6 @@ def specify_model(
     released = _is_at_hand(name) and not overrides
     arguments = {"name": name, "pretrained": released, **(overrides or {})}
     return ModelSpec(name, "released" if released else "random", arguments)
-
-
-def is_checkpoint(given: str | Path) -> bool:
-    """Whether something given as a model is a checkpoint file; the tag of a name has a dot, too."""
-    return isinstance(given, Path) or Path(given).suffix in CHECKPOINT_SUFFIXES
 
 
 def _of_module(model: nn.Module, folder: Path) -> ModelSpec:

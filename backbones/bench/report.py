@@ -1,7 +1,7 @@
 """What a benchmark found, for programs and for people."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,6 @@ from backbones.bench.statistics import Times, certain, too_noisy
 
 __all__ = ["BenchReport", "Row", "markdown", "number", "row_of", "verdict_on"]
 
-HEADS = ["configuration", "layout", "median ms", "p90 ms", "spread", "images/s", "GMAC/s"]
-HEADS += ["of peak", "peak MiB", "speedup"]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -23,8 +20,7 @@ class Row:
     Attributes:
         engine: what ran it.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        form: ``published`` (as the authors wrote it, in eager PyTorch) or
-            ``reparameterized``.
+        form: ``published`` (the authors', in eager PyTorch) or ``reparameterized``.
         layout: of the images in memory, as the engine chose it.
         median_ms, p90_ms: of one call, a whole batch.
         spread: interquartile range of the calls over their median.
@@ -110,7 +106,7 @@ class BenchReport:
             facts.insert(1, f"{self.macs / 1e9:.3f} GMACs")
         lines = [f"{self.model}: {', '.join(facts)}", str(self.machine), ""]
         measured = [row for row in self.rows if row.median_ms is not None]
-        lines += [markdown(HEADS, [_cells(row) for row in measured]), ""] if measured else []
+        lines += [markdown([_cells(row) for row in measured]), ""] if measured else []
         lines += [f"{row.name} was not measured: {row.reason}" for row in self.rows if row.reason]
         return "\n".join([*lines, *self.problems, self.verdict])
 
@@ -166,9 +162,13 @@ def verdict_on(times: dict[str, Times]) -> tuple[str, bool | None]:
     return f"{first} is the fastest, {ratio:.2f} times as fast as {second}", True
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns are aligned; all but the first two to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows)]
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a Markdown table whose columns are aligned; all but the first two to the right.
+
+    Each row holds its cells by the heads of their columns.
+    """
+    heads, *cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *cells)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -178,7 +178,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(heads), line(rule), *map(line, rows)])
+    return "\n".join([line(heads), line(rule), *map(line, cells)])
 
 
 def number(value: float | None, form: str, scale: float = 1.0) -> str:
@@ -186,17 +186,17 @@ def number(value: float | None, form: str, scale: float = 1.0) -> str:
     return "" if value is None else format(value / scale, form)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row) -> dict[str, str]:
     doubt = " (uncertain)" if row.certain is False else ""
-    return [
-        row.name,
-        row.layout or "",
-        number(row.median_ms, ".2f"),
-        number(row.p90_ms, ".2f"),
-        number(row.spread, ".0%"),
-        number(row.images_per_second, ".1f"),
-        number(row.gmacs_per_second, ".1f"),
-        number(row.share_of_peak, ".0%"),
-        number(row.peak_mib, ".0f"),
-        number(row.speedup, ".2f") + doubt,
-    ]
+    return {
+        "configuration": row.name,
+        "layout": row.layout or "",
+        "median ms": number(row.median_ms, ".2f"),
+        "p90 ms": number(row.p90_ms, ".2f"),
+        "spread": number(row.spread, ".0%"),
+        "images/s": number(row.images_per_second, ".1f"),
+        "GMAC/s": number(row.gmacs_per_second, ".1f"),
+        "of peak": number(row.share_of_peak, ".0%"),
+        "peak MiB": number(row.peak_mib, ".0f"),
+        "speedup": number(row.speedup, ".2f") + doubt,
+    }

@@ -14,8 +14,7 @@ import backbones
 from backbones.cli import (
     bench,
     export,
-    info,
-    listing,
+    models,
     predict,
     quickstart,
     reparam,
@@ -35,7 +34,7 @@ from backbones.train import DataError
 
 __all__ = ["main"]
 
-COMMANDS = (listing, info, predict, train, validate, reparam, export, bench, weights, quickstart)
+COMMANDS = (models, predict, train, validate, reparam, export, bench, weights, quickstart)
 BAD_INPUT = (
     CheckpointError,
     ConfigError,
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=backbones.__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
-        module.add_parser(commands).set_defaults(run=module.run)
+        module.add_parser(commands)
     args = parser.parse_args(argv)
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -1,34 +1,33 @@
 """``backbones export``."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.parsing import command, json_flag, label_names, open_model, positive
+from backbones.cli.parsing import add_model, command, label_names, open_model, positive, tell
 from backbones.engines import available_formats, file_suffixes
 from backbones.errors import ConfigError
-from backbones.weights import CHECKPOINT_SUFFIXES
+from backbones.factory import is_checkpoint
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser"]
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Any) -> None:
     """Describe the command."""
     parser = command(
         commands,
         "export",
+        _run,
         "write a model as a file for deployment, compared with the model",
-        "backbones export quickstart-output/model.safetensors model.onnx\n"
-        "         backbones export lsnet_t lsnet_t.xml --precision int8 --calibration photos\n"
-        "         backbones export cpubone_s app.onnx --preprocess --dynamic batch",
+        "backbones export quickstart-output/model.safetensors model.onnx",
+        "backbones export lsnet_t lsnet_t.xml --precision int8 --calibration photos",
+        "backbones export cpubone_s app.onnx --preprocess --dynamic batch",
     )
-    parser.add_argument("model", metavar="NAME|CHECKPOINT", help="a model's name, or weights")
+    add_model(parser)
     parser.add_argument(
         "output", metavar="OUT", help=f"file to write ({', '.join(file_suffixes())})"
     )
-    parser.add_argument("--model", dest="name", help="name of a checkpoint that does not say it")
     parser.add_argument(
         "--format", choices=available_formats(), help="(default: the file's suffix decides)"
     )
@@ -62,23 +61,18 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--random",
         action="store_true",
-        help="export NAME with fresh weights, to try out a device before weights are there",
+        help="take fresh weights, to try out a device before weights are there",
     )
-    json_flag(parser)
-    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Write the file and print how well it agrees with the model."""
     if args.img_size and len(args.img_size) > 2:
         raise ConfigError(f"--img-size takes one or two numbers, got {len(args.img_size)}")
-    is_file = Path(args.model).suffix in CHECKPOINT_SUFFIXES  # a tag has a dot as well
-    if is_file:
-        model = open_model(args.name, args.model)
-    elif args.random:
-        model = backbones.create_model(args.model).eval()
-    else:
-        model = open_model(args.model, None)
+    from_file = is_checkpoint(args.model)
+    if from_file and args.random:
+        raise ConfigError(f"--random is for a name, and {args.model} holds weights; leave it out")
+    model = open_model(args, **({"pretrained": False} if args.random else {}))
     size = None
     if args.img_size:
         channels = getattr(model, "in_chans", None) or 3
@@ -95,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         features=args.features,
         calibration=args.calibration,
         classes=label_names(model),
-        provenance={"checkpoint": Path(args.model).name} if is_file else None,
+        provenance={"checkpoint": Path(args.model).name} if from_file else None,
     )
-    print(json.dumps(report.as_dict()) if args.json else report)
+    tell(args, report.as_dict(), report)
     return 0

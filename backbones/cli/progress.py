@@ -1,4 +1,4 @@
-"""Progress bars of training."""
+"""The progress bar of long commands."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from tqdm import tqdm
 
 from backbones.train import Update
 
-__all__ = ["Bars"]
+__all__ = ["Bar"]
 
 
-class Bars:
-    """Progress bars over images to check and steps to train; none without a terminal."""
+class Bar:
+    """A progress bar over what is being done; none without a terminal."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        tqdm.write(line, file=sys.stdout)
+    def say(self, text: str) -> None:
+        """Print above the bar."""
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+    def show(self, share: float, what: str) -> None:
+        """Show which share of a measurement is done."""
+        self._move(round(100 * share), 100, what, "%")
 
     def check(self, done: int, of: int) -> None:
         """Show how many images are checked."""
@@ -49,7 +53,9 @@ class Bars:
     def _move(self, done: int, of: int, what: str, unit: str) -> None:
         if self.bar is None:
             # A resumed run begins in the middle.
-            self.bar = tqdm(total=of, initial=done - 1, unit=unit, leave=False, disable=None)
+            self.bar = tqdm(
+                total=of, initial=max(0, done - 1), unit=unit, leave=False, disable=None
+            )
         self.bar.set_description(what, refresh=False)
         self.bar.update(done - self.bar.n)
         if done == of:

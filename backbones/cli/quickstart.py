@@ -1,63 +1,52 @@
 """``backbones quickstart``."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from backbones import quickstart
 from backbones.cli.parsing import command, positive
-from backbones.cli.progress import Bars
+from backbones.cli.progress import Bar
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser"]
+
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "model": (str, "model to fine-tune"),
+    "output": (Path, "folder of the results"),
+    "epochs": (positive, "passes over the images"),
+    "size": (positive, "pixels a side"),
+    "batch_size": (positive, "images a step"),
+    "lr": (float, "learning rate"),
+    "seed": (int, "of training"),
+    "limit": (positive, "use only that many images"),
+    "min_top1": (float, "percent of held-out images to get right, else exit code 1"),
+    "threads": (positive, "of PyTorch"),
+}
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Describe the command."""
-    default = quickstart.QuickstartConfig()
+def add_parser(commands: Any) -> None:
+    """Describe the command; its options are the fields of `QuickstartConfig`."""
     parser = command(
         commands,
         "quickstart",
+        _run,
         "train a small model on handwritten digits, check it, export it and compare",
         "backbones quickstart --output quickstart-output",
+        json=False,
     )
-    parser.add_argument("--model", default=default.model, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=default.output, help="folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--epochs", type=positive, default=default.epochs, help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--size", type=positive, default=default.size, help="pixels a side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, default=default.batch_size, help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--lr", type=float, default=default.lr, help="learning rate (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=default.seed, help="of training (default: %(default)s)"
-    )
-    parser.add_argument("--limit", type=positive, help="use only that many images (default: all)")
-    parser.add_argument(
-        "--min-top1",
-        type=float,
-        default=default.min_top1,
-        help="percent of held-out images to get right, else exit code 1 (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=positive, help="(default: PyTorch's)")
-    return parser
+    for name, (kind, what) in OPTIONS.items():
+        default = getattr(quickstart.QuickstartConfig, name)
+        shown = f"{what} (default: %(default)s)" if default is not None else what
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=default, help=shown)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Run the main job; exit code 1 where validation stays below the bar."""
-    names = [field.name for field in dataclasses.fields(quickstart.QuickstartConfig)]
-    config = quickstart.QuickstartConfig(**{name: getattr(args, name) for name in names})
-    with Bars() as bars:
-        report = quickstart.run(config, bars.say, bars.update)
+    config = quickstart.QuickstartConfig(**{name: getattr(args, name) for name in OPTIONS})
+    with Bar() as bar:
+        report = quickstart.run(config, bar.say, bar.update)
     files = ", ".join(quickstart.RESULTS)
     print(f"{config.output} holds {files}, after {report['seconds']:.0f} s in all")
     if not report["passed"]:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -12,23 +13,25 @@ from timm.utils import ParseKwargs
 
 from backbones import train
 from backbones.cli.parsing import command
-from backbones.cli.progress import Bars
+from backbones.cli.progress import Bar
 from backbones.train import BEST, TrainConfig
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser"]
 
 SHORT = {"batch_size": ["-b"], "workers": ["-j"], "validation_batch_size": ["-vb"]}
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Any) -> None:
     """Describe the command; its options are the fields of `TrainConfig`."""
     parser = command(
         commands,
         "train",
+        _run,
         "fine-tune a model on a folder of images",
-        "backbones train --data-dir flowers --model lsnet_t\n"
-        "         backbones train --resume output/train/RUN/last.pth.tar\n"
-        "         torchrun --nproc-per-node 2 scripts/train.py --data-dir flowers --model lsnet_t",
+        "backbones train --data-dir flowers --model lsnet_t",
+        "backbones train --resume output/train/RUN/last.pth.tar",
+        "torchrun --nproc-per-node 2 scripts/train.py --data-dir flowers --model lsnet_t",
+        json=False,
     )
     parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options")
@@ -36,26 +39,21 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     hints = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         _add_option(parser, field, hints[field.name])
-    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Train; exit code 0 when all epochs are done."""
     given = {key: value for key, value in vars(args).items() if key in _names()}
     if args.data:
         given.setdefault("data_dir", args.data)
     options = {**(train.read_options(args.config) if args.config else {}), **given}
-    with Bars() as bars:
+    with Bar() as bar:
         report = train.run(
-            say=bars.say,
-            progress=bars.update,
-            checking=bars.check,
-            resume=args.resume,
-            **options,
+            say=bar.say, progress=bar.update, checking=bar.check, resume=args.resume, **options
         )
     if int(os.environ.get("RANK", "0")) == 0:
         print(report)
-        print(f"try it: backbones predict IMAGE --checkpoint {report.folder / BEST}")
+        print(f"try it: backbones predict {shlex.quote(str(report.folder / BEST))} IMAGE")
     return 0
 
 

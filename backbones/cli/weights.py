@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import fnmatch
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,82 +10,68 @@ from typing import Any
 
 from backbones import weights
 from backbones.cli import weights_publishing
-from backbones.cli.parsing import command, json_flag
+from backbones.cli.parsing import command, tell
 from backbones.errors import BackbonesError, UnknownModelError, nearest
 from backbones.files import new_file
 from backbones.manifest import Manifest, WeightsEntry, load_manifest, read_manifest
 from backbones.registry import registry
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser"]
 
 STATUSES = ("released", "page_only", "unreleased")
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Any) -> None:
     """Describe the command and its verbs."""
     parser = command(
         commands,
         "weights",
+        None,
         "list, fetch, verify, pin, convert and publish weights",
-        "backbones weights list 'lsnet*'\n         backbones weights fetch cpubone_s0",
+        "backbones weights list 'lsnet*'",
+        "backbones weights fetch cpubone_s0",
+        json=False,
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    _verb(verbs, "list", _list_entries, "list released weights", "backbones weights list --pinned")
-    verbs.choices["list"].add_argument("--status", choices=STATUSES, help="only of this status")
-    verbs.choices["list"].add_argument("--license", help="only under a matching license")
-    verbs.choices["list"].add_argument(
-        "--pinned", action="store_true", help="only those with a recorded digest"
-    )
-    _verb(verbs, "show", _show, "show everything known", "backbones weights show lsnet_t")
-    fetching = _verb(
-        verbs,
-        "fetch",
-        _fetch_files,
-        "download and verify; print the paths",
-        "backbones weights fetch 'lsnet*' --to /mnt/weights   # a mirror for BACKBONES_WEIGHTS_DIR",
-    )
+    for verb, action, summary, example in (
+        ("list", _list_entries, "list released weights", "list --pinned"),
+        ("show", _show, "show everything known", "show lsnet_t"),
+        (
+            "fetch",
+            _fetch_files,
+            "download and verify; print the paths",
+            "fetch 'lsnet*' --to /mnt/weights   # a mirror for BACKBONES_WEIGHTS_DIR",
+        ),
+        (
+            "verify",
+            _verify_files,
+            "compare the files on this machine with the recorded digests, without network",
+            "verify",
+        ),
+        (
+            "lock",
+            _lock,
+            "download, and record digests and revisions in the manifest",
+            "lock lsnet_t.in1k --manifest weights_manifest.yaml",
+        ),
+    ):
+        parser = command(verbs, verb, action, summary, f"backbones weights {example}")
+        parser.add_argument(
+            "names",
+            nargs="*",
+            metavar="NAME",
+            help="variant, variant.tag or pattern (default: all)",
+        )
+        parser.add_argument("--manifest", metavar="FILE", help="(default: the package's own)")
+        if action in (_fetch_files, _verify_files, _lock):
+            parser.add_argument("--cache-dir", metavar="DIR", help="where downloads are")
+    listing, fetching = verbs.choices["list"], verbs.choices["fetch"]
+    listing.add_argument("--status", choices=STATUSES, help="only of this status")
+    listing.add_argument("--license", help="only under a matching license")
+    listing.add_argument("--pinned", action="store_true", help="only those with a recorded digest")
     fetching.add_argument("--to", metavar="DIR", help="copy into this mirror folder")
     fetching.add_argument("--again", action="store_true", help="download even what is cached")
-    _verb(
-        verbs,
-        "verify",
-        _verify_files,
-        "compare the files on this machine with the recorded digests, without network",
-        "backbones weights verify",
-    )
-    _verb(
-        verbs,
-        "lock",
-        _lock,
-        "download, and record digests and revisions in the manifest",
-        "backbones weights lock lsnet_t.in1k --manifest weights_manifest.yaml",
-    )
-    for name in ("fetch", "verify", "lock"):
-        verbs.choices[name].add_argument("--cache-dir", metavar="DIR", help="where downloads are")
     weights_publishing.add_parsers(verbs)
-    return parser
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the verb."""
-    return int(args.run_verb(args))
-
-
-def _verb(
-    verbs: Any,
-    name: str,
-    action: Callable[[argparse.Namespace], int],
-    summary: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    parser = command(verbs, name, summary, example)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="variant, variant.tag or pattern (default: all)"
-    )
-    parser.add_argument("--manifest", metavar="FILE", help="manifest (default: the package's own)")
-    json_flag(parser)
-    parser.set_defaults(run_verb=action)
-    return parser
 
 
 def _list_entries(args: argparse.Namespace) -> int:
@@ -98,33 +83,27 @@ def _list_entries(args: argparse.Namespace) -> int:
         and (args.license is None or fnmatch.fnmatch(entry.license, args.license.lower()))
         and (entry.sha256 or not args.pinned)
     ]
-    if args.json:
-        print(json.dumps([_facts(entry) for entry in entries]))
-        return 0
+    lines = []
     for entry in entries:
         top1 = "-" if entry.top1 is None else f"{entry.top1:.1f}"
         pinned = "pinned" if entry.sha256 else "-"
-        print(
+        lines.append(
             f"{entry.name:48} {entry.status:10} {top1:>5} {pinned:6} {entry.license:20}"
             f" {entry.source}"
         )
+    tell(args, [_facts(entry) for entry in entries], *lines)
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     """Print every field of the entries, and where their files are on this machine."""
-    facts = []
+    facts, lines = [], []
     for entry in _selected(args):
         copy = weights.local_copy(entry)
         facts.append(_facts(entry) | {"local copy": str(copy) if copy else None})
-    if args.json:
-        print(json.dumps(facts))
-        return 0
-    for fact in facts:
-        print(fact.pop("name"))
-        for key, value in fact.items():
-            if value not in (None, (), []):
-                print(f"  {key}: {value}")
+        known = {key: value for key, value in facts[-1].items() if value not in (None, (), [])}
+        lines += [known.pop("name"), *(f"  {key}: {value}" for key, value in known.items())]
+    tell(args, facts, *lines)
     return 0
 
 
@@ -147,7 +126,7 @@ def _fetch_files(args: argparse.Namespace) -> int:
 
     entries = _selected(args)
     chosen = [entry for entry in entries if entry.available]
-    return _each(chosen or entries, fetched, args.json)
+    return _each(args, chosen or entries, fetched)
 
 
 def _verify_files(args: argparse.Namespace) -> int:
@@ -163,7 +142,7 @@ def _verify_files(args: argparse.Namespace) -> int:
     entries = _selected(args)
     if not args.names:
         entries = [entry for entry in entries if weights.local_copy(entry, args.cache_dir)]
-    return _each(entries, verified, args.json)
+    return _each(args, entries, verified)
 
 
 def _lock(args: argparse.Namespace) -> int:
@@ -178,10 +157,12 @@ def _lock(args: argparse.Namespace) -> int:
     entries = [entry for entry in _selected(args) if entry.available]
     if not args.names:
         entries = [entry for entry in entries if entry.sha256 is None]
-    return _each(entries, locked, args.json)
+    return _each(args, entries, locked)
 
 
-def _each(entries: list[WeightsEntry], action: Callable[[WeightsEntry], str], as_json: bool) -> int:
+def _each(
+    args: argparse.Namespace, entries: list[WeightsEntry], action: Callable[[WeightsEntry], str]
+) -> int:
     """Run an action over entries and print what it says; 1 where it failed for any."""
     results: dict[str, dict[str, str]] = {}
     for entry in entries:
@@ -189,11 +170,10 @@ def _each(entries: list[WeightsEntry], action: Callable[[WeightsEntry], str], as
             results[entry.name] = {"ok": action(entry)}
         except (BackbonesError, OSError) as error:
             results[entry.name] = {"error": str(error)}
-        if not as_json:
+        if not args.json:
             ((kind, text),) = results[entry.name].items()
             print(f"{entry.name}: {'error: ' if kind == 'error' else ''}{text}", flush=True)
-    if as_json:
-        print(json.dumps(results))
+    tell(args, results)
     return 1 if any("error" in result for result in results.values()) else 0
 
 

@@ -1,7 +1,6 @@
 """``backbones weights convert`` and ``backbones weights push``."""
 
 import argparse
-import json
 import secrets
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 import backbones
 from backbones import weights
-from backbones.cli.parsing import command, json_flag, require_file
+from backbones.cli.parsing import command, require_file, tell
 from backbones.conversion import Conversion, read_for_release
 from backbones.errors import ConfigError
 
@@ -25,19 +24,21 @@ def add_parsers(verbs: Any) -> None:
     parser = command(
         verbs,
         "convert",
+        _convert,
         "rewrite a checkpoint of any layout as safetensors in this package's",
-        "backbones weights convert lsnet_t.pth lsnet_t.safetensors --model lsnet_t.in1k\n"
-        "         backbones weights convert m.safetensors small.safetensors --dtype float16",
+        "backbones weights convert lsnet_t.pth lsnet_t.safetensors --name lsnet_t.in1k",
+        "backbones weights convert m.safetensors small.safetensors --dtype float16",
     )
     parser.add_argument("input", metavar="IN", help="checkpoint of any known layout and wrapper")
     parser.add_argument("output", metavar="OUT", help="safetensors file to write")
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the file's)")
-    _common(parser, _convert)
+    _common(parser)
     parser = command(
         verbs,
         "push",
+        _push,
         "publish a checkpoint on the Hugging Face Hub, for timm and this package to load",
-        "backbones weights push model.safetensors me/my-model --license apache-2.0\n"
+        "backbones weights push model.safetensors me/my-model --license apache-2.0",
         "HF_TOKEN holds a token with the right to write.",
     )
     parser.add_argument("input", metavar="CHECKPOINT", help="checkpoint of any known layout")
@@ -52,12 +53,12 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="write what would be sent to a folder, send nothing"
     )
-    _common(parser, _push)
+    _common(parser)
 
 
-def _common(parser: argparse.ArgumentParser, action: Any) -> None:
+def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model",
+        "--name",
         metavar="NAME[.TAG]",
         help="model name, with the tag where the file is that release (default: the checkpoint's)",
     )
@@ -66,8 +67,6 @@ def _common(parser: argparse.ArgumentParser, action: Any) -> None:
     )
     parser.add_argument("--in-chans", type=int, metavar="N", help="likewise of input channels")
     parser.add_argument("--license", help="license of the weights, where no tag says it")
-    json_flag(parser)
-    parser.set_defaults(run_verb=action)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -78,8 +77,7 @@ def _convert(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     found = _read(args, dtype=dtype, rewritten=True)
     weights.save_checkpoint(found.model, path, **found.beside)
-    _report({"path": str(path), "sha256": weights.sha256_of(path), **found.facts}, args.json)
-    return 0
+    return _report(args, {"path": str(path), "sha256": weights.sha256_of(path), **found.facts})
 
 
 def _push(args: argparse.Namespace) -> int:
@@ -105,15 +103,14 @@ def _push(args: argparse.Namespace) -> int:
             **found.beside,
         )
         facts = {"repository": args.repo_id, "commit": address}
-    _report({**facts, **found.facts}, args.json)
-    return 0
+    return _report(args, {**facts, **found.facts})
 
 
 def _read(args: argparse.Namespace, **options: Any) -> Conversion:
-    require_file(args.input, "IN")
+    require_file(args.input)
     return read_for_release(
         args.input,
-        args.model,
+        args.name,
         license=args.license,
         version=backbones.__version__,
         num_classes=args.num_classes,
@@ -122,10 +119,6 @@ def _read(args: argparse.Namespace, **options: Any) -> Conversion:
     )
 
 
-def _report(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for key, value in facts.items():
-        if value is not None:
-            print(f"{key:<12} {value}")
+def _report(args: argparse.Namespace, facts: dict[str, Any]) -> int:
+    tell(args, facts, *(f"{key:<12} {value}" for key, value in facts.items() if value is not None))
+    return 0

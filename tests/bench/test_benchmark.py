@@ -242,7 +242,8 @@ def test_a_report_for_people_and_for_programs():
 
 
 def test_tables_are_aligned():
-    lines = markdown(["a", "b", "c"], [["x", "long", "1.0"], ["longer", "y", "10.25"]]).splitlines()
+    cells = [["x", "long", "1.0"], ["longer", "y", "10.25"]]
+    lines = markdown([dict(zip("abc", row)) for row in cells]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0] == "| a      | b    |     c |"
     assert lines[1] == "| ------ | ---- | ----: |"

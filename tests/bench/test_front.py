@@ -198,7 +198,7 @@ def test_an_interrupted_command_prints_what_it_has(scripted_front, capsys, monke
         if share > 0.75:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("backbones.cli.bench._Bar.show", interrupt)
+    monkeypatch.setattr("backbones.cli.progress.Bar.show", interrupt)
     argv = ["bench", "--front", *models, "--engine", "published", "--threads", "1"]
     assert main(argv) == 130
     shown = capsys.readouterr().out

@@ -13,15 +13,14 @@ SHAPE = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 QUICK = ["--img-size", "32", "--threads", "1", "--seconds", "0.2"]
 
 
-@pytest.mark.parametrize("given", [[], ["--checkpoint"]], ids=["operand", "option"])
-def test_one_model_against_its_published_form(capsys, tmp_path, monkeypatch, given):
+def test_one_model_against_its_published_form(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     torch.manual_seed(0)
     model = backbones.create_model("convnext_atto", num_classes=3, **SHAPE)
     set_input(model, 48)
     file = str(backbones.save_checkpoint(model, tmp_path / "m.safetensors"))
     output = tmp_path / "out"
-    argv = ["bench", *given, file, "--engines", "eager", "--threads", "1"]
+    argv = ["bench", file, "--engines", "eager", "--threads", "1"]
     argv += ["--seconds", "0.2", "--batch-size", "2", "--output", str(output), "--json"]
     assert main(argv) == 0
     assert not (tmp_path / "torch").exists()  # engines' files are not kept
@@ -73,8 +72,8 @@ def test_a_budget_and_a_picture(capsys, tmp_path):
         (["lsnet_t", "--engines", "published", "--seconds", "0"], "more than 0"),
         (["lsnet_t", "--img-size", "1", "2", "3"], "height and width"),
         (["lsnet_t", "--engine", "eager"], "--engines"),
-        (["--checkpoint", "nothing.safetensors", "--engines", "published"], "no such file"),
-        (["a", "b", "--checkpoint", "m.safetensors"], "one model"),
+        (["nothing.safetensors", "--engines", "published"], "no such file"),
+        (["a.pth", "b.pth", "--name", "lsnet_t"], "one checkpoint"),
         (["--budget", "soon"], "write 10ms"),
         (["--front", "--engines", "eager"], "--engines does not go with --front"),
         (["--front", "--precisions", "fp32,bf16"], "one precision"),

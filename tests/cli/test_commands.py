@@ -101,7 +101,7 @@ def test_info_of_what_is_not_there(capsys):
 
 def test_predict_needs_nothing_but_the_checkpoint(capsys, image, checkpoint):
     model, path = checkpoint
-    assert main(["predict", image, "--checkpoint", path, "--json", "--top-k", "2"]) == 0
+    assert main(["predict", path, image, "--json", "--top-k", "2"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)
     transform = create_transform(**resolve_model_data_config(model))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_predict_needs_nothing_but_the_checkpoint(capsys, image, checkpoint):
 
 
 def test_predict_prints_for_people(capsys, image, checkpoint):
-    assert main(["predict", image, image, "--checkpoint", checkpoint[1]]) == 0
+    assert main(["predict", checkpoint[1], image, image]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     assert lines[0] == lines[4] == image
@@ -133,9 +133,9 @@ def test_predict_names_imagenet_classes(capsys, image, tmp_path):
         "family: convnext\nvariants:\n  mine:\n    like: convnext_atto\n"
         "    depths: [1, 1, 1, 1]\n    dims: [8, 16, 24, 32]\n"
     )
-    argv = ["predict", image, "--checkpoint", str(tmp_path / "m.pt"), "--top-k", "1"]
-    assert "add --model" in fails(capsys, 2, *argv)
-    assert main([*argv, "--model", str(tmp_path / "m.yaml")]) == 0
+    argv = ["predict", str(tmp_path / "m.pt"), image, "--top-k", "1"]
+    assert "add --name" in fails(capsys, 2, *argv)
+    assert main([*argv, "--name", str(tmp_path / "m.yaml")]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["100.00%", "cock"]
 
 
@@ -144,31 +144,31 @@ def test_predict_names_every_bad_image(capsys, image, checkpoint, tmp_path):
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(image).read_bytes()[:2000])
     bad = [str(tmp_path / "text.jpg"), str(cut), str(tmp_path / "nothing.png")]
-    message = fails(capsys, 2, "predict", bad[0], image, *bad[1:], "--checkpoint", checkpoint[1])
+    message = fails(capsys, 2, "predict", checkpoint[1], bad[0], image, *bad[1:])
     assert all(name in message for name in bad)
     assert image not in message
 
 
 def test_predict_with_bad_checkpoints(capsys, image, checkpoint, tmp_path):
-    message = fails(capsys, 2, "predict", image, "--checkpoint", str(tmp_path / "no.safetensors"))
+    message = fails(capsys, 2, "predict", str(tmp_path / "no.safetensors"), image)
     assert "no.safetensors: no such file" in message
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(Path(checkpoint[1]).read_bytes()[:5000])
-    for named in ([], ["--model", "convnext_atto"]):
-        message = fails(capsys, 2, "predict", image, "--checkpoint", str(cut), *named)
+    for named in ([], ["--name", "convnext_atto"]):
+        message = fails(capsys, 2, "predict", str(cut), image, *named)
         assert "cut.safetensors: cut short" in message
     no_file = tmp_path / "text.safetensors"
     no_file.write_text("hello")
-    message = fails(capsys, 2, "predict", image, "--checkpoint", str(no_file))
+    message = fails(capsys, 2, "predict", str(no_file), image)
     assert "neither safetensors nor a file of torch.save" in message
-    other = ["predict", image, "--checkpoint", checkpoint[1], "--model", "convnext_tiny"]
+    other = ["predict", checkpoint[1], image, "--name", "convnext_tiny"]
     assert "m.safetensors" in fails(capsys, 2, *other)
 
 
 def test_predict_without_a_network_says_so(capsys, image, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert "convnext_atto" in fails(capsys, 1, "predict", image, "--model", "convnext_atto")
-    assert "no model" in fails(capsys, 2, "predict", image, "--model", "convnext_attto")
+    assert "convnext_atto" in fails(capsys, 1, "predict", "convnext_atto", image)
+    assert "no model" in fails(capsys, 2, "predict", "convnext_attto", image)
 
 
 def test_quickstart_refuses_before_it_writes(capsys, tmp_path):

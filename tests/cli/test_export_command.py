@@ -77,7 +77,7 @@ def test_an_exported_file_is_validated_like_the_checkpoint(
     capsys.readouterr()
     results = []
     for file in (source, target):
-        assert main(["validate", "--data-dir", folder, "--checkpoint", file, "--json"]) == 0
+        assert main(["validate", file, "--data-dir", folder, "--json"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0]["top1"] == results[1]["top1"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)

@@ -95,7 +95,7 @@ def test_predict_takes_the_checkpoint_as_it_is(short, capsys):
     _, output = short
     report = json.loads((output / "report.json").read_text())
     mistake = report["mistakes"][0]
-    argv = ["predict", mistake["file"], "--checkpoint", str(output / "model.safetensors")]
+    argv = ["predict", str(output / "model.safetensors"), mistake["file"]]
     assert main([*argv, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["predictions"][0]["class"] == mistake["predicted"]

@@ -68,9 +68,9 @@ def test_flags_count_more_than_a_file_and_a_file_more_than_the_recipe(folder, tm
     assert arguments["opt_betas"] == [0.8, 0.9]
     assert arguments["torchcompile"] == "eager"
     best = tmp_path / "run" / "model_best.safetensors"
-    assert f"backbones predict IMAGE --checkpoint {best}" in out
+    assert f"backbones predict {best} IMAGE" in out
     image = folder / "val" / "light" / "0.png"
-    assert main(["predict", str(image), "--checkpoint", str(best)]) == 0
+    assert main(["predict", str(best), str(image)]) == 0
     assert "light" in capsys.readouterr().out
 
 
@@ -87,7 +87,7 @@ def test_a_model_of_the_users_own(folder, tmp_path, capsys):
     best = str(run / "model_best.safetensors")
     image = str(folder / "val" / "light" / "0.png")
     capsys.readouterr()
-    assert main(["predict", image, "--model", str(own), "--checkpoint", best]) == 0
+    assert main(["predict", best, image, "--name", str(own)]) == 0
     assert {"dark", "light"} <= set(capsys.readouterr().out.split())
 
 

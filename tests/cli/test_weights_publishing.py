@@ -83,7 +83,7 @@ def test_authors_file_in_a_wrapper(capsys, tmp_path):
     source, out = tmp_path / "lsnet_t.pth", tmp_path / "out.safetensors"
     theirs = {f"module.{key}": value for key, value in golden.checkpoint().items()}
     torch.save({"model": theirs, "epoch": 3}, source)
-    facts = converted(capsys, source, out, "--model", "lsnet_t.in1k")
+    facts = converted(capsys, source, out, "--name", "lsnet_t.in1k")
     entry = load_manifest().find("lsnet_t", "in1k")
     assert (facts["layout"], facts["wrapper"], facts["dtype"]) == ("authors", "model", "float64")
     assert facts["license"] == entry.license
@@ -126,7 +126,7 @@ def test_what_a_file_of_ours_says_is_kept(capsys, tmp_path, saved):
 def test_the_type_of_the_file_is_kept(capsys, tmp_path, mine, dtype):
     torch.save(filled(mine).to(dtype).state_dict(), tmp_path / "in.pt")
     out = tmp_path / "out.safetensors"
-    facts = converted(capsys, tmp_path / "in.pt", out, "--model", mine)
+    facts = converted(capsys, tmp_path / "in.pt", out, "--name", mine)
     assert facts["dtype"] == str(dtype).removeprefix("torch.")
     assert {tensor.dtype for tensor in read_checkpoint(out).tensors.values()} == {dtype}
     assert facts["license"] == "unstated"
@@ -137,7 +137,7 @@ def test_several_types_in_a_file_become_the_one_that_holds_all(capsys, tmp_path,
     tensors = {k: v.half() if "norm" in k else v.bfloat16() for k, v in tensors.items()}
     torch.save(tensors, tmp_path / "in.pt")
     out = tmp_path / "out.safetensors"
-    assert converted(capsys, tmp_path / "in.pt", out, "--model", mine)["dtype"] == "float32"
+    assert converted(capsys, tmp_path / "in.pt", out, "--name", mine)["dtype"] == "float32"
     for key, value in read_checkpoint(out).tensors.items():
         assert torch.equal(value, tensors[key].float())
 
@@ -146,7 +146,7 @@ def test_eight_bits_become_sixteen(capsys, tmp_path, mine):
     tensors = {k: v.to(torch.float8_e4m3fn) for k, v in filled(mine).state_dict().items()}
     torch.save(tensors, tmp_path / "in.pt")
     out = tmp_path / "out.safetensors"
-    assert converted(capsys, tmp_path / "in.pt", out, "--model", mine)["dtype"] == "float16"
+    assert converted(capsys, tmp_path / "in.pt", out, "--name", mine)["dtype"] == "float16"
     for key, value in read_checkpoint(out).tensors.items():
         assert torch.equal(value.float(), tensors[key].float())
 
@@ -155,13 +155,13 @@ def test_timms_file_with_other_classes_and_channels(capsys, tmp_path):
     model = timm.create_model("convnext_atto", num_classes=7, in_chans=1)
     torch.save(model.state_dict(), tmp_path / "in.pt")
     convert = ["convert", tmp_path / "in.pt", tmp_path / "out.safetensors"]
-    message = fails(capsys, 2, *convert, "--model", "convnext_atto", "--num-classes", "8")
+    message = fails(capsys, 2, *convert, "--name", "convnext_atto", "--num-classes", "8")
     assert "in.pt" in message
     assert "num_classes=8 was asked for, the file has 7" in message
-    message = fails(capsys, 2, *convert, "--model", "convnext_atto", "--in-chans", "3")
+    message = fails(capsys, 2, *convert, "--name", "convnext_atto", "--in-chans", "3")
     assert "in_chans=3 was asked for, the file has 1" in message
     out = tmp_path / "out.safetensors"
-    argv = ["--model", "convnext_atto", "--num-classes", "7", "--in-chans", "1"]
+    argv = ["--name", "convnext_atto", "--num-classes", "7", "--in-chans", "1"]
     converted(capsys, tmp_path / "in.pt", out, *argv, "--license", "mit")
     loaded = backbones.create_model("convnext_atto", checkpoint_path=out)
     assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
@@ -177,7 +177,7 @@ def test_a_release_without_classifier(capsys, tmp_path):
     tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     torch.save(tensors, tmp_path / "in.pt")
     out = tmp_path / "out.safetensors"
-    facts = converted(capsys, tmp_path / "in.pt", out, "--model", tag)
+    facts = converted(capsys, tmp_path / "in.pt", out, "--name", tag)
     assert facts["license"] == entry.license
     found = read_checkpoint(out).tensors
     assert {k for k in found if k.startswith("head.")} == {"head.norm.weight", "head.norm.bias"}
@@ -190,7 +190,7 @@ def test_a_release_without_classifier(capsys, tmp_path):
         "convert",
         tmp_path / "in.pt",
         tmp_path / "b.safetensors",
-        "--model",
+        "--name",
         "convnextv2_atto",
     )
     assert "missing" in message
@@ -224,21 +224,19 @@ def test_refusals_leave_nothing(capsys, tmp_path, saved, mine):
     assert "no such file" in fails(capsys, 2, "convert", tmp_path / "no.pt", out)
     assert "no such file" in fails(capsys, 2, "convert", tmp_path / "no.pt", path)
     assert "would replace its own source" in fails(capsys, 2, "convert", path, path)
-    assert "add --model NAME" in fails(capsys, 2, "convert", plain, out)
-    assert "no model of this package 'resnet18'" in fails(
-        capsys, 2, *convert, "--model", "resnet18"
-    )
-    message = fails(capsys, 2, *convert, "--model", "convnext_atto.d2")
+    assert "add --name NAME" in fails(capsys, 2, "convert", plain, out)
+    assert "no model of this package 'resnet18'" in fails(capsys, 2, *convert, "--name", "resnet18")
+    message = fails(capsys, 2, *convert, "--name", "convnext_atto.d2")
     assert "no weights 'convnext_atto.d2' (tags of convnext_atto: d2_in1k)" in message
-    assert "does not fit convnext_tiny" in fails(capsys, 2, *convert, "--model", "convnext_tiny")
+    assert "does not fit convnext_tiny" in fails(capsys, 2, *convert, "--name", "convnext_tiny")
     assert "name it *.safetensors" in fails(capsys, 2, "convert", path, tmp_path / "out.pt")
     assert "does not exist" in fails(capsys, 2, "convert", path, tmp_path / "no" / "o.safetensors")
-    tag = ["--model", "convnext_atto.d2_in1k", "--license", "mit"]
+    tag = ["--name", "convnext_atto.d2_in1k", "--license", "mit"]
     message = fails(capsys, 2, *convert, *tag)
     assert "convnext_atto.d2_in1k was released under apache-2.0" in message
     huge = {key: value * 1e6 for key, value in filled(mine).state_dict().items()}
     torch.save(huge, plain)
-    message = fails(capsys, 2, "convert", plain, out, "--model", mine, "--dtype", "float16")
+    message = fails(capsys, 2, "convert", plain, out, "--name", mine, "--dtype", "float16")
     assert "values too large for torch.float16" in message
 
 

@@ -28,7 +28,7 @@ def test_figures_and_files_agree_with_what_the_model_says(images, checkpoint, tm
     root = tmp_path / "images"
     shutil.copytree(images, root)
     shutil.move(root / "val" / "west" / "00.png", root / "val" / "east" / "99.png")
-    argv = ["validate", "--data-dir", str(root), "--checkpoint", str(checkpoint)]
+    argv = ["validate", str(checkpoint), "--data-dir", str(root)]
     assert main([*argv, "--output", str(tmp_path / "out"), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(RESULTS)
@@ -72,21 +72,21 @@ def test_reparameterized_and_exported_the_same_images_give_the_same(
     backbones.export(model, tmp_path / "model.onnx", classes=classes)
 
     def top1(*argv):
-        assert main(["validate", str(images), *map(str, argv), "--json"]) == 0
+        assert main(["validate", *map(str, argv), "--data-dir", str(images), "--json"]) == 0
         figures = json.loads(capsys.readouterr().out)
         return figures["top1"], pytest.approx(figures["loss"], rel=1e-4)
 
-    plain = top1("--checkpoint", checkpoint)
-    assert top1("--checkpoint", checkpoint, "--reparam") == plain
-    assert top1("--checkpoint", tmp_path / "model.onnx") == plain
+    plain = top1(checkpoint)
+    assert top1(checkpoint, "--reparam") == plain
+    assert top1(tmp_path / "model.onnx") == plain
     assert [getattr(model, "deployed", None) for model in seen] == [False, True, None]
-    argv = ["validate", str(images), "--checkpoint", str(tmp_path / "model.onnx")]
+    argv = ["validate", str(tmp_path / "model.onnx"), str(images)]
     assert main([*argv, "--reparam"]) == 2
     assert "is exported and says itself" in capsys.readouterr().err
 
 
 def test_people_read_accuracy_and_the_worst_classes(images, checkpoint, capsys):
-    assert main(["validate", str(images), "--checkpoint", str(checkpoint)]) == 0
+    assert main(["validate", str(checkpoint), str(images)]) == 0
     out = capsys.readouterr().out
     assert "of 16 right" in out
     assert out.count("(") == 4
@@ -96,7 +96,7 @@ def test_fewer_classes_than_the_model_knows(images, checkpoint, tmp_path, capsys
     root = tmp_path / "some"
     for name in ("south", "west"):
         shutil.copytree(images / "val" / name, root / name)
-    argv = ["validate", "--data-dir", str(root), "--checkpoint", str(checkpoint), "--json"]
+    argv = ["validate", str(checkpoint), "--data-dir", str(root), "--json"]
     assert main(argv) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["images"] == 8
@@ -129,7 +129,7 @@ def test_bad_images(images, checkpoint, tmp_path, capsys):
     shutil.copytree(images, root)
     bad = root / "val" / "west" / "00.png"
     bad.write_bytes(b"nothing")
-    argv = ["validate", "--data-dir", str(root), "--checkpoint", str(checkpoint)]
+    argv = ["validate", str(checkpoint), "--data-dir", str(root)]
     assert main(argv) == 2
     assert str(bad) in capsys.readouterr().err
     assert main([*argv, "--skip-bad"]) == 0
@@ -141,10 +141,9 @@ def test_bad_images(images, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["validate"], "name the folder"),
-        (["validate", "nowhere"], "name a model"),
-        (["validate", "nowhere", "--checkpoint", "nothing.safetensors"], "no such file"),
-        (["validate", "nowhere", "--checkpoint", "nothing.onnx"], "no such file"),
+        (["validate", "convnext_atto"], "name the folder"),
+        (["validate", "nothing.safetensors", "nowhere"], "no such file"),
+        (["validate", "nothing.onnx", "nowhere"], "no such file"),
     ],
 )
 def test_what_is_missing_is_named(argv, words, capsys):

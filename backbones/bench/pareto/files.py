@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.bench.machine import n_threads
-from backbones.bench.pareto.budgets import BudgetChoice
-from backbones.bench.pareto.rows import ParetoFront, ParetoRow
+from backbones.bench.pareto.rows import BudgetChoice, ParetoFront, ParetoRow
 from backbones.errors import MissingDependencyError
 from backbones.files import new_file, write_json, write_text
 from backbones.optional import optional_import
@@ -22,7 +21,7 @@ NAMED = 25  # models in a picture, above which only those on the front are named
 def front_as_dict(front: ParetoFront, choice: BudgetChoice | None = None) -> dict[str, Any]:
     """Return a front, and what a budget allows of it, as JSON values."""
     chosen = None if choice is None else {**dataclasses.asdict(choice), "text": str(choice)}
-    return {**front.as_dict(), "choice": chosen}
+    return {**dataclasses.asdict(front), "choice": chosen}
 
 
 def write_front(
@@ -58,7 +57,7 @@ def draw_front(front: ParetoFront, path: str | Path, choice: BudgetChoice | None
     # A Figure of its own needs no display and leaves pyplot's state alone.
     figure = optional_import("matplotlib.figure", "plot").Figure((9, 6), layout="constrained")
     axes = figure.subplots()
-    rows = [row for row in front.rows if row.measured and row.top1 is not None]
+    rows = [row for row in front.rows if row.counts]
     best = [row for row in rows if row.on_front]
     axes.scatter([r.median_ms for r in rows], [r.top1 for r in rows], s=16, color="0.6")
     axes.step([r.median_ms for r in best], [r.top1 for r in best], "o-", where="post", ms=5)
@@ -95,8 +94,6 @@ def _csv(front: ParetoFront) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return (
-            "; ".join(value) if value and isinstance(value[0], str) else "x".join(map(str, value))
-        )
-    return value
+    if not isinstance(value, tuple):
+        return value
+    return ("; " if value and isinstance(value[0], str) else "x").join(map(str, value))

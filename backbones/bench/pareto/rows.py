@@ -1,18 +1,19 @@
-"""Models by published accuracy and measured latency, and which of them are on the Pareto front."""
+"""Models by published accuracy and measured latency: the Pareto front, and what a budget allows."""
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from backbones.bench.machine import Machine
 from backbones.bench.report import markdown, number
+from backbones.bench.statistics import NOISY
+from backbones.errors import ConfigError
 
-__all__ = ["ParetoFront", "ParetoRow", "mark_front"]
+__all__ = ["BudgetChoice", "ParetoFront", "ParetoRow", "mark_front", "parse_budget", "within"]
 
-HEADS = ["model", "tag", "top-1 %", "M params", "GMACs", "median ms", "p90 ms", "spread"]
-HEADS += ["engine", "front"]
+UNITS = {"": 1.0, "ms": 1.0, "s": 1000.0}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,24 @@ class ParetoRow:
         """Whether the latency is that of a whole measurement."""
         return self.median_ms is not None and not self.stopped
 
+    @property
+    def counts(self) -> bool:
+        """Whether it has both latency and accuracy."""
+        return self.measured and self.top1 is not None
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """Latency and negative accuracy: less is better, infinite where unknown."""
+        return (
+            math.inf if self.median_ms is None else self.median_ms,
+            math.inf if self.top1 is None else -self.top1,
+        )
+
+    @property
+    def summary(self) -> str:
+        """A measured model in one line."""
+        return f"{self.model}, {self.top1:g} % top-1, {self.median_ms:.2f} ms ({self.engine})"
+
 
 @dataclass(frozen=True)
 class ParetoFront:
@@ -69,7 +88,7 @@ class ParetoFront:
     def __str__(self) -> str:
         rows = [row for row in self.rows if row.median_ms is not None]
         lines = [str(self.machine), ""]
-        lines += [markdown(HEADS, [_cells(row) for row in rows])] if rows else []
+        lines += [markdown([_cells(row) for row in rows])] if rows else []
         lines += ["", *(f"{row.model}: {row.reason}" for row in self.rows if row.reason)]
         lines += self.problems
         other = [
@@ -86,46 +105,115 @@ class ParetoFront:
             lines.append(f"incomplete: interrupted before {', '.join(self.left_out)}")
         return "\n".join(lines)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the front as JSON values."""
-        return dataclasses.asdict(self)
-
 
 def mark_front(rows: Sequence[ParetoRow]) -> tuple[ParetoRow, ...]:
     """Return the rows by latency, each marked whether it is on the front."""
-    rivals = [_scores(row) for row in rows if _counts(row)]
+    rivals = [row.scores for row in rows if row.counts]
 
     def beaten(row: ParetoRow) -> bool:
-        slow, weak = _scores(row)
+        slow, weak = row.scores
         return any(a <= slow and b <= weak and (a, b) != (slow, weak) for a, b in rivals)
 
-    marked = [dataclasses.replace(row, on_front=_counts(row) and not beaten(row)) for row in rows]
-    return tuple(sorted(marked, key=lambda row: (*_scores(row), row.model)))
+    marked = [dataclasses.replace(row, on_front=row.counts and not beaten(row)) for row in rows]
+    return tuple(sorted(marked, key=lambda row: (*row.scores, row.model)))
 
 
-def _counts(row: ParetoRow) -> bool:
-    return row.measured and row.top1 is not None
+@dataclass(frozen=True)
+class BudgetChoice:
+    """What a budget allows.
+
+    Attributes:
+        budget_ms: what the *median* call may take; `doubts` says where the 90th percentile does
+            not keep to it.
+        best: the most accurate model within the budget; None where there is none.
+        others: the rest within the budget, the most accurate first.
+        fastest: the fastest model of all that were measured.
+        doubts: sentences on how sure this is.
+    """
+
+    budget_ms: float
+    best: ParetoRow | None
+    others: tuple[ParetoRow, ...]
+    fastest: ParetoRow | None
+    doubts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.best is None:
+            found = "none with a published top-1 was measured"
+            if self.fastest is not None:
+                found = f"the fastest is {self.fastest.summary}"
+            return f"no model answers within {self.budget_ms:g} ms here; {found}"
+        lines = [f"within {self.budget_ms:g} ms: {self.best.summary}", *self.doubts]
+        return "\n".join([*lines, *(f"  next: {row.summary}" for row in self.others[:3])])
 
 
-def _scores(row: ParetoRow) -> tuple[float, float]:
-    """Latency and negative accuracy: less is better."""
-    return (
-        math.inf if row.median_ms is None else row.median_ms,
-        math.inf if row.top1 is None else -row.top1,
+def parse_budget(text: str) -> float:
+    """Return the milliseconds of ``10ms``, ``10`` or ``0.01s``.
+
+    Raises:
+        ConfigError: it is none of these, or not positive.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(ms|s|)\s*", text.lower())
+    try:
+        value = float(found[1]) * UNITS[found[2]] if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"budget {text!r} is no time; write 10ms, 10 or 0.01s")
+    return value
+
+
+def within(rows: Sequence[ParetoRow], budget_ms: float) -> BudgetChoice:
+    """Choose among measured rows by published top-1; rows without one do not count.
+
+    Args:
+        rows: those of a `ParetoFront`.
+        budget_ms: milliseconds that the median call may take.
+    """
+    known = sorted((row for row in rows if row.counts), key=lambda row: row.scores)
+    inside = sorted((row for row in known if row.scores[0] <= budget_ms), key=_by_accuracy)
+    best = inside[0] if inside else None
+    return BudgetChoice(
+        budget_ms=budget_ms,
+        best=best,
+        others=tuple(inside[1:]),
+        fastest=known[0] if known else None,
+        doubts=_doubts(best, known, budget_ms),
     )
 
 
-def _cells(row: ParetoRow) -> list[str]:
-    over = ">" if row.stopped else ""
-    return [
-        row.model,
-        row.tag or "",
-        number(row.top1, ".2f"),
-        number(row.params, ".2f", 1e6),
-        number(row.macs, ".3f", 1e9),
-        over + number(row.median_ms, ".2f"),
-        number(row.p90_ms, ".2f"),
-        number(row.spread, ".0%"),
-        row.engine or "",
-        "*" if row.on_front else "",
-    ]
+def _by_accuracy(row: ParetoRow) -> tuple[float, float]:
+    return row.scores[::-1]
+
+
+def _doubts(
+    best: ParetoRow | None, known: Sequence[ParetoRow], budget_ms: float
+) -> tuple[str, ...]:
+    doubts = []
+    if best is not None and best.p90_ms is not None and best.p90_ms > budget_ms:
+        doubts.append(f"one call in ten takes longer than that (p90 {best.p90_ms:.2f} ms)")
+    for row in known:
+        # Either side of the budget: the choice itself, and better models that just missed it.
+        (median, weak), spread = row.scores, row.spread or 0.0
+        near = abs(median - budget_ms) < spread * median
+        if spread > NOISY and near and (best is None or weak <= best.scores[1]):
+            doubts.append(
+                f"too noisy to tell whether {row.model} keeps within {budget_ms:g} ms: median"
+                f" {median:.2f} ms, calls spread by {spread:.0%}"
+            )
+    return tuple(doubts)
+
+
+def _cells(row: ParetoRow) -> dict[str, str]:
+    return {
+        "model": row.model,
+        "tag": row.tag or "",
+        "top-1 %": number(row.top1, ".2f"),
+        "M params": number(row.params, ".2f", 1e6),
+        "GMACs": number(row.macs, ".3f", 1e9),
+        "median ms": (">" if row.stopped else "") + number(row.median_ms, ".2f"),
+        "p90 ms": number(row.p90_ms, ".2f"),
+        "spread": number(row.spread, ".0%"),
+        "engine": row.engine or "",
+        "front": "*" if row.on_front else "",
+    }

@@ -2,26 +2,22 @@
 
 import dataclasses
 import fnmatch
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from backbones.bench.configurations import (
-    PUBLISHED,
-    Conditions,
-    Configuration,
-    require_engine,
-)
+from backbones.bench.configurations import PUBLISHED, Conditions, Configuration, require_engine
 from backbones.bench.machine import examine
 from backbones.bench.measuring import STOPPED, Measurement, Progress, measure_in_turns
-from backbones.bench.model_spec import ModelSpec, specify_model
+from backbones.bench.model_spec import specify_model
 from backbones.bench.pareto.rows import ParetoFront, ParetoRow, mark_front
 from backbones.errors import ConfigError, UnknownModelError
 from backbones.factory import find_variant, list_models
 from backbones.info import model_info
-from backbones.manifest import WeightsEntry, load_manifest
+from backbones.manifest import load_manifest
 
 __all__ = ["front"]
 
@@ -55,27 +51,16 @@ def front(
             20 s (``compile`` hardly ever does); or ``published`` for eager PyTorch as the authors
             wrote it.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``; the published top-1 is fp32's.
-        batch_size: images a call; latencies are those of a batch.
-        threads: threads of a call; None for PyTorch's number.
         input_size: (channels, height, width) or (height, width) for all; None for the size that
             each model's top-1 is published for.
-        seconds: timed seconds of each model.
         budget_ms: give a model up as soon as its warm-up takes three times as long as this.
-        calibration: folder of images, for int8.
-        time_limit_s: seconds that loading or a turn may take before a model is given up.
-        progress: called with the share done (0 to 1) and what is being done.
+        batch_size, threads, seconds, calibration, time_limit_s, progress: as for `benchmark`.
 
     Raises:
-        ConfigError: a wrong option.
-        UnknownModelError: no such model, or none that a pattern matches.
-        MissingDependencyError: the engine is not installed.
-        ChildError: the machine's own speed could not be measured.
-        KeyboardInterrupt: before anything was measured.
+        KeyboardInterrupt: before anything was measured; otherwise as `benchmark`.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    conditions = Conditions(
-        batch_size, threads, input_size, None if calibration is None else str(calibration)
-    )
+    conditions = Conditions(batch_size, threads, input_size, calibration)
     conditions.check([precision], seconds)
     if require_engine(engine, ("auto",)) == "published" and precision != "fp32":
         raise ConfigError(f"the published form is fp32, not {precision}; choose another engine")
@@ -84,32 +69,32 @@ def front(
         configuration = Configuration(engine, precision, "reparameterized")
     # Wrong names are told before anything is measured.
     specs = {name: specify_model(name, Path()) for name in _expand(models)}
-    facts = []
+    planned = []
     for name in specs:
         if progress is not None:
             progress(0.0, f"counting multiply-adds of {name}")
-        facts.append(_facts(name, precision))
-    planned = sorted(facts, key=_cost)
+        planned.append(_facts(name, precision))
+    planned.sort(key=lambda row: math.inf if row.macs is None else row.macs)
     machine = examine(threads, limit_s=time_limit_s)
     rows: list[ParetoRow] = []
     try:
         for number, row in enumerate(planned):
-            rows.append(
-                _measured(
-                    row,
-                    specs[row.model],
-                    configuration,
-                    conditions,
+            with tempfile.TemporaryDirectory(prefix="backbones-bench-") as folder:
+                spec = specs[row.model]
+                job = conditions.at(row.top1_input_size).job(spec, configuration, Path(folder))
+                found = measure_in_turns(
+                    {row.model: job},
+                    threads=threads,
                     seconds=seconds,
                     limit_s=time_limit_s,
-                    budget_ms=budget_ms,
+                    stop=lambda facts: _hopeless(facts["warmup_ms"], budget_ms),
                     progress=progress and _part_of(progress, number, len(planned)),
                 )
-            )
+            row = dataclasses.replace(row, weights=spec.weights)
+            rows.append(_with_times(row, found[row.model], threads))
     except KeyboardInterrupt:
         if not rows:
             raise
-    done = {row.model for row in rows}
     return ParetoFront(
         engine=engine,
         precision=precision,
@@ -117,35 +102,9 @@ def front(
         machine=machine,
         rows=mark_front(rows),
         complete=len(rows) == len(planned),
-        left_out=tuple(row.model for row in planned if row.model not in done),
+        left_out=tuple(row.model for row in planned[len(rows) :]),
         problems=(*machine.problems, *(line for row in rows for line in row.problems)),
     )
-
-
-def _measured(
-    row: ParetoRow,
-    spec: ModelSpec,
-    configuration: Configuration,
-    conditions: Conditions,
-    *,
-    seconds: float,
-    limit_s: float,
-    budget_ms: float | None,
-    progress: Progress | None,
-) -> ParetoRow:
-    """Measure one model in a process of its own and return its row with figures."""
-    with tempfile.TemporaryDirectory(prefix="backbones-bench-") as folder:
-        job = conditions.at(row.top1_input_size).job(spec, configuration, Path(folder))
-        found = measure_in_turns(
-            {row.model: job},
-            threads=conditions.threads,
-            seconds=seconds,
-            limit_s=limit_s,
-            stop=lambda facts: _hopeless(facts["warmup_ms"], budget_ms),
-            progress=progress,
-        )
-    row = dataclasses.replace(row, weights=spec.weights)
-    return _with_times(row, found[row.model], conditions.threads)
 
 
 def _part_of(progress: Progress, number: int, of: int) -> Progress:
@@ -189,21 +148,12 @@ def _facts(name: str, precision: str) -> ParetoRow:
     variant, tag = find_variant(name)
     if variant is None:
         return ParetoRow(name, precision=precision)
-    entry: WeightsEntry | None = load_manifest().find(variant.name, tag)
-    info = model_info(name)
-    return ParetoRow(
-        model=name,
-        tag=entry.tag if entry else None,
-        top1=entry.top1 if entry else None,
-        top1_input_size=tuple(entry.input_size) if entry else None,
-        params=info.params,
-        macs=info.macs,
-        precision=precision,
-    )
-
-
-def _cost(row: ParetoRow) -> float:
-    return float("inf") if row.macs is None else float(row.macs)
+    info, entry = model_info(name), load_manifest().find(variant.name, tag)
+    row = ParetoRow(name, params=info.params, macs=info.macs, precision=precision)
+    if entry is None:
+        return row
+    size = tuple(entry.input_size)
+    return dataclasses.replace(row, tag=entry.tag, top1=entry.top1, top1_input_size=size)
 
 
 def _with_times(row: ParetoRow, found: Measurement, threads: int) -> ParetoRow:

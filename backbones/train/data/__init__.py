@@ -8,7 +8,7 @@ from backbones.train.data.folders import (
     open_folder,
     split_folder,
 )
-from backbones.train.data.images import DataError, open_image
+from backbones.train.data.images import DataError, find_bad_images, open_image
 from backbones.train.data.loaders import eval_loader, set_input, train_loader
 from backbones.train.data.splits import Splits, open_splits
 
@@ -18,6 +18,7 @@ __all__ = [
     "Splits",
     "eval_loader",
     "exclude_bad",
+    "find_bad_images",
     "image_folder",
     "open_folder",
     "open_image",
