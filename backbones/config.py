@@ -260,8 +260,44 @@ def read_family(path: str | Path, known: Mapping[str, Variant] | None = None) ->
     if not nodes:
         raise ConfigError(f"{content.where('variants')}: no variants are listed")
     variants: dict[str, Variant] = {}
+    relatives = {name: v for name, v in (known or {}).items() if v.family == family}
+
+    def resolve(name: str, path: tuple[str, ...]) -> Variant:
+        """Read one variant, after those that it is `like`; `path` holds the names before it."""
+        if name in variants:
+            return variants[name]
+        node = _expect_mapping(nodes, name)
+        if name in path:
+            raise ConfigError(f"{nodes.where(name)}: 'like' runs in a circle: {' -> '.join(path)}")
+        inherited = None
+        if (parent := node.get("like")) is not None:
+            if parent in nodes and parent != name:
+                inherited = resolve(parent, (*path, name))
+            elif parent in relatives:
+                inherited = relatives[parent]
+            else:
+                raise ConfigError(
+                    f"{node.where('like')}: {name!r} is like {parent!r}, which is no variant of"
+                    f" family {family!r}{nearest(str(parent), [*nodes, *relatives])}"
+                )
+        chosen: Any = node.get("source", next(iter(sources), None))
+        if "source" in node and chosen not in sources:
+            raise ConfigError(
+                f"{node.where('source')}: no source {chosen!r}{nearest(str(chosen), sources)}"
+            )
+        source = inherited.source if inherited and "source" not in node else sources.get(chosen)
+        own = {key: value for key, value in node.items() if key not in RESERVED_KEYS}
+        arguments = {**defaults, **(inherited.arguments if inherited else {}), **own}
+        lines = {key: defaults.where(key) for key in defaults}
+        lines |= dict(inherited.lines) if inherited else {}
+        lines |= {key: node.where(key) for key in own}
+        variants[name] = Variant(
+            name, family, arguments, source, node.get("timm_name"), nodes.where(name), lines
+        )
+        return variants[name]
+
     for name in nodes:
-        _resolve(name, nodes, defaults, family, sources, dict(known or {}), variants, ())
+        resolve(name, ())
     alias_node = _expect_mapping(content, "aliases")
     for alias, target in alias_node.items():
         if target not in variants:
@@ -272,57 +308,6 @@ def read_family(path: str | Path, known: Mapping[str, Variant] | None = None) ->
         if alias in variants:
             raise ConfigError(f"{alias_node.where(alias)}: {alias!r} is a variant already")
     return FamilyConfig(family, content.path, sources, variants, dict(alias_node))
-
-
-def _resolve(
-    name: str,
-    nodes: YamlMapping,
-    defaults: YamlMapping,
-    family: str,
-    sources: Mapping[str, Source],
-    known: Mapping[str, Variant],
-    done: dict[str, Variant],
-    path: tuple[str, ...],
-) -> Variant:
-    if name in done:
-        return done[name]
-    node = _expect_mapping(nodes, name)
-    if name in path:
-        raise ConfigError(f"{nodes.where(name)}: 'like' runs in a circle: {' -> '.join(path)}")
-    arguments: dict[str, Any] = dict(defaults)
-    lines = {key: defaults.where(key) for key in defaults}
-    source = next(iter(sources.values()), None)
-    parent = node.get("like")
-    if parent is not None:
-        if parent in nodes and parent != name:
-            inherited = _resolve(
-                parent, nodes, defaults, family, sources, known, done, (*path, name)
-            )
-        elif parent in known and known[parent].family == family:
-            inherited = known[parent]
-        else:
-            choices = [*nodes, *(n for n, v in known.items() if v.family == family)]
-            raise ConfigError(
-                f"{node.where('like')}: {name!r} is like {parent!r}, which is no variant of family"
-                f" {family!r}{nearest(str(parent), choices)}"
-            )
-        arguments |= inherited.arguments
-        lines |= inherited.lines
-        source = inherited.source
-    if "source" in node:
-        if node["source"] not in sources:
-            raise ConfigError(
-                f"{node.where('source')}: no source {node['source']!r}"
-                f"{nearest(str(node['source']), sources)}"
-            )
-        source = sources[node["source"]]
-    own = {key: value for key, value in node.items() if key not in RESERVED_KEYS}
-    arguments |= own
-    lines |= {key: node.where(key) for key in own}
-    done[name] = Variant(
-        name, family, arguments, source, node.get("timm_name"), nodes.where(name), lines
-    )
-    return done[name]
 
 
 def check_arguments(variant: Variant, model_class: type, hidden: Sequence[str] = ()) -> None:

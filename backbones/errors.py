@@ -74,10 +74,10 @@ class MissingDependencyError(BackbonesError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str], count: int = 1) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of `choices`, or an empty string."""
-    close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(str(word), dict.fromkeys(choices), n=count, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """Families and variants by name, and the one road that builds them."""
 
-import difflib
 import importlib
 import importlib.util
 import math
@@ -16,7 +15,7 @@ from torch import nn
 
 from backbones import weights
 from backbones.config import FamilyConfig, Variant, check_arguments
-from backbones.errors import ConfigError, UnknownModelError
+from backbones.errors import ConfigError, UnknownModelError, nearest
 from backbones.manifest import WeightsEntry, load_manifest
 from backbones.reparameterization import reparameterize
 from backbones.skeleton import StagedBackbone
@@ -86,9 +85,7 @@ registry = Registry()
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     """Return "no <kind> 'x'; did you mean ...?" with up to three near names."""
-    close = difflib.get_close_matches(name, dict.fromkeys(choices), n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"no {kind} {name!r}{hint}"
+    return f"no {kind} {name!r}{nearest(name, choices, 3)}"
 
 
 def build(variant: Variant, pretrained: bool = False, **options: Any) -> nn.Module:

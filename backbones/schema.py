@@ -9,20 +9,19 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union
 
-__all__ = ["PerStage", "constructor_hints", "in_words", "fits"]
+__all__ = ["PerStage", "constructor_hints", "constructor_parameters", "in_words", "fits"]
 
 T = TypeVar("T")
 # One value for all stages or one a stage; an inner sequence is cycled over the stage's blocks.
 PerStage = Union[T, Sequence[Union[T, Sequence[T]]]]
 
 
-def constructor_hints(model_class: type) -> tuple[dict[str, Any], set[str]]:
-    """Return the type hints of all constructor arguments of a class, and the required ones.
+def constructor_parameters(model_class: type) -> dict[str, inspect.Parameter]:
+    """Return the constructor arguments of a class by name, annotations as types.
 
     A constructor that ends in ``**common`` takes its base class's arguments as well.
     """
-    hints: dict[str, Any] = {}
-    required: set[str] = set()
+    found: dict[str, inspect.Parameter] = {}
     for owner in model_class.__mro__:
         if "__init__" not in vars(owner):
             continue
@@ -30,15 +29,19 @@ def constructor_hints(model_class: type) -> tuple[dict[str, Any], set[str]]:
         types_of = typing.get_type_hints(init)
         parameters = list(inspect.signature(init).parameters.values())[1:]
         for parameter in parameters:
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
-            if parameter.name not in hints:
-                hints[parameter.name] = types_of.get(parameter.name, Any)
-                if parameter.default is parameter.empty:
-                    required.add(parameter.name)
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                hint = types_of.get(parameter.name, Any)
+                found.setdefault(parameter.name, parameter.replace(annotation=hint))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return hints, required
+    return found
+
+
+def constructor_hints(model_class: type) -> tuple[dict[str, Any], set[str]]:
+    """Return the type hints of all constructor arguments of a class, and the required ones."""
+    parameters = constructor_parameters(model_class)
+    required = {name for name, p in parameters.items() if p.default is p.empty}
+    return {name: p.annotation for name, p in parameters.items()}, required
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -3,7 +3,9 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from backbones.config import read_yaml
 from backbones.errors import ConfigError
 from backbones.files import new_file
 from backbones.manifest import WeightsEntry, read_manifest
@@ -52,16 +54,21 @@ def write_pin(manifest: str | Path, name: str, pin: Pin) -> None:
     before = read_manifest(path).entries
     if name not in before:
         raise ConfigError(f"{path}: no entry {name!r}")
+    families: Any = read_yaml(path)["families"]
+    keys = next(block["weights"] for block in families.values() if name in block["weights"])[name]
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    begin, end, indent = _block(path, lines, name)
+    end = max(keys.lines.values())
+    margin = re.match(" *", lines[end - 1])[0]  # type: ignore[index]
+    while end < len(lines) and lines[end].startswith(f"{margin} "):
+        end += 1  # the last value goes on
     for key, value in (("revision", pin.revision), ("sha256", pin.sha256), ("size", pin.size)):
         text = "null" if value is None else str(value)
-        at = next((i for i in range(begin, end) if lines[i].startswith(f"{indent}{key}:")), None)
-        if at is None and value is not None:
-            lines.insert(end, f"{indent}{key}: {text}\n")
-            end += 1
-        elif at is not None:
+        if key in keys:
+            at = keys.lines[key] - 1
             lines[at] = re.sub(r"(:\s*)[^\s#]+", rf"\g<1>{text}", lines[at], count=1)
+        elif value is not None:
+            lines.insert(end, f"{margin}{key}: {text}\n")
+            end += 1
     # A digest of digits alone would be read as a number, quoting styles differ, and so on.
     changed = replace(
         before[name], revision=pin.revision, sha256=pin.sha256, size=pin.size, where=""
@@ -77,23 +84,3 @@ def write_pin(manifest: str | Path, name: str, pin: Pin) -> None:
                 )
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error}); check its rights") from error
-
-
-def _block(path: Path, lines: list[str], name: str) -> tuple[int, int, str]:
-    """Return the first and the line after the last of an entry's keys, and their indentation."""
-    pattern = re.compile(rf"""(\s*)["']?{re.escape(name)}["']?:\s*(#.*)?$""")
-    for number, line in enumerate(lines):
-        found = pattern.match(line)
-        if found:
-            begin, outer = number + 1, len(found[1])
-            break
-    else:
-        raise ConfigError(f"{path}: {name!r} does not begin a line of its own")
-    end = begin
-    while end < len(lines) and lines[end].strip() and _indent(lines[end]) > outer:
-        end += 1
-    return begin, end, " " * _indent(lines[begin] if end > begin else " " * (outer + 2))
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip(" "))

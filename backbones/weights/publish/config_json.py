@@ -1,6 +1,5 @@
 """The ``config.json`` of a published model: what timm's loader, and ours, rebuild it from."""
 
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 from backbones.config import data_folder, read_family
 from backbones.errors import UnsupportedError
 from backbones.reparameterization import reparameterize
+from backbones.schema import constructor_parameters
 from backbones.skeleton import StagedBackbone
 from backbones.weights.saving import input_config
 from backbones.weights.target import Target, inner_module
@@ -148,15 +148,8 @@ def _arguments(body: StagedBackbone, base: StagedBackbone) -> dict[str, Any]:
 
 def _all_arguments(model: StagedBackbone) -> dict[str, Any]:
     """Return every argument a model was created with, those left at their defaults included."""
-    defaults: dict[str, Any] = {}
-    for owner in type(model).__mro__:
-        if "__init__" not in vars(owner):
-            continue
-        parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-        given = [p for p in parameters if p.default is not p.empty]
-        defaults = {p.name: p.default for p in given} | defaults
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
+    parameters = constructor_parameters(type(model))
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     for name in ("device", "dtype"):
         defaults.pop(name, None)
     return defaults | model.arguments

@@ -2,12 +2,13 @@
 
 import json
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -85,25 +86,16 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         UnsafeCheckpointError: reading would run code; the message names what was blocked.
         CheckpointError: the file is damaged, cut short or no checkpoint.
     """
-    path = Path(path)
-    size = _size(path)
-    with _open(path) as stream:
-        head = stream.read(512)
-        kind = _kind(path, head, size)
-        metadata = parse_header(path, stream, size) if kind == "safetensors" else {}
+    path, size, kind, head, metadata = _recognized(path)
     if kind == "safetensors":
         try:
             tensors: Any = safetensors.torch.load_file(path)
         except Exception as error:  # SafetensorError and whatever PyTorch raises
             raise CheckpointError(f"{path}: damaged ({error}); fetch the file again") from error
-    elif kind == "zip":
-        tensors = load_archive(path, size)
     else:
-        tensors = load_pickle(path, head, size)
-    try:
+        tensors = load_archive(path, size) if kind == "zip" else load_pickle(path, head, size)
+    with _naming(path):
         found, wrapper, others = unwrap_all(tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     _refuse_excess(path, found, size)
     return Checkpoint(found, metadata, wrapper, others, str(path))
 
@@ -119,21 +111,15 @@ def read_content(path: str | PathLike[str]) -> dict[str, Any]:
         UnsafeCheckpointError: reading would run code; the message names what was blocked.
         CheckpointError: the file is damaged, cut short, or holds no mapping.
     """
-    path = Path(path)
-    size = _size(path)
-    with _open(path) as stream:
-        head = stream.read(512)
-    kind = _kind(path, head, size)
+    path, size, kind, head, _ = _recognized(path)
     if kind == "safetensors":
         raise CheckpointError(f"{path}: a safetensors file holds weights alone")
     content = load_archive(path, size) if kind == "zip" else load_pickle(path, head, size)
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{path}: no mapping by names; give a training checkpoint")
     tensors: dict[str, Tensor] = {}
-    try:
+    with _naming(path):
         _copied(content, lambda name, tensor: tensors.setdefault(name, tensor), {})
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     _refuse_excess(path, tensors, size)
     return _copied(content, lambda name, tensor: tensor.clone(), {})
 
@@ -173,8 +159,8 @@ def read_description(path: str | PathLike[str]) -> dict[str, Any]:
         WeightsUnavailableError: there is no such file.
         CheckpointError: it is no checkpoint, or no intact safetensors file.
     """
-    path = Path(path)
-    return dict(_description(_metadata(path) or {}, path))
+    path, _, _, _, metadata = _recognized(path)
+    return dict(_description(metadata, path))
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
@@ -186,22 +172,41 @@ def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
         WeightsUnavailableError: there is no such file.
         CheckpointError: it is no intact safetensors file.
     """
-    path = Path(path)
-    metadata: dict[str, Any] | None = _metadata(path)
-    if metadata is None:
+    path, _, kind, _, header = _recognized(path)
+    if kind != "safetensors":
         raise CheckpointError(f"{path}: only safetensors files carry metadata")
+    metadata: dict[str, Any] = {**header}
     if "backbones" in metadata:
         metadata["backbones"] = _description(metadata, path)
     return metadata
 
 
-def _metadata(path: Path) -> dict[str, Any] | None:
-    """Return the metadata of a safetensors file; None for files of `torch.save`."""
+def _recognized(given: str | PathLike[str]) -> tuple[Path, int, str, bytes, dict[str, str]]:
+    """Return path, size, kind, first bytes and, of a safetensors file, the metadata."""
+    path = Path(given)
     size = _size(path)
-    with _open(path) as stream:
-        if _kind(path, stream.read(512), size) != "safetensors":
-            return None
-        return {**parse_header(path, stream, size)}
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+            kind = _kind(path, head, size)
+            return (
+                path,
+                size,
+                kind,
+                head,
+                parse_header(path, stream, size) if kind == "safetensors" else {},
+            )
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); check its rights") from error
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of what is wrong with its content."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _refuse_excess(path: Path, tensors: Mapping[str, Tensor], size: int) -> None:
@@ -253,13 +258,6 @@ def _size(path: Path) -> int:
     if status.st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; fetch it again")
     return status.st_size
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); check its rights") from error
 
 
 def _kind(path: Path, head: bytes, size: int) -> str:
