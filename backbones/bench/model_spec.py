@@ -56,7 +56,8 @@ def specify_model(
 
     Args:
         model: a module of this package (or timm's own instance of a model that this package has),
-            a name, or a checkpoint; None for the model that `checkpoint` names.
+            also in a wrapper (compiled, data parallel, averaged), a name, or a checkpoint; None for
+            the model that `checkpoint` names.
         folder: where a module's weights may be put for the workers to read.
         checkpoint: a local file with the weights of the model named.
         overrides: further arguments of `create_model`.
@@ -67,7 +68,7 @@ def specify_model(
         ConfigError: no such file, a file that does not say which model it is of, or overrides for a
             module.
     """
-    if isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, str | Path):
         if overrides or checkpoint:
             raise ConfigError("a module is measured as it is; leave checkpoint and overrides out")
         return _of_module(model, folder)
