@@ -81,8 +81,8 @@ def _reparameterize(
     wrapper, model = model, unwrapped(model)
     if inplace and model is not wrapper:
         raise UnsupportedError(
-            f"{type(wrapper).__name__} relies on the layers of the model in it, which cannot be merged"
-            " in place; use the model that reparameterize(model) returns"
+            f"{type(wrapper).__name__} relies on the layers of the model in it, which cannot be"
+            " merged in place; use the model that reparameterize(model) returns"
         )
     if not any(backbones_in(model)):
         rebuilt = next((ours for make in _rebuilds if (ours := make(model)) is not None), None)
