@@ -17,9 +17,9 @@ import backbones
 PACKAGE = Path(backbones.__file__).parent
 # Each room imports only from those before it (families do not know one another).
 ROOMS = (
-    "errors schema files optional config manifest merge ops layers stages skeleton families "
-    "reparameterization weights registry timm_bridge factory info conversion engines bench train "
-    "quickstart cli"
+    "errors schema files optional config manifest wrappers merge ops layers stages skeleton "
+    "families reparameterization weights registry timm_bridge factory info conversion engines "
+    "bench train quickstart cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_MODULES = (

@@ -56,7 +56,7 @@ def specify_model(
         ConfigError: no such file, a file that does not say which model it is of, or overrides for a
             module.
     """
-    if isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, str | Path):
         if overrides or checkpoint:
             raise ConfigError("a module is measured as it is; leave checkpoint and overrides out")
         return _of_module(model, folder)

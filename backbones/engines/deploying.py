@@ -28,6 +28,7 @@ from backbones.engines.targets import ENGINES, available_engines, find_engine
 from backbones.engines.timing import take_turns
 from backbones.engines.verification import Agreement, as_list, compare, run_model
 from backbones.errors import BackbonesError, ConfigError
+from backbones.wrappers import unwrapped
 
 __all__ = ["Candidate", "DeployReport", "deploy"]
 
@@ -105,7 +106,8 @@ def deploy(
     content of the model, so that the next process starts at once.
 
     Args:
-        model: images (B, C, H, W) to logits; stays as it is.
+        model: images (B, C, H, W) to logits; stays as it is. Of a wrapper (compiled, data parallel,
+            averaged) the model that it holds.
         engine: ``onnxruntime``, ``openvino``, ``eager``, ``executorch`` or ``compile``; several of
             them to choose from; or ``auto`` for all that are installed.
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8``; or ``auto``: the fastest of those that
@@ -146,6 +148,7 @@ def deploy(
         raise ConfigError(
             f"precision {precision!r} needs real images; pass calibration=FOLDER or a tensor"
         )
+    model = unwrapped(model)
     size = input_size_of(model, input_size)
     data_config = {**resolve_model_data_config(model), "input_size": size}
     images = None if calibration is None else load_images(calibration, data_config)

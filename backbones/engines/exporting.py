@@ -29,6 +29,7 @@ from backbones.engines.verification import Check, run_model, verify_on_input
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.files import new_file
 from backbones.reparameterization import backbones_in
+from backbones.wrappers import unwrapped
 
 __all__ = ["ExportReport", "export"]
 
@@ -103,7 +104,8 @@ def export(
     The model itself stays as it is.
 
     Args:
-        model: images (B, C, H, W) to logits (B, classes) or to a list of feature maps.
+        model: images (B, C, H, W) to logits (B, classes) or to a list of feature maps; of a wrapper
+            (compiled, data parallel, averaged) the model that it holds.
         path: where the file goes; its folder must exist, an old file is replaced. OpenVINO's
             weights, and ONNX weights beyond 2 GB, go to a second file beside it.
         format: a format's name or config; None for that of the path's suffix.
@@ -130,7 +132,7 @@ def export(
         ExportError: the conversion failed, or the file does not compute what the model computes;
             no file is left, and one that was there before is untouched.
     """
-    start, path = time.perf_counter(), Path(path)
+    start, path, model = time.perf_counter(), Path(path), unwrapped(model)
     target, config = find_format(format, path)
     free = _free_dimensions(target, dynamic, preprocess)
     _check_request(target, free, precision, path)

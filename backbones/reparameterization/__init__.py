@@ -15,6 +15,7 @@ from backbones.reparameterization.own_models import (
 )
 from backbones.reparameterization.timm_models import merge_timm_model
 from backbones.skeleton import StagedBackbone
+from backbones.wrappers import unwrapped
 
 __all__ = [
     "TOLERANCE",
@@ -50,7 +51,8 @@ def reparameterize(model: nn.Module, *, inplace: bool = False, verify: bool = Tr
     stay equal. Doing it twice changes nothing.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; of a wrapper (compiled, data parallel, averaged) the model that
+            it holds.
         inplace: change `model` itself instead of a copy.
         verify: compare outputs before and after in float64, on a copy.
 
@@ -59,7 +61,7 @@ def reparameterize(model: nn.Module, *, inplace: bool = False, verify: bool = Tr
 
     Raises:
         UnsupportedError: the model is in training mode or of unknown input, or timm's own instance
-            is to be changed in place.
+            or what a wrapper holds is to be changed in place.
         EquivalenceError: the two forms differ; `model` is unchanged. The message names the first
             module that differs.
     """
@@ -76,6 +78,12 @@ def reparameterize_with_report(
 def _reparameterize(
     model: nn.Module, inplace: bool, verify: bool, count_operations: bool
 ) -> tuple[nn.Module, ReparamReport]:
+    wrapper, model = model, unwrapped(model)
+    if inplace and model is not wrapper:
+        raise UnsupportedError(
+            f"{type(wrapper).__name__} relies on the layers of the model in it, which cannot be"
+            " merged in place; use the model that reparameterize(model) returns"
+        )
     if not any(backbones_in(model)):
         rebuilt = next((ours for make in _rebuilds if (ours := make(model)) is not None), None)
         if rebuilt is None:

@@ -69,7 +69,8 @@ def load_checkpoint(
     files saved in that form, and any other by merging them on the way.
 
     Args:
-        model: a model of this package, or any module.
+        model: a model of this package, or any module; also in a wrapper (compiled, data parallel,
+            averaged).
         source: a safetensors or `torch.save` file, or a dict as such a file holds: authors',
             timm's or our own layout, in any wrapper (`unwrap`), with any prefix.
         strict: False tolerates missing and unexpected entries, which are then in the report;

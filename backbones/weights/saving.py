@@ -47,7 +47,8 @@ def save_checkpoint(
     whole or not at all: it is written beside its place, flushed to the disk and renamed.
 
     Args:
-        model: the model, in any memory layout, on any device, also compiled or data parallel.
+        model: the model, in any memory layout, on any device, also in a wrapper
+            (compiled, data parallel, averaged).
         path: a name ending in ``.safetensors`` in an existing folder; an old file is replaced.
         license: license of the weights; by default that of the pretrained weights, if known.
         provenance: where the weights come from (source, digest, training), as JSON values.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backbones.errors import CheckpointError
 from backbones.skeleton import Layout
 from backbones.weights.untrusted import Checkpoint
+from backbones.wrappers import unwrapped
 
 __all__ = ["Layout", "Target", "inner_module"]
 
@@ -100,18 +101,11 @@ class Target:
 
 
 def inner_module(model: nn.Module) -> nn.Module:
-    """Take `torch.compile`, data parallel and timm's feature getter off a model."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif (
-            isinstance(model, nn.ModuleDict) and "model" in model and hasattr(model, "out_indices")
-        ):
-            model = model["model"]
-        else:
-            return model
+    """Take wrappers (`unwrapped`) and timm's feature getter off a model."""
+    model = unwrapped(model)
+    while isinstance(model, nn.ModuleDict) and "model" in model and hasattr(model, "out_indices"):
+        model = unwrapped(model["model"])
+    return model
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
