@@ -22,6 +22,7 @@ from backbones.cli import (
     validate,
     weights,
 )
+from backbones.cli.parsing import Parser
 from backbones.errors import (
     BackbonesError,
     CheckpointError,
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=backbones.__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
     for module in COMMANDS:
         module.add_parser(commands)
     args = parser.parse_args(argv)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from backbones import bench
-from backbones.cli.parsing import add_model, command, positive, tell
+from backbones.cli.opening import add_model, add_size, asked_size, open_model
+from backbones.cli.parsing import command, positive, tell
 from backbones.cli.progress import Bar
+from backbones.engines import ENGINES, PRECISIONS
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint
 from backbones.files import write_json
@@ -29,20 +31,25 @@ def add_parser(commands: Any) -> None:
         "backbones bench --front 'lsnet*' 'cpubone*' --output front",
         "backbones bench --budget 10ms",
     )
-    add_model(parser, also="; for a front also a pattern of names", nargs="*")
-    parser.add_argument("--engines", metavar="A,B", help="(default: all that are installed)")
+    add_model(parser, also="; for a front also a pattern of names", names=False, nargs="*")
     parser.add_argument(
-        "--precisions", metavar="A,B", default="fp32", help="fp32, bf16, fp16, int8 (default: fp32)"
+        "--engines",
+        nargs="+",
+        metavar="A,B",
+        accepts=lambda word: {*_listed([word])} <= {"published", *ENGINES},
+        help="(default: all that are installed)",
+    )
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        metavar="A,B",
+        default=["fp32"],
+        accepts=lambda word: {*_listed([word])} <= {*PRECISIONS},
+        help=f"{', '.join(PRECISIONS)} (default: fp32)",
     )
     parser.add_argument("-b", "--batch-size", type=positive, default=1, help="(default: 1)")
     parser.add_argument("--threads", type=positive, help="(default: PyTorch's)")
-    parser.add_argument(
-        "--img-size",
-        type=positive,
-        nargs="+",
-        metavar="PIXELS",
-        help="side, or height and width (default: each model's)",
-    )
+    add_size(parser)
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="timed seconds a configuration (default: 2)"
     )
@@ -77,6 +84,7 @@ def _benchmark(args: argparse.Namespace) -> int:
             report = bench.benchmark(
                 args.name or model,
                 checkpoint=model if args.name else None,
+                overrides=_overrides(args, model),
                 engines=None if args.engines is None else _listed(args.engines),
                 precisions=_listed(args.precisions),
                 progress=bar.show,
@@ -94,10 +102,20 @@ def _benchmark(args: argparse.Namespace) -> int:
     return 0 if all(report.best is not None for report in reports) else 1
 
 
+def _overrides(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Return the number of classes for a name; that of a file is its own."""
+    if args.num_classes is None:
+        return {}
+    if is_checkpoint(model):
+        open_model(argparse.Namespace(model=model, name=args.name, num_classes=args.num_classes))
+        return {}
+    return {"num_classes": args.num_classes}
+
+
 def _front(args: argparse.Namespace) -> int:
-    for option in ("name", "engines"):
+    for option in ("name", "num_classes", "engines"):
         if getattr(args, option) is not None:
-            raise ConfigError(f"--{option} does not go with --front and --budget")
+            raise ConfigError(f"--{option.replace('_', '-')} does not go with --front and --budget")
     precisions = _listed(args.precisions)
     if len(precisions) != 1:
         raise ConfigError("a front is of one precision; give --precisions one")
@@ -126,18 +144,15 @@ def _front(args: argparse.Namespace) -> int:
 
 
 def _conditions(args: argparse.Namespace) -> dict[str, Any]:
-    size = args.img_size
-    if size is not None and len(size) > 2:
-        raise ConfigError("--img-size takes a side, or height and width")
     return {
         "batch_size": args.batch_size,
         "threads": args.threads,
-        "input_size": None if size is None else (size[0], size[-1]),
+        "input_size": asked_size(args),
         "seconds": args.seconds,
         "calibration": args.calibration,
     }
 
 
-def _listed(text: str) -> list[str]:
-    """Return the parts of ``a,b``."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _listed(words: list[str]) -> list[str]:
+    """Return the parts of ``a,b``, ``a b`` and ``a, b``."""
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]

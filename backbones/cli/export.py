@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.parsing import add_model, command, label_names, open_model, positive, tell
+from backbones.cli.opening import add_model, add_size, asked_size, label_names, open_model
+from backbones.cli.parsing import command, tell
 from backbones.engines import available_formats, file_suffixes
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint
 
 __all__ = ["add_parser"]
+
+DIMENSIONS = ("batch", "height", "width")
 
 
 def add_parser(commands: Any) -> None:
@@ -31,15 +34,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--format", choices=available_formats(), help="(default: the file's suffix decides)"
     )
-    parser.add_argument(
-        "--img-size", type=positive, nargs="+", metavar="N", help="height and width in pixels"
-    )
+    add_size(parser)
     parser.add_argument(
         "--dynamic",
         nargs="*",
         default=["batch"],
         metavar="DIM",
-        help="sizes that stay free: batch, height, width (default: batch)",
+        accepts=DIMENSIONS.__contains__,
+        help=f"sizes that stay free: {', '.join(DIMENSIONS)} (default: batch)",
     )
     parser.add_argument(
         "--precision",
@@ -67,16 +69,12 @@ def add_parser(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Write the file and print how well it agrees with the model."""
-    if args.img_size and len(args.img_size) > 2:
-        raise ConfigError(f"--img-size takes one or two numbers, got {len(args.img_size)}")
+    size = asked_size(args)
     from_file = is_checkpoint(args.model)
     if from_file and args.random:
         raise ConfigError(f"--random is for a name, and {args.model} holds weights; leave it out")
-    model = open_model(args, **({"pretrained": False} if args.random else {}))
-    size = None
-    if args.img_size:
-        channels = getattr(model, "in_chans", None) or 3
-        size = (channels, args.img_size[0], args.img_size[-1])
+    fresh = {"pretrained": False, "num_classes": args.num_classes} if args.random else {}
+    model = open_model(args, **fresh)
     report = backbones.export(
         model,
         args.output,

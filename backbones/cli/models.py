@@ -8,7 +8,8 @@ from typing import Any
 from timm.data import resolve_model_data_config
 
 import backbones
-from backbones.cli.parsing import add_model, command, label_names, open_model, tell
+from backbones.cli.opening import add_model, label_names, open_model
+from backbones.cli.parsing import command, tell
 from backbones.factory import REMOTE, is_checkpoint
 from backbones.info import count_parameters
 
@@ -38,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "backbones info convnext_tiny",
         "backbones info model_best.safetensors",
     )
-    add_model(parser)
+    add_model(parser, names=False)
 
 
 def _list(args: argparse.Namespace) -> int:

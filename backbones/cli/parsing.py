@@ -1,26 +1,123 @@
-"""Parts of parsers that several commands share, and how a model enters a command."""
+"""Parts of parsers that several commands share."""
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
 from json import dumps
-from pathlib import Path
 from typing import Any
 
-from torch import nn
+__all__ = ["Parser", "command", "positive", "tell"]
 
-import backbones
-from backbones.errors import ConfigError
-from backbones.factory import is_checkpoint
 
-__all__ = [
-    "add_model",
-    "command",
-    "label_names",
-    "open_model",
-    "positive",
-    "require_file",
-    "tell",
-]
+class Parser(argparse.ArgumentParser):
+    """A parser that takes operands anywhere, also right behind options of several values.
+
+    Where argparse gives such an option all that follows, and wants operands that may be left out
+    side by side, this one gives it what it can use: values of its type, or those for which the
+    further argument `accepts` of `add_argument` holds. What it refuses is an operand, unless there
+    are too many of them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._options: dict[str, argparse.Action] = {}
+        self._accepts: dict[str, Callable[[str], bool]] = {}
+        self._most_operands: float = 0
+        super().__init__(*args, **kwargs)
+
+    def add_argument(  # type: ignore[override]
+        self, *flags: str, accepts: Callable[[str], bool] | None = None, **options: Any
+    ) -> argparse.Action:
+        """Add an argument, of which `accepts` tells whether a word can be a value."""
+        action = super().add_argument(*flags, **options)
+        self._options |= dict.fromkeys(action.option_strings, action)
+        if accepts is not None:
+            self._accepts[action.dest] = accepts
+        if not action.option_strings:
+            self._most_operands += _most_values(action)
+        return action
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Add verbs, each of which sorts its own words."""
+        self._most_operands = math.nan
+        return super().add_subparsers(**options)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse words, the operands last."""
+        if args is not None and not math.isnan(self._most_operands):
+            args = self._operands_last(list(args))
+        return super().parse_known_args(args, namespace)
+
+    def _operands_last(self, rest: list[str]) -> list[str]:
+        options: list[list[str]] = []
+        operands: list[str] = []
+        refused: list[tuple[list[str], int]] = []
+        while rest:
+            word = rest.pop(0)
+            if word == "--":
+                operands += rest
+                break
+            if not self._is_flag(word):
+                operands.append(word)
+                continue
+            option = [word]
+            options.append(option)
+            action = self._option(word)
+            if action is None:
+                continue
+            while rest and len(option) <= _most_values(action) and self._is_word(rest[0]):
+                first_of_many = action.nargs == "+" and len(option) == 1
+                if not first_of_many and not self._takes(action, rest[0]):
+                    refused.append((option, len(operands)))
+                    break
+                option.append(rest.pop(0))
+        for option, place in reversed(refused):
+            if len(operands) > self._most_operands:
+                option.append(operands.pop(place))
+        return [*chain(*options), *(["--", *operands] if operands else [])]
+
+    def _option(self, word: str) -> argparse.Action | None:
+        """Return the option of a flag that takes the words behind it; None for other flags."""
+        flag, is_given, _ = word.partition("=")
+        if is_given:
+            return None
+        if flag in self._options or not flag.startswith("--"):
+            return self._options.get(flag)
+        meant = {id(a): a for name, a in self._options.items() if name.startswith(flag)}
+        return next(iter(meant.values())) if len(meant) == 1 else None
+
+    def _is_flag(self, word: str) -> bool:
+        if not word.startswith("-") or word == "-":
+            return False
+        if word.partition("=")[0] in self._options:
+            return True
+        try:
+            float(word)
+        except ValueError:
+            return " " not in word
+        return False
+
+    def _is_word(self, word: str) -> bool:
+        return word != "--" and not self._is_flag(word)
+
+    def _takes(self, action: argparse.Action, word: str) -> bool:
+        if not isinstance(action.nargs, str):
+            return True
+        if action.dest in self._accepts:
+            return self._accepts[action.dest](word)
+        try:
+            return action.type is None or bool([action.type(word)])  # type: ignore[operator]
+        except (ValueError, argparse.ArgumentTypeError):
+            return False
+
+
+def _most_values(action: argparse.Action) -> float:
+    """Return how many words an argument takes at most."""
+    if action.nargs in ("*", "+"):
+        return math.inf
+    return action.nargs if isinstance(action.nargs, int) else 1
 
 
 def command(
@@ -30,9 +127,9 @@ def command(
     summary: str,
     *examples: str,
     json: bool = True,
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Add a command that calls `run` (None: its verbs do), and whose help ends with examples."""
-    parser = commands.add_parser(
+    parser: Parser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
@@ -57,42 +154,3 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def require_file(path: str) -> None:
-    """Refuse a path that names no file."""
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file; check the path of the checkpoint")
-
-
-def add_model(parser: argparse.ArgumentParser, *, also: str = "", **options: Any) -> None:
-    """Add ``MODEL`` and what a checkpoint does not say itself.
-
-    Args:
-        parser: of the command.
-        also: what else the command takes as a model.
-        options: further arguments of `add_argument`.
-    """
-    parser.add_argument(
-        "model",
-        **{"metavar": "MODEL", **options},
-        help="a checkpoint's path, or a name (also with tag, of a YAML file, hf-hub:..., or"
-        f" local-dir:...){also}",
-    )
-    parser.add_argument("--name", help="model of a checkpoint that does not say which it is of")
-
-
-def open_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
-    """Return ``MODEL`` in evaluation mode: a checkpoint's, or a name's with released weights."""
-    if is_checkpoint(args.model):
-        require_file(args.model)
-        return backbones.load_model(args.model, args.name, **overrides)
-    if args.name is not None:
-        raise ConfigError(f"--name is for a checkpoint, and {args.model} is none; leave it out")
-    return backbones.create_model(args.model, **{"pretrained": True, **overrides}).eval()
-
-
-def label_names(model: nn.Module) -> list[str] | None:
-    """Return the names of a model's classes, where its checkpoint said them."""
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    return cfg.get("label_names")

@@ -12,7 +12,8 @@ from timm.data import (
 )
 from tqdm import tqdm
 
-from backbones.cli.parsing import add_model, command, label_names, open_model, positive, tell
+from backbones.cli.opening import add_model, add_size, label_names, open_model, set_size
+from backbones.cli.parsing import command, positive, tell
 from backbones.train import DataError, find_bad_images, open_image
 
 __all__ = ["add_parser"]
@@ -33,6 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--top-k", type=positive, default=5, help="classes to print an image (default: 5)"
     )
+    add_size(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -40,6 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     if bad := find_bad_images(args.images):
         raise DataError("\n       ".join(bad.values()))
     model = open_model(args)
+    set_size(model, args)
     classes = label_names(model)
     if classes is None and (subset := infer_imagenet_subset(model)):
         classes = ImageNetInfo(subset).label_descriptions()

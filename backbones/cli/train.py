@@ -7,12 +7,13 @@ import shlex
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.utils import ParseKwargs
 
 from backbones import train
-from backbones.cli.parsing import command
+from backbones.cli.parsing import Parser, command
 from backbones.cli.progress import Bar
 from backbones.train import BEST, TrainConfig
 
@@ -61,7 +62,7 @@ def _names() -> set[str]:
     return {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-def _add_option(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
+def _add_option(parser: Parser, field: Any, hint: Any) -> None:
     flags = [*SHORT.get(field.name, ()), "--" + field.name.replace("_", "-")]
     shown = "" if field.default in (None, "", dataclasses.MISSING) else f" ({field.default})"
     options: dict[str, Any] = {
@@ -76,7 +77,8 @@ def _add_option(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
         switch = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
         parser.add_argument(*flags, action=switch, **options)
     elif typing.get_origin(kind) is dict:
-        parser.add_argument(*flags, nargs="*", action=ParseKwargs, metavar="KEY=VALUE", **options)
+        options |= {"nargs": "*", "action": ParseKwargs, "metavar": "KEY=VALUE"}
+        parser.add_argument(*flags, accepts=lambda word: "=" in word, **options)
     elif typing.get_origin(kind) is typing.Literal:
         choices = [choice for part in parts for choice in typing.get_args(part)]
         parser.add_argument(*flags, choices=choices, **options)
@@ -84,7 +86,8 @@ def _add_option(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
         item = typing.get_args(kind)[0]
         parser.add_argument(*flags, nargs="+", type=item, metavar="N", **options)
     elif field.name == "torchcompile":
-        parser.add_argument(*flags, nargs="?", const="inductor", metavar="BACKEND", **options)
+        options |= {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
+        parser.add_argument(*flags, accepts=lambda word: not Path(word).is_dir(), **options)
     else:
         metavar = "TEXT" if kind is str else "N"
         parser.add_argument(*flags, type=kind, metavar=metavar, **options)

@@ -9,7 +9,8 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from backbones.cli.parsing import add_model, command, label_names, open_model, positive, tell
+from backbones.cli.opening import add_model, label_names, open_model, read_class_names
+from backbones.cli.parsing import command, positive, tell
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
 from backbones.train import set_input, validate, write_validation
@@ -83,10 +84,10 @@ def _module(args: argparse.Namespace) -> Loaded:
 
 
 def _exported(args: argparse.Namespace) -> Loaded:
-    if args.reparam or args.name or args.img_size:
+    if args.reparam or args.name or args.img_size or args.num_classes:
         raise ConfigError(
-            f"{args.model} is exported and says itself what it is; leave out --name, --reparam"
-            " and --img-size"
+            f"{args.model} is exported and says itself what it is; leave out --name, --reparam,"
+            " --img-size and --num-classes"
         )
     runner = open_exported(args.model, threads=args.threads)
     metadata = runner.metadata
@@ -95,4 +96,6 @@ def _exported(args: argparse.Namespace) -> Loaded:
     data_config = dict(metadata["input"])
     if args.crop_pct is not None:
         data_config["crop_pct"] = args.crop_pct
-    return runner, data_config, metadata.get("classes"), None
+    known = metadata.get("classes")
+    names = read_class_names(args.class_names, known and len(known))
+    return runner, data_config, names or known, None

@@ -10,7 +10,8 @@ import torch
 
 import backbones
 from backbones import weights
-from backbones.cli.parsing import command, require_file, tell
+from backbones.cli.opening import require_file
+from backbones.cli.parsing import command, tell
 from backbones.conversion import Conversion, read_for_release
 from backbones.errors import ConfigError
 

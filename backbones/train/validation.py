@@ -223,7 +223,8 @@ def _class_names(
     if num_classes is not None and len(found) != num_classes:
         raise DataError(
             f"{dataset.reader.root} holds {len(found)} classes, the model knows {num_classes}, and"
-            " it is not known which they are; use a checkpoint with class names in it"
+            " it is not known which they are; use a checkpoint with class names in it, or name"
+            " them (--class-names FILE)"
         )
     return found
 

@@ -1,0 +1,173 @@
+"""How a model enters a command: its name or file, and what the file does not say."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import backbones
+from backbones.cli.parsing import Parser, positive
+from backbones.errors import ConfigError
+from backbones.factory import is_checkpoint, open_checkpoint
+from backbones.train import set_input
+
+__all__ = [
+    "add_model",
+    "add_size",
+    "asked_size",
+    "label_names",
+    "open_model",
+    "open_with_facts",
+    "read_class_names",
+    "require_file",
+    "set_size",
+]
+
+
+def add_model(parser: Parser, *, also: str = "", names: bool = True, **options: Any) -> None:
+    """Add ``MODEL`` and what a checkpoint does not say itself.
+
+    Args:
+        parser: of the command.
+        also: what else the command takes as a model.
+        names: whether the names of classes matter to it.
+        options: further arguments of `add_argument`.
+    """
+    parser.add_argument(
+        "model",
+        **{"metavar": "MODEL", **options},
+        help="a checkpoint's path, or a name (also with tag, of a YAML file, hf-hub:..., or"
+        f" local-dir:...){also}",
+    )
+    parser.add_argument("--name", help="model of a checkpoint that does not say which it is of")
+    parser.add_argument(
+        "--num-classes",
+        type=positive,
+        metavar="N",
+        help="refuse weights of another number of classes; number of those of fresh weights",
+    )
+    if names:
+        parser.add_argument(
+            "--class-names",
+            metavar="FILE",
+            help="names of the classes, one a line, where the checkpoint does not say them",
+        )
+
+
+def open_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
+    """Return ``MODEL`` in evaluation mode: a checkpoint's, or a name's with released weights.
+
+    Raises:
+        ConfigError: no such file, or it has another number of classes than was said.
+    """
+    return open_with_facts(args, **overrides)[0]
+
+
+def open_with_facts(
+    args: argparse.Namespace, **overrides: Any
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Return also what a checkpoint of this package says of itself."""
+    saved: Mapping[str, Any] = {}
+    if is_checkpoint(args.model):
+        require_file(args.model)
+        opened = open_checkpoint(args.model, args.name, **overrides)
+        model, saved = opened.model, opened.saved
+    elif args.name is not None:
+        raise ConfigError(f"--name is for a checkpoint, and {args.model} is none; leave it out")
+    else:
+        model = backbones.create_model(args.model, **{"pretrained": True, **overrides}).eval()
+    found = getattr(model, "num_classes", None)
+    if args.num_classes not in (None, found):
+        raise ConfigError(f"--num-classes {args.num_classes}: {args.model} has {found} classes")
+    if names := read_class_names(getattr(args, "class_names", None), found):
+        cfg: Any = model.pretrained_cfg
+        cfg["label_names"] = names
+    return model, saved
+
+
+def require_file(path: str) -> None:
+    """Refuse a path that names no file."""
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "no such file"
+        raise ConfigError(f"{path}: {what}; check the path of the checkpoint")
+
+
+def read_class_names(path: str | None, count: int | None) -> list[str] | None:
+    """Return the names in a file, one a line; None where no file is given.
+
+    A byte order mark, Windows line ends and empty lines at the end do not matter.
+
+    Raises:
+        ConfigError: there is no such text file, a line is empty, or there are not `count` of them.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # and universal newlines
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        raise ConfigError(f"{path}: {reason}; give a file of class names, one a line") from error
+    names = [line.strip() for line in text.rstrip().split("\n")]
+    if "" in names:
+        raise ConfigError(f"{path}, line {names.index('') + 1}: no name; give one a line")
+    if count is not None and len(names) != count:
+        raise ConfigError(f"{path} names {len(names)} classes, the model has {count}")
+    return names
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """Return the names of a model's classes, where its checkpoint or an option said them."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("label_names")
+
+
+def add_size(parser: Parser) -> None:
+    """Add both spellings of the size of images."""
+    parser.add_argument(
+        "--img-size",
+        type=positive,
+        nargs="+",
+        metavar="PIXELS",
+        help="side, or height and width (default: the model's)",
+    )
+    parser.add_argument(
+        "--input-size",
+        type=positive,
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="the same as timm spells it: channels, height, width",
+    )
+
+
+def asked_size(args: argparse.Namespace) -> tuple[int, ...] | None:
+    """Return ([channels,] height, width), where an option says them.
+
+    Raises:
+        ConfigError: both options, or a wrong count of numbers.
+    """
+    if args.img_size is None:
+        return None if args.input_size is None else tuple(args.input_size)
+    if args.input_size is not None:
+        raise ConfigError("--img-size and --input-size say the same; give one of them")
+    if len(args.img_size) > 2:
+        raise ConfigError(
+            "--img-size takes one or two numbers, a side or height and width,"
+            f" got {len(args.img_size)}"
+        )
+    return (args.img_size[0], args.img_size[-1])
+
+
+def set_size(model: nn.Module, args: argparse.Namespace) -> None:
+    """Have a model's own preprocessing give images of the size asked for."""
+    size = asked_size(args)
+    if size is None:
+        return
+    *channels, height, width = size
+    set_input(model, max(height, width))
+    cfg: Any = model.pretrained_cfg
+    known = cfg["input_size"][0]
+    if channels not in ([], [known]):
+        raise ConfigError(f"--input-size: the model takes {known} channels, not {channels[0]}")
+    cfg["input_size"] = (known, height, width)
