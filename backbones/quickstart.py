@@ -16,8 +16,6 @@ from torch import nn
 
 from backbones.bench import Latency, compare_latency
 from backbones.engines import (
-    Agreement,
-    ExportReport,
     OnnxRuntimeRunner,
     available_engines,
     compare,
@@ -34,7 +32,6 @@ from backbones.train import (
     Evaluation,
     ImageFolder,
     TrainConfig,
-    TrainReport,
     Update,
     draw_predictions,
     eval_loader,
@@ -81,8 +78,7 @@ def run(
 ) -> dict[str, Any]:
     """Fine-tune a small model on handwritten digits, validate, save, export and compare it.
 
-    The output folder then holds ``digits/`` (the image folder), ``model.safetensors``,
-    ``model.onnx``, ``report.json`` and ``predictions.png``.
+    The output folder then holds ``digits/`` (the image folder) and the files of `RESULTS`.
 
     Args:
         config: what to do.
@@ -99,18 +95,45 @@ def run(
     _check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    counts = _write_images(config, say)
-    trained = _train(config, say, progress)
+    output.mkdir(parents=True, exist_ok=True)
+    n_train, n_val = write_digits(output / "digits", limit=config.limit)
+    for name in RESULTS:  # an earlier run's results must not pass for this one's
+        (output / name).unlink(missing_ok=True)
+    say(f"[1/6] {n_train} + {n_val} handwritten digits are in {output / 'digits'}")
+
+    say(f"[2/6] training {config.model}, {config.epochs} epochs at {config.size}x{config.size};")
+    shutil.rmtree(output / TRAINING, ignore_errors=True)
+    options = _training_options(config)
+    trained = train(**options, say=lambda line: say(f"      {line}"), progress=progress)
     model, classes = trained.model, trained.classes or []
+
     val_set = image_folder(output / "digits", "val", classes=classes)
     val_batches = eval_loader(val_set, resolve_model_data_config(model))
     result = evaluate(model, val_batches)
+    right = f"{result.correct} of {result.count} right"
     say(
-        f"[3/6] validation: {result.correct} of {result.count} right, {result.top1:.2f} % top-1,"
+        f"[3/6] validation: {right}, {result.top1:.2f} % top-1,"
         f" after {trained.seconds:.0f} s of training"
     )
-    exported = _save_and_export(trained, output, say)
-    by_file, agreement = _compare_file(exported.path, val_batches, result, say)
+
+    facts = {"trained_on": "scikit-learn digits", "start": str(trained.initial_weights)}
+    checkpoint = output / "model.safetensors"
+    save_checkpoint(model, checkpoint, classes=classes, provenance=facts)
+    exported = export(model, output / "model.onnx", classes=classes)
+    say(f"[4/6] saved {checkpoint} and {exported.path} ({exported.bytes / 1e6:.1f} MB)")
+
+    by_file = evaluate(OnnxRuntimeRunner(exported.path), val_batches)
+    agreement = compare(result.logits, by_file.logits)
+    if agreement.top1_agreement < 1:
+        raise ExportError(
+            f"{exported.path}: ONNX Runtime and the model name the same class for only"
+            f" {agreement.top1_agreement:.2%} of the held-out images"
+        )
+    say(
+        f"[5/6] ONNX Runtime on the held-out images: {by_file.top1:.2f} % top-1, the same class"
+        f" for all {agreement.count}, largest difference of a logit {agreement.max_error:.1e}"
+    )
+
     latencies, best_engine = _measure(model, config.threads, say)
     draw_predictions(
         output / "predictions.png",
@@ -118,7 +141,7 @@ def run(
         result.predictions,
         result.targets,
         classes=classes,
-        title=f"{config.model}: {result.correct} of {result.count} right; mistakes first, in red",
+        title=f"{config.model}: {right}; mistakes first, in red",
     )
     report = {
         "passed": result.top1 >= config.min_top1,
@@ -131,8 +154,8 @@ def run(
         "best_engine": best_engine,
         "latency": {name: dataclasses.asdict(value) for name, value in latencies.items()},
         "mistakes": _mistakes(val_set, result),
-        "images": {"train": counts[0], "val": counts[1]},
-        "training": _training_options(config),
+        "images": {"train": n_train, "val": n_val},
+        "training": options,
         "history": [dataclasses.asdict(epoch) for epoch in trained.epochs],
         "export": exported.as_dict(),
         "versions": {
@@ -147,67 +170,11 @@ def run(
     return report
 
 
-def _write_images(config: QuickstartConfig, say: Callable[[str], None]) -> tuple[int, int]:
-    output = config.output
-    output.mkdir(parents=True, exist_ok=True)
-    counts = write_digits(output / "digits", limit=config.limit)
-    for name in RESULTS:  # an earlier run's results must not pass for this one's
-        (output / name).unlink(missing_ok=True)
-    say(f"[1/6] {counts[0]} + {counts[1]} handwritten digits are in {output / 'digits'}")
-    return counts
-
-
-def _train(
-    config: QuickstartConfig,
-    say: Callable[[str], None],
-    progress: Callable[[Update], None] | None,
-) -> TrainReport:
-    say(f"[2/6] training {config.model}, {config.epochs} epochs at {config.size}x{config.size};")
-    shutil.rmtree(config.output / TRAINING, ignore_errors=True)
-    return train(
-        **_training_options(config), say=lambda line: say(f"      {line}"), progress=progress
-    )
-
-
-def _save_and_export(
-    trained: TrainReport, output: Path, say: Callable[[str], None]
-) -> ExportReport:
-    model, classes = trained.model, trained.classes
-    facts = {"trained_on": "scikit-learn digits", "start": str(trained.initial_weights)}
-    checkpoint = save_checkpoint(
-        model, output / "model.safetensors", classes=classes, provenance=facts
-    )
-    exported = export(model, output / "model.onnx", classes=classes)
-    say(f"[4/6] saved {checkpoint} and {exported.path} ({exported.bytes / 1e6:.1f} MB)")
-    return exported
-
-
-def _compare_file(
-    path: Path, batches: Any, result: Evaluation, say: Callable[[str], None]
-) -> tuple[Evaluation, Agreement]:
-    """Run the exported file over the held-out images and compare it with the model."""
-    by_file = evaluate(OnnxRuntimeRunner(path), batches)
-    agreement = compare(result.logits, by_file.logits)
-    if agreement.top1_agreement < 1:
-        raise ExportError(
-            f"{path}: ONNX Runtime and the model name the same class for only"
-            f" {agreement.top1_agreement:.2%} of the held-out images"
-        )
-    say(
-        f"[5/6] ONNX Runtime on the held-out images: {by_file.top1:.2f} % top-1, the same class"
-        f" for all {agreement.count}, largest difference of a logit {agreement.max_error:.1e}"
-    )
-    return by_file, agreement
-
-
 def _measure(
     model: nn.Module, threads: int | None, say: Callable[[str], None]
 ) -> tuple[dict[str, Latency], str]:
-    """Measure the model as it is, re-parameterized, and in the fastest engine that starts soon.
-
-    Returns:
-        The latencies, and the name of that engine.
-    """
+    """Measure the model as it is, re-parameterized, and in the fastest engine that starts soon;
+    return the latencies and that engine's name."""
     image = torch.randn(1, *resolve_model_data_config(model)["input_size"])
     engines = [name for name in ("onnxruntime", "openvino") if name in available_engines()]
     # The engines' files are for this once and are not to stay.
@@ -217,14 +184,11 @@ def _measure(
     latencies = compare_latency({"pytorch": model, "reparameterized": plain, "best": best}, image)
     before, middle, after = latencies.values()
     say(f"[6/6] latency of one image before, eager PyTorch: {before}")
-    say(
-        f"      re-parameterized, still eager: {middle},"
-        f" {before.median_ms / middle.median_ms:.1f}x as fast"
-    )
-    say(
-        f"      the best engine, {best.engine}: {after},"
-        f" {before.median_ms / after.median_ms:.1f}x as fast"
-    )
+    for what, now in (
+        ("re-parameterized, still eager", middle),
+        (f"the best engine, {best.engine}", after),
+    ):
+        say(f"      {what}: {now}, {before.median_ms / now.median_ms:.1f}x as fast")
     return latencies, best.engine
 
 
@@ -241,10 +205,8 @@ def _check(config: QuickstartConfig) -> None:
 
 
 def _training_options(config: QuickstartConfig) -> dict[str, Any]:
-    """Return the options of training: digits are not mirrored, and cropped with care.
-
-    The held-out digits are for the end alone, so that no epoch is chosen by them.
-    """
+    """Return the options of training: digits are not mirrored, and cropped with care; those held
+    out are for the end alone, so that no epoch is chosen by them."""
     return {
         "model": config.model,
         "data_dir": str(config.output / "digits"),
@@ -270,11 +232,8 @@ def _training_options(config: QuickstartConfig) -> dict[str, Any]:
 def _mistakes(dataset: ImageFolder, result: Evaluation) -> list[dict[str, str]]:
     """Return file, true and predicted class of every mistake."""
     wrong = (result.predictions != result.targets).nonzero().flatten().tolist()
+    names, true, predicted = dataset.classes, result.targets, result.predictions
     return [
-        {
-            "file": str(dataset.path(index)),
-            "true": dataset.classes[int(result.targets[index])],
-            "predicted": dataset.classes[int(result.predictions[index])],
-        }
-        for index in wrong
+        {"file": str(dataset.path(i)), "true": names[true[i]], "predicted": names[predicted[i]]}
+        for i in wrong
     ]

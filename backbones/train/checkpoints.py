@@ -39,15 +39,8 @@ class Checkpoints(CheckpointSaver):
     """timm's saver, which keeps the best epochs, the last one and ``model_best.pth.tar``.
 
     A checkpoint replaces an older one only when it is complete on the disk, so that a full disk or
-    an interrupt leaves the older one as it was.
-
-    Args:
-        folder: where checkpoints go.
-        config: the options, saved in each checkpoint.
-        facts: what else a later run must know: class names, and which weights this one began with.
-        task: whose model, and average if any, is saved.
-        optimizer: saved for `restore`.
-        scaler: of float16, likewise.
+    an interrupt leaves the older one as it was. Each holds the options (`config`) and what else a
+    later run must know (`facts`): class names, and which weights this one began with.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -45,16 +45,12 @@ class TrainConfig:
     skip_bad: bool = _option(False, "leave unreadable images out instead of stopping")
     # Model
     model: str = _option("", "name, alias or YAML file of the model")
-    recipe: str | None = _option(
-        None, "recipe of configs/recipes, a YAML file, or 'none'; by default the family's own"
-    )
+    recipe: str | None = _option(None, "name, YAML file, or 'none'; by default the family's own")
     pretrained: bool | None = _option(
         None, "start from released weights: required, forbidden, or (default) where they can be had"
     )
     pretrained_path: str | None = _option(None, "start from this checkpoint, with a new classifier")
-    initial_checkpoint: str | None = _option(
-        None, "start from this checkpoint, classifier included"
-    )
+    initial_checkpoint: str | None = _option(None, "start from this checkpoint and its classifier")
     num_classes: int | None = _option(None, "number of classes; by default that of the data")
     img_size: int | None = _option(None, "pixels a side; by default the model's")
     in_chans: int | None = _option(None, "channels of the images: 3 (default) or 1")
@@ -77,7 +73,7 @@ class TrainConfig:
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "type of mixed precision")
     sync_bn: bool = _option(False, "batch statistics over all processes (GPUs only)")
     dist_bn: Literal["reduce", "broadcast", ""] = _option(
-        "reduce", "what becomes of running statistics of BatchNorm after an epoch, over processes"
+        "reduce", "what becomes of BatchNorm's running statistics after an epoch, over processes"
     )
     # Batches
     batch_size: int = _option(64, "images a process and step")
@@ -138,9 +134,7 @@ class TrainConfig:
     mixup_off_epoch: int = _option(0, "epoch from which both are off; 0 for never")
     smoothing: float = _option(0.1, "label smoothing")
     bce_loss: bool = _option(False, "binary cross-entropy instead of cross-entropy")
-    aux_loss_weight: float = _option(
-        0.0, "weight of the auxiliary head's loss, for models with one"
-    )
+    aux_loss_weight: float = _option(0.0, "weight of the loss of an auxiliary head")
     # Average of the weights
     model_ema: bool = _option(False, "average the weights, and validate and keep the average")
     model_ema_decay: float = _option(0.9998, "decay of the average")
@@ -160,21 +154,11 @@ class TrainConfig:
     experiment: str | None = _option(None, "the run's folder in it; by default date, model, size")
 
     def __post_init__(self) -> None:
-        for name, (least, what) in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be {what}, got {value}")
-        for name in ("lr", "lr_base", "clip_grad", "layer_decay", "kd_temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"{name} must be above 0, got {value}")
-        for name in _SHARES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be between 0 and 1, got {value}")
-        for name in ("smoothing", "drop", "drop_path", "val_fraction", "model_ema_decay"):
-            if getattr(self, name) == 1:
-                raise ConfigError(f"{name} must be below 1")
+        for names, allowed, words in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not allowed(value):
+                    raise ConfigError(f"{name} must be {words}, got {value}")
         for name in ("scale", "ratio"):
             low, high = (*getattr(self, name), 0, 0)[:2]
             if len(getattr(self, name)) != 2 or not 0 < low <= high:
@@ -186,31 +170,32 @@ class TrainConfig:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
 
-_LEAST: Mapping[str, tuple[float, str]] = {
-    **dict.fromkeys(
-        ("epochs", "batch_size", "validation_batch_size", "grad_accum_steps", "checkpoint_hist",
-         "lr_base_size", "img_size", "in_chans", "recount"),
-        (1, "at least 1"),
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "epochs batch_size validation_batch_size grad_accum_steps checkpoint_hist lr_base_size"
+        " img_size in_chans recount",
+        lambda value: value >= 1,
+        "at least 1",
     ),
-    "num_classes": (2, "at least 2"),
-    **dict.fromkeys(
-        ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "workers",
-         "mixup", "cutmix", "color_jitter", "seed", "mixup_off_epoch", "aux_loss_weight"),
-        (0, "at least 0"),
+    ("num_classes", lambda value: value >= 2, "at least 2"),
+    (
+        "weight_decay warmup_epochs warmup_lr min_lr cooldown_epochs workers mixup cutmix"
+        " color_jitter seed mixup_off_epoch aux_loss_weight",
+        lambda value: value >= 0,
+        "at least 0",
     ),
-}  # fmt: skip
-_SHARES = (
-    "smoothing",
-    "drop",
-    "drop_path",
-    "val_fraction",
-    "hflip",
-    "vflip",
-    "reprob",
-    "mixup_prob",
-    "mixup_switch_prob",
-    "model_ema_decay",
-    "crop_pct",
+    (
+        "lr lr_base clip_grad layer_decay kd_temperature",
+        lambda value: 0 < value < float("inf"),
+        "above 0",
+    ),
+    (
+        "smoothing drop drop_path val_fraction hflip vflip reprob mixup_prob mixup_switch_prob"
+        " model_ema_decay crop_pct",
+        lambda value: 0 <= value <= 1,
+        "between 0 and 1",
+    ),
+    ("smoothing drop drop_path val_fraction model_ema_decay", lambda value: value < 1, "below 1"),
 )
 
 
@@ -221,12 +206,7 @@ def option_types() -> dict[str, Any]:
 
 
 def check_options(options: Mapping[str, Any], where: str = "", *, also: Sequence[str] = ()) -> None:
-    """Check names and types of options, such as those of a YAML file.
-
-    Args:
-        options: name to value.
-        where: what to call their source in messages.
-        also: further names that may stand there.
+    """Check names and types of options; `where` names their source, `also` what else may be there.
 
     Raises:
         ConfigError: an unknown option, or a value of the wrong type.
@@ -243,6 +223,5 @@ def check_options(options: Mapping[str, Any], where: str = "", *, also: Sequence
                 " timm's own script: python -m backbones.train.launch train.py ...)"
             )
         if not fits(value, option_types()[key]):
-            raise ConfigError(
-                f"{place}{key} must be {in_words(option_types()[key])}, got {value!r}"
-            )
+            words = in_words(option_types()[key])
+            raise ConfigError(f"{place}{key} must be {words}, got {value!r}")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from timm.utils import init_distributed_device, is_distributed_env
+from timm.utils import init_distributed_device, is_distributed_env, reduce_tensor
 from torch import distributed
 
 from backbones.errors import ConfigError, first_line
@@ -36,9 +36,8 @@ class ProcessGroup:
         """Return the mean of a number over all processes."""
         if not self.distributed:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(total)
-        return float(total) / self.size
+        own = torch.tensor(value, dtype=torch.float64, device=self.device)
+        return float(reduce_tensor(own, self.size))
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -50,10 +49,7 @@ class ProcessGroup:
 def join_process_group(device: str | None) -> Iterator[ProcessGroup]:
     """Join the processes that torchrun (or SLURM) started; otherwise this one is alone.
 
-    Gloo connects processes on CPUs, NCCL those on GPUs.
-
-    Args:
-        device: such as ``cpu`` or ``cuda``; None for a GPU where there is one.
+    Gloo connects processes on CPUs, NCCL those on GPUs; `device` None takes a GPU if there is one.
 
     Raises:
         ConfigError: there is no such device.

@@ -37,8 +37,7 @@ def run(
 ) -> TrainReport:
     """Fine-tune a model on a folder of images.
 
-    The run's folder (`output`/`experiment`) then holds timm's ``args.yaml``, ``summary.csv``,
-    ``last.pth.tar``, ``checkpoint-*.pth.tar`` and ``model_best.pth.tar``, and besides
+    The run's folder (`output`/`experiment`) then holds what timm's script writes, and besides
     ``model_best.safetensors`` (class names, arguments, source weights and their license in its
     metadata) and, with matplotlib, ``curves.png``. Under torchrun, every process calls this.
 
@@ -129,12 +128,12 @@ def _with_recipe(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> Train
 
 
 def _count_classes(config: TrainConfig, splits: Splits) -> int:
-    found = len(splits.classes) if splits.classes else None
-    if config.num_classes is None and found is None:
+    found, asked = len(splits.classes or ()), config.num_classes or 0
+    if not (asked or found):
         raise ConfigError("the dataset does not say how many classes it has; give num_classes")
-    if config.num_classes is not None and found is not None and config.num_classes != found:
+    if asked and found and asked != found:
         raise ConfigError(
-            f"num_classes={config.num_classes}, but {config.data_dir or config.dataset} holds"
+            f"num_classes={asked}, but {config.data_dir or config.dataset} holds"
             f" {found} classes; leave num_classes out"
         )
-    return found or int(config.num_classes or 0)
+    return found or asked

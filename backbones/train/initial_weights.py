@@ -24,10 +24,12 @@ HUB_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Which weights a run began with; its text says so in a sentence."""
+    """Which weights a run began with; its text says so in a sentence.
+
+    `source` is model and tag, or the checkpoint file; None for fresh weights.
+    """
 
     source: str | None
-    """Model and tag, or the checkpoint file; None for fresh weights."""
     license: str | None
     sentence: str
 
@@ -46,12 +48,8 @@ def create_initial_model(
     """Return the model to train and where its weights come from.
 
     With ``pretrained=None`` released weights are taken where there are some and where the Hub
-    answers within five seconds (or, offline, where its cache holds them).
-
-    Args:
-        config: the model and which weights to start from.
-        num_classes: width of the classifier.
-        classes: class names of the data, which those of `initial_checkpoint` must equal.
+    answers within five seconds (or, offline, where its cache holds them). The classes of an
+    `initial_checkpoint` must be those of the data, `classes`, where both are known.
 
     Raises:
         ConfigError: the model does not take one of the arguments.
@@ -72,29 +70,26 @@ def create_initial_model(
         for layer in model.get_classifier().modules():  # type: ignore[operator]
             for value in layer.parameters(recurse=False):
                 value.data.mul_(config.head_init_scale)
+    facts = ("crop_pct", "mean", "std", "interpolation")
+    set_input(model, config.img_size, **{name: getattr(config, name) for name in facts})
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     cfg["license"] = initial.license
-    set_input(
-        model,
-        config.img_size,
-        crop_pct=config.crop_pct,
-        mean=config.mean,
-        std=config.std,
-        interpolation=config.interpolation,
-    )
     return model, initial
 
 
 def _create(
     config: TrainConfig, arguments: dict[str, Any], classes: list[str] | None
 ) -> tuple[nn.Module, InitialWeights]:
-    if config.initial_checkpoint and config.pretrained_path:
+    name, path = config.model, config.pretrained_path
+    if config.initial_checkpoint and path:
         raise ConfigError("initial_checkpoint and pretrained_path exclude each other")
     if config.initial_checkpoint:
-        return _of_whole_checkpoint(config.model, config.initial_checkpoint, arguments, classes)
-    if config.pretrained_path:
-        return _with_new_classifier(config.model, config.pretrained_path, arguments)
-    name = config.model
+        return _of_whole_checkpoint(name, config.initial_checkpoint, arguments, classes)
+    if path:
+        model = create_model(name, checkpoint_path=path, **arguments)
+        model.reset_classifier(arguments["num_classes"])  # type: ignore[operator]
+        sentence = f"starting from {path}, with a new classifier"
+        return model, InitialWeights(path, read_description(path).get("license"), sentence)
     reason = "as asked" if config.pretrained is False else _unavailable(name, config.pretrained)
     if reason is None:
         try:
@@ -124,22 +119,13 @@ def _of_whole_checkpoint(
     return model, InitialWeights(path, license, f"starting from {path}")
 
 
-def _with_new_classifier(
-    name: str, path: str, arguments: dict[str, Any]
-) -> tuple[nn.Module, InitialWeights]:
-    model = create_model(name, checkpoint_path=path, **arguments)
-    model.reset_classifier(arguments["num_classes"])  # type: ignore[operator]
-    sentence = f"starting from {path}, with a new classifier"
-    return model, InitialWeights(path, read_description(path).get("license"), sentence)
-
-
 def _released(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, InitialWeights]:
     model = create_model(name, pretrained=True, **arguments)
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     tagged = ".".join(filter(None, (name.partition(".")[0], cfg.get("tag"))))
     source = name if ":" in name else tagged
-    sentence = f"starting from pretrained weights, {source}"
-    return model, InitialWeights(source, cfg.get("license"), sentence)
+    told = f"starting from pretrained weights, {source}"
+    return model, InitialWeights(source, cfg.get("license"), told)
 
 
 def _unavailable(name: str, required: bool | None) -> str | None:
@@ -151,9 +137,10 @@ def _unavailable(name: str, required: bool | None) -> str | None:
         if name.endswith((".yaml", ".yml")) or "#" in name:
             return "a model of one's own has no released weights"
         entry = load_manifest().find(variant.name, tag)
-        if entry is None or not entry.available:
-            return f"no weights of {name} can be downloaded"
-    elif timm.is_model(name) and not timm.models.is_model_pretrained(name):
+        released = entry is not None and entry.available
+    else:
+        released = not timm.is_model(name) or timm.models.is_model_pretrained(name)
+    if not released:
         return f"no weights of {name} can be downloaded"
     if not hub.HF_HUB_OFFLINE and not hub_responds():
         return f"{hub.ENDPOINT} does not answer within {HUB_TIMEOUT_S:.0f} s"
@@ -166,9 +153,8 @@ def hub_responds(timeout: float = HUB_TIMEOUT_S) -> bool:
 
     def request() -> None:
         try:
-            urllib.request.urlopen(
-                urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=timeout
-            ).close()
+            head = urllib.request.Request(hub.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(head, timeout=timeout).close()
         except urllib.error.HTTPError:
             pass  # any status will do
         except (OSError, ValueError):

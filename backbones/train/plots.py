@@ -34,13 +34,13 @@ def draw_predictions(
         path: the picture; its suffix gives the format.
         dataset: the evaluated split, in order.
         predictions: predicted class indices (N,).
-        targets: true class indices (N,).
+        targets: true ones (N,).
         classes: names of the classes.
         count: how many images; the correct ones are taken evenly over the split.
         title: headline.
 
     Raises:
-        MissingDependencyError: matplotlib is not installed.
+        MissingDependencyError: matplotlib is not installed, as from all functions here.
     """
     wrong = (predictions != targets).nonzero().flatten().tolist()[:count]
     right = (predictions == targets).nonzero().flatten().tolist()
@@ -65,15 +65,7 @@ def draw_predictions(
 
 
 def draw_curves(path: str | Path, summary: str | Path) -> None:
-    """Draw losses and accuracy over the epochs of a run.
-
-    Args:
-        path: the picture; its suffix gives the format.
-        summary: the run's ``summary.csv``.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Draw losses and accuracy over the epochs of a run, from its ``summary.csv``."""
     with Path(summary).open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     epochs = [int(row["epoch"]) + 1 for row in rows]
@@ -99,16 +91,7 @@ def draw_curves(path: str | Path, summary: str | Path) -> None:
 
 
 def draw_confusion(path: str | Path, confusion: Tensor, classes: Sequence[str]) -> None:
-    """Draw a confusion matrix, each row as shares of its class.
-
-    Args:
-        path: the picture; its suffix gives the format.
-        confusion: counts (classes, classes), rows are true classes.
-        classes: names of the classes.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Draw counts (classes, classes), rows are true classes, each as shares of its class."""
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(12.0, 3 + 0.35 * len(classes))
     figure = _new_figure(side, side)
@@ -120,8 +103,8 @@ def draw_confusion(path: str | Path, confusion: Tensor, classes: Sequence[str]) 
         axes.set_yticks(range(len(classes)), classes)
         for row, column in confusion.nonzero().tolist():
             color = "white" if shares[row, column] > 0.5 else "black"
-            count = str(int(confusion[row, column]))
-            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=7)
+            style = {"ha": "center", "va": "center", "color": color, "fontsize": 7}
+            axes.text(column, row, str(int(confusion[row, column])), **style)
     _save(figure, path)
 
 

@@ -42,11 +42,9 @@ def list_recipes() -> list[str]:
 
 
 def find_recipe(name: str | None, model: str) -> tuple[Recipe, str | None]:
-    """Return the recipe asked for, else that of the model's family, and the model's variant.
+    """Return the recipe asked for, and the model's variant.
 
-    Args:
-        name: a recipe's name, a YAML file, ``none``, or None for fine-tuning in the family's way.
-        model: name of the model.
+    `name` is a recipe's, a YAML file, ``none``, or None for fine-tuning in the family's way.
 
     Raises:
         ConfigError: no such recipe, or one that is wrong.
@@ -72,24 +70,13 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: there is none, or it holds an unknown option or a value of the wrong type.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
-    if path.parent == _folder() and not path.is_file():
-        choices = list_recipes()
-        raise ConfigError(
-            f"no recipe {name!r}{nearest(name, choices)} (there: {', '.join(choices)})"
-        )
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _named(name)
     chain = [read_yaml(path)]
     while (parent := chain[-1].get("like")) is not None:
+        place = chain[-1].where("like") + ": "
         if len(chain) > MAX_LIKES:
-            raise ConfigError(
-                f"{chain[-1].where('like')}: recipes refer to one another in a circle"
-            )
-        if parent not in list_recipes():
-            choices = list_recipes()
-            raise ConfigError(
-                f"{chain[-1].where('like')}: no recipe {parent!r}{nearest(str(parent), choices)}"
-            )
-        chain.append(read_yaml(_folder() / f"{parent}.yaml"))
+            raise ConfigError(f"{place}recipes refer to one another in a circle")
+        chain.append(read_yaml(_named(str(parent), place)))
     options: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {"variants": {}, "from_scratch": {}}
     for content in reversed(chain):
@@ -120,6 +107,14 @@ def read_options(path: str | Path) -> dict[str, Any]:
         content[key.replace("-", "_")] = content.pop(key)
     check_options(content, str(path))
     return dict(content)
+
+
+def _named(name: str, place: str = "") -> Path:
+    choices = list_recipes()
+    if name not in choices:
+        there = f"{nearest(name, choices)} (there: {', '.join(choices)})"
+        raise ConfigError(f"{place}no recipe {name!r}{there}")
+    return _folder() / f"{name}.yaml"
 
 
 def _folder() -> Path:

@@ -26,21 +26,17 @@ from backbones.train.data import Splits, eval_loader, train_loader
 from backbones.train.distributed import ProcessGroup
 from backbones.train.trainer import Trainer, Update
 
-__all__ = [
-    "AuxiliaryHeadTask",
-    "assemble",
-    "check_options_together",
-    "create_task",
-    "distribute",
-]
+__all__ = ["AuxiliaryHeadTask", "assemble", "check_options_together", "create_task", "distribute"]
+
+DISTILLATION = {
+    "logit": LogitDistillationTask,
+    "feature": FeatureDistillationTask,
+    "token": TokenDistillationTask,
+}
 
 
 def check_options_together(config: TrainConfig, group: ProcessGroup) -> None:
-    """Refuse options that exclude each other.
-
-    Raises:
-        ConfigError, UnsupportedError: with the way out.
-    """
+    """Refuse options that exclude each other, by ConfigError or UnsupportedError."""
     if config.sync_bn and group.device.type != "cuda":
         raise UnsupportedError("sync_bn needs GPUs; leave it out on CPUs")
     if config.mixes and config.batch_size % 2:
@@ -58,15 +54,8 @@ def assemble(
     num_classes: int,
     progress: Callable[[Update], None] | None = None,
 ) -> Trainer:
-    """Return what trains a model, not yet compiled or wrapped for several processes.
-
-    Args:
-        config: the options.
-        group: the processes; the model goes to this one's device.
-        splits: the images.
-        model: the model.
-        num_classes: width of its classifier.
-        progress: called after every optimizer step.
+    """Return what trains a model, which goes to the group's device; it is not yet compiled or
+    wrapped for several processes.
 
     Raises:
         ConfigError: an unknown optimizer, or what the model or teacher cannot do.
@@ -76,7 +65,7 @@ def assemble(
     model.to(device=group.device).to(memory_format=layout)  # type: ignore[call-overload]
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    frozen = _freeze_all_but(model, _classifier(model)) if config.freeze_backbone else []
+    frozen = _freeze_backbone(model) if config.freeze_backbone else []
     if config.sync_bn and group.distributed:
         model = convert_sync_batchnorm(model)
     task = create_task(model, config, group.device, num_classes=num_classes, classes=splits.classes)
@@ -106,6 +95,18 @@ def assemble(
     scheduler, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates)
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    mixup = None
+    if config.mixes:
+        mixup = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            cutmix_minmax=config.cutmix_minmax,
+            prob=config.mixup_prob,
+            switch_prob=config.mixup_switch_prob,
+            mode=config.mixup_mode,
+            label_smoothing=config.smoothing,
+            num_classes=num_classes,
+        )
     half = config.amp and config.amp_dtype == "float16" and group.device.type == "cuda"
     return Trainer(
         config,
@@ -116,7 +117,7 @@ def assemble(
         train_batches,
         val_batches,
         scaler=NativeScaler(device=group.device.type) if half else None,
-        mixup=_mixup(config, num_classes) if config.mixes else None,
+        mixup=mixup,
         frozen=frozen,
         progress=progress,
         epochs=epochs,
@@ -133,19 +134,6 @@ def distribute(trainer: Trainer) -> None:
         task.prepare_distributed(device_ids=ids)
 
 
-def _mixup(config: TrainConfig, num_classes: int) -> Mixup:
-    return Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        cutmix_minmax=config.cutmix_minmax,
-        prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob,
-        mode=config.mixup_mode,
-        label_smoothing=config.smoothing,
-        num_classes=num_classes,
-    )
-
-
 def _scaled_rate(config: TrainConfig, group: ProcessGroup, batches: Any) -> float:
     batch_size = getattr(batches, "batch_size", None) or config.batch_size
     ratio = batch_size * group.size * config.grad_accum_steps / config.lr_base_size
@@ -154,28 +142,19 @@ def _scaled_rate(config: TrainConfig, group: ProcessGroup, batches: Any) -> floa
     return config.lr_base * (math.sqrt(ratio) if scale == "sqrt" else ratio)
 
 
-def _classifier(model: nn.Module) -> nn.Module:
+def _freeze_backbone(model: nn.Module) -> list[nn.Module]:
+    """Stop gradients but in the classifier, and return the modules to keep in eval mode."""
     found = model.get_classifier()  # type: ignore[operator]
-    return nn.ModuleList(found) if isinstance(found, (tuple, list)) else found
-
-
-def _freeze_all_but(model: nn.Module, trained: nn.Module) -> list[nn.Module]:
-    """Stop gradients everywhere but in one part, and return the modules to keep in eval mode."""
+    classifier = nn.ModuleList(found) if isinstance(found, (tuple, list)) else found
     model.requires_grad_(False)
-    trained.requires_grad_(True)
-    parts = set(map(id, trained.modules()))
-    return [m for m in model.modules() if id(m) not in parts and not list(m.children())]
+    classifier.requires_grad_(True)
+    trained = set(classifier.modules())
+    return [m for m in model.modules() if m not in trained and not list(m.children())]
 
 
 class AuxiliaryHeadTask(ClassificationTask):
-    """Classification with a second classifier whose loss counts `weight`.
-
-    Args:
-        model: one whose training forward gives (logits, auxiliary logits) after timm's
-            ``set_distilled_training(True)``.
-        weight: of the auxiliary loss.
-        common: timm's arguments.
-    """
+    """Classification with a second classifier whose loss counts `weight`, for a model whose
+    training forward gives (logits, auxiliary logits) after ``set_distilled_training(True)``."""
 
     def __init__(self, model: nn.Module, *, weight: float, **common: Any) -> None:
         super().__init__(model, **common)
@@ -201,14 +180,9 @@ def create_task(
     num_classes: int,
     classes: list[str] | None = None,
 ) -> TrainingTask:
-    """Return the task that a config describes.
+    """Return the task that a config describes: loss, distillation, auxiliary head.
 
-    Args:
-        model: the model to train, on its device.
-        config: loss, distillation, auxiliary head.
-        device: where it trains.
-        num_classes: width of the classifier, which a teacher of logits must share.
-        classes: names of the classes, which a teacher's must equal where both are known.
+    A teacher of logits must share `num_classes`, and `classes` where both are known.
 
     Raises:
         ConfigError: what is asked for excludes itself, or the model or teacher cannot do it.
@@ -221,27 +195,22 @@ def create_task(
     common: dict[str, Any] = {"criterion_kwargs": losses, "device": device, "verbose": False}
     if config.aux_loss_weight and config.kd_model_name:
         raise ConfigError("aux_loss_weight and kd_model_name exclude each other; drop one")
-    try:
-        if config.aux_loss_weight:
-            return AuxiliaryHeadTask(model, weight=config.aux_loss_weight, **common)
-        if config.kd_model_name is None:
-            return ClassificationTask(model, **common)
-        teacher = _teacher(config, num_classes, classes).to(device)
+    if config.kd_model_name:
         common |= {
-            "teacher_model": teacher,
+            "teacher_model": _teacher(config, num_classes, classes).to(device),
             "distill_loss_weight": config.distill_loss_weight,
             "task_loss_weight": config.task_loss_weight,
         }
-        if config.kd_distill_type == "feature":
-            return FeatureDistillationTask(model, **common)
-        common["temperature"] = config.kd_temperature
-        if config.kd_distill_type == "token":
-            return TokenDistillationTask(model, **common)
-        return LogitDistillationTask(model, **common)
+        if config.kd_distill_type != "feature":
+            common["temperature"] = config.kd_temperature
+    try:
+        if config.aux_loss_weight:
+            return AuxiliaryHeadTask(model, weight=config.aux_loss_weight, **common)
+        if config.kd_model_name:
+            return DISTILLATION[config.kd_distill_type](model, **common)
+        return ClassificationTask(model, **common)
     # What a model without a second head says, ours and timm's.
     except (AttributeError, NotImplementedError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{config.model} cannot be trained in this way: {error}") from error
 
 
@@ -249,12 +218,11 @@ def _teacher(config: TrainConfig, num_classes: int, classes: list[str] | None) -
     """Return the teacher in eval mode."""
     name, checkpoint = str(config.kd_model_name), config.kd_checkpoint
     arguments: dict[str, Any] = {} if config.in_chans is None else {"in_chans": config.in_chans}
-    if checkpoint is None:
-        teacher = create_model(name, pretrained=True, **arguments)
-    else:
+    if checkpoint:
         teacher = load_model(checkpoint, name, **arguments)
-    cfg: dict[str, Any] = getattr(teacher, "pretrained_cfg", {})
-    known = cfg.get("label_names") if checkpoint is not None else None
+    else:
+        teacher = create_model(name, pretrained=True, **arguments)
+    known = getattr(teacher, "pretrained_cfg", {}).get("label_names") if checkpoint else None
     if config.kd_distill_type != "feature":
         if teacher.num_classes != num_classes:
             raise ConfigError(

@@ -53,10 +53,8 @@ class EpochReport:
 
 @dataclass
 class Trainer:
-    """Everything that an epoch needs.
-
-    `frozen` are modules that stay in eval mode, because what they learn is not to change.
-    """
+    """Everything that an epoch needs; `frozen` modules stay in eval mode, so that their statistics
+    stay what they are."""
 
     config: TrainConfig
     group: ProcessGroup
@@ -122,17 +120,14 @@ class Trainer:
                 self.progress(self._report(epoch, update, total / count, images_done))
             images_done = 0
         if self.group.distributed and config.dist_bn and not config.sync_bn:
-            distribute_bn(module, self.group.size, config.dist_bn == "reduce")
-            if task.has_ema():
-                average = task.get_trainable_module(ema=True)
-                distribute_bn(average, self.group.size, config.dist_bn == "reduce")
+            for ema in (False, True) if task.has_ema() else (False,):
+                module = task.get_trainable_module(ema=ema)
+                distribute_bn(module, self.group.size, config.dist_bn == "reduce")
         return self.group.mean(total / count)
 
     def validate(self) -> dict[str, float] | None:
-        """Return loss, top-1 and top-5 (percent) on the validation images; of the average, if any.
-
-        Returns None where there are none.
-        """
+        """Return loss, top-1 and top-5 (percent) on the validation images, of the average if there
+        is one; None without such images."""
         if self.val_batches is None:
             return None
         model = self.task.get_eval_model(ema=self.task.has_ema())
@@ -156,23 +151,17 @@ class Trainer:
 
     def _backward(self, loss: Tensor, *, step: bool) -> None:
         config = self.config
-        parameters = None
-        if config.clip_grad is not None:
-            parameters = self.task.get_clip_parameters(exclude_head=config.clip_mode == "agc")
+        bound, mode, parameters = config.clip_grad, config.clip_mode, None
+        if bound is not None:
+            parameters = self.task.get_clip_parameters(exclude_head=mode == "agc")
         if self.scaler is not None:
-            self.scaler(
-                loss,
-                self.optimizer,
-                clip_grad=config.clip_grad,
-                clip_mode=config.clip_mode,
-                parameters=parameters,
-                need_update=step,
-            )
+            clipping = {"clip_grad": bound, "clip_mode": mode, "parameters": parameters}
+            self.scaler(loss, self.optimizer, **clipping, need_update=step)
             return
         loss.backward()
         if step:
-            if config.clip_grad is not None:
-                dispatch_clip_grad(parameters, value=config.clip_grad, mode=config.clip_mode)
+            if bound is not None:
+                dispatch_clip_grad(parameters, value=bound, mode=mode)
             self.optimizer.step()
 
     def _placed(self, images: Tensor) -> Tensor:
@@ -190,9 +179,8 @@ class Trainer:
     def _report(self, epoch: int, update: int, loss: float, images: int) -> Update:
         started, first = self._start
         seconds = (time.perf_counter() - started) / (update - first)
-        steps = self.epochs * self.updates_per_epoch
+        steps, rate = self.epochs * self.updates_per_epoch, learning_rate(self.optimizer)
         left = (steps - update) * seconds
-        rate = learning_rate(self.optimizer)
         return Update(epoch + 1, update, steps, loss, rate, images / seconds, left)
 
 

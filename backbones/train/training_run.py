@@ -11,13 +11,7 @@ from typing import Any
 
 import yaml
 from timm.data import resolve_model_data_config
-from timm.utils import (
-    get_outdir,
-    random_seed,
-    trim_summary,
-    unwrap_model,
-    update_summary,
-)
+from timm.utils import get_outdir, random_seed, trim_summary, unwrap_model, update_summary
 from torch import nn
 
 from backbones.errors import MissingDependencyError
@@ -48,8 +42,7 @@ class TrainReport:
     classes: list[str] | None
     folder: Path
     epochs: list[EpochReport]
-    best_epoch: int
-    """Counts from 1."""
+    best_epoch: int  # counts from 1
     initial_weights: InitialWeights
     seconds: float
 
@@ -88,24 +81,13 @@ class TrainingRun:
         resume: str | Path | None,
         progress: Callable[[Update], None] | None,
     ) -> TrainReport:
-        """Train, epoch by epoch, and return the best model.
-
-        Args:
-            content: of the checkpoint to go on with, if any.
-            resume: its file.
-            progress: called after every optimizer step.
-        """
+        """Train, epoch by epoch, and return the best model; `content` is that of the checkpoint
+        to go on with, if any, `resume` its file."""
         begun = time.perf_counter()
         if self.group.primary:  # a new run gets a new folder, whatever its name
             self.folder = Path(get_outdir(str(self.folder), inc=content is None))
-        trainer = assemble(
-            self.config,
-            self.group,
-            self.splits,
-            self.model,
-            num_classes=self.num_classes,
-            progress=progress,
-        )
+        parts = self.config, self.group, self.splits, self.model
+        trainer = assemble(*parts, num_classes=self.num_classes, progress=progress)
         saver, first = self._restored(trainer, content, resume)
         distribute(trainer)
         self._begin_at(trainer, saver, first, new=content is None)
@@ -115,10 +97,8 @@ class TrainingRun:
                 history.append(self._epoch(trainer, saver, epoch))
         except KeyboardInterrupt:
             self._draw(pause=0)
-            self.say(
-                f"interrupted; --resume {self.folder / LAST} goes on with epoch"
-                f" {self.epochs_saved + 1}"
-            )
+            last, following = self.folder / LAST, self.epochs_saved + 1
+            self.say(f"interrupted; --resume {last} goes on with epoch {following}")
             raise
         except DataError as error:
             raise DataError(_without_traceback(error)) from error
@@ -166,7 +146,11 @@ class TrainingRun:
             else:
                 trainer.scheduler.step(first)
         if self.group.primary:
-            _write_args(self.config, self.folder / ARGS)
+            options = {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(self.config).items()
+            }
+            write_text(self.folder / ARGS, yaml.safe_dump(options, sort_keys=False))
             trim_summary(str(self.folder / SUMMARY), first)
             if new:
                 saver.save(-1, None)
@@ -213,21 +197,13 @@ class TrainingRun:
         metrics: Mapping[str, float] | None,
     ) -> None:
         """Save an epoch's checkpoint, its line of the summary, and the best weights so far."""
-        epoch, by_loss = report.epoch - 1, self.config.eval_metric == "loss"
-        if metrics:
-            metric = metrics[self.config.eval_metric]
-        else:
-            metric = report.train_loss if by_loss else -report.train_loss
+        epoch, loss, by = report.epoch - 1, report.train_loss, self.config.eval_metric
+        metric = metrics[by] if metrics else loss if by == "loss" else -loss
         with uninterrupted():
             if saver.save(epoch, metric):
                 self._save_best(trainer, report)
-            update_summary(
-                epoch,
-                {"loss": report.train_loss},
-                metrics,
-                filename=str(self.folder / SUMMARY),
-                lr=report.lr,
-            )
+            summary = str(self.folder / SUMMARY)
+            update_summary(epoch, {"loss": loss}, metrics, filename=summary, lr=report.lr)
             self.epochs_saved = report.epoch
 
     def _save_best(self, trainer: Trainer, report: EpochReport) -> None:
@@ -245,24 +221,19 @@ class TrainingRun:
             "average_of_weights": average,
             "top1": report.val_top1,
         }
-        save_checkpoint(
-            inner,
-            self.folder / BEST,
-            license=initial.license,
-            provenance=provenance,
-            classes=self.splits.classes,
-        )
+        path, license, classes = self.folder / BEST, initial.license, self.splits.classes
+        save_checkpoint(inner, path, license=license, provenance=provenance, classes=classes)
 
     def _draw(self, pause: float = DRAWING_PAUSE_S) -> None:
         """Draw the curves, unless that was done less than `pause` seconds ago."""
-        now = time.monotonic()
+        now, summary = time.monotonic(), self.folder / SUMMARY
         if not (self.group.primary and self.drawing and now - self.drawn >= pause):
             return
         self.drawn = now
-        if not (self.folder / SUMMARY).is_file():
+        if not summary.is_file():
             return
         try:
-            draw_curves(self.folder / CURVES, self.folder / SUMMARY)
+            draw_curves(self.folder / CURVES, summary)
         except MissingDependencyError as error:
             self.say(f"no {CURVES}: {error}")
             self.drawing = False
@@ -273,14 +244,6 @@ def _folder(config: TrainConfig, model: nn.Module) -> Path:
     name = Path(config.model.partition("#")[2] or config.model.replace(":", "_")).stem
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path(config.output) / (config.experiment or f"{stamp}-{name}-{size}")
-
-
-def _write_args(config: TrainConfig, path: Path) -> None:
-    plain = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
-    write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
 
 def _without_traceback(error: DataError) -> str:

@@ -1,7 +1,6 @@
 """Accuracy of a model, or of an engine's runner: on batches, and on a folder with its classes."""
 
 import csv
-import io
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from backbones.errors import MissingDependencyError
-from backbones.files import write_json, write_text
+from backbones.files import new_file, write_json
 from backbones.train.data import (
     DataError,
     ImageFolder,
@@ -31,6 +30,7 @@ from backbones.train.plots import draw_confusion
 __all__ = ["RESULTS", "Evaluation", "Validation", "evaluate", "validate", "write_validation"]
 
 RESULTS = ("metrics.json", "per_class.csv", "confusion.csv", "confusion.png")
+COLUMNS = ("class", "images", "correct", "accuracy")
 WORST_SHOWN = 5  # classes
 
 
@@ -74,12 +74,11 @@ def evaluate(
     Raises:
         DataError: the loader is empty.
     """
-    module = model if isinstance(model, nn.Module) else None
-    first = next(module.parameters(), None) if module is not None else None
+    module = model if isinstance(model, nn.Module) else nn.Identity()
+    first = next(module.parameters(), None)
     device = first.device if first is not None else torch.device("cpu")
-    was_training = module is not None and module.training
-    if module is not None:
-        module.eval()
+    was_training = module.training
+    module.eval()
     start = time.perf_counter()
     logits, targets = [], []
     try:
@@ -88,8 +87,7 @@ def evaluate(
                 logits.append(model(images.to(device)).float().cpu())
                 targets.append(target)
     finally:
-        if module is not None:
-            module.train(was_training)
+        module.train(was_training)
     if not logits:
         raise DataError("nothing to evaluate: the loader gave no batch")
     seconds = time.perf_counter() - start
@@ -121,12 +119,7 @@ class Validation:
         confusion = self.confusion
         totals, correct = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
         return [
-            {
-                "class": name,
-                "images": total,
-                "correct": right,
-                "accuracy": 100 * right / total if total else None,
-            }
+            dict(zip(COLUMNS, (name, total, right, 100 * right / total if total else None)))
             for name, total, right in zip(self.classes, totals, correct)
         ]
 
@@ -150,10 +143,7 @@ class Validation:
         result = self.evaluation
         return {
             "images": result.count,
-            "top1": result.top1,
-            "top5": result.top5,
-            "loss": result.loss,
-            "seconds": result.seconds,
+            **{name: getattr(result, name) for name in ("top1", "top5", "loss", "seconds")},
             "images_per_second": result.count / result.seconds,
             "skipped": self.skipped,
             "per_class": self.per_class,
@@ -184,8 +174,6 @@ def validate(
         classes: the model's class names; the folder may hold fewer. None: those of ImageNet where
             the folders are called so, else the folder's, in order.
         num_classes: width of the logits, where it is known.
-        batch_size: images a call.
-        workers: processes that load images.
         skip_bad: leave unreadable images out instead of refusing them.
         device: where a module runs.
 
@@ -230,23 +218,17 @@ def _class_names(
 
 
 def write_validation(result: Validation, folder: str | Path) -> list[Path]:
-    """Write ``metrics.json``, ``per_class.csv``, ``confusion.csv`` and ``confusion.png``.
-
-    The picture needs matplotlib and is left out without it.
-
-    Returns:
-        The files written.
-    """
+    """Write ``metrics.json``, ``per_class.csv``, ``confusion.csv`` and, with matplotlib,
+    ``confusion.png``; return the files written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metrics, per_class, confusion, picture = (folder / name for name in RESULTS)
     picture.unlink(missing_ok=True)
     write_json(metrics, result.as_dict())
-    table = result.per_class
-    write_text(per_class, _csv([list(table[0]), *(list(row.values()) for row in table)]))
-    rows = [["true \\ predicted", *result.classes]]
-    rows += [[name, *row] for name, row in zip(result.classes, result.confusion.tolist())]
-    write_text(confusion, _csv(rows))
+    _write_csv(per_class, [COLUMNS, *(list(row.values()) for row in result.per_class)])
+    counts = zip(result.classes, result.confusion.tolist())
+    head = ["true \\ predicted", *result.classes]
+    _write_csv(confusion, [head, *([name, *row] for name, row in counts)])
     try:
         draw_confusion(picture, result.confusion, result.classes)
     except MissingDependencyError:
@@ -254,7 +236,6 @@ def write_validation(result: Validation, folder: str | Path) -> list[Path]:
     return [metrics, per_class, confusion, picture]
 
 
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue()
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    with new_file(path) as file, file.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(rows)

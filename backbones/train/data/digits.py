@@ -20,16 +20,11 @@ OURS = re.compile(r"(train|val)/\d/\d{4}\.png")
 
 
 def write_digits(root: str | Path, *, limit: int | None = None) -> tuple[int, int]:
-    """Write the digits as ``root/{train,val}/<digit>/<number>.png``; a fifth of each class is val.
+    """Write the digits as ``root/{train,val}/<digit>/<number>.png``; return how many train and val
+    hold.
 
-    The split is drawn once and for all, with a fixed seed, and stratified by class.
-
-    Args:
-        root: the folder to fill; files of an earlier call are replaced.
-        limit: use only that many images, evenly over the classes.
-
-    Returns:
-        Numbers of training and of validation images.
+    A fifth of each class is val, drawn once and for all; files of an earlier call are replaced.
+    `limit` uses only that many images, evenly over the classes.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
@@ -43,6 +38,7 @@ def write_digits(root: str | Path, *, limit: int | None = None) -> tuple[int, in
     digits = datasets.load_digits()
     rng = np.random.default_rng(0)
     counts = {"train": 0, "val": 0}
+    bicubic = Image.Resampling.BICUBIC
     for label in range(10):
         members = rng.permutation(np.flatnonzero(digits.target == label))
         if limit is not None:
@@ -52,15 +48,11 @@ def write_digits(root: str | Path, *, limit: int | None = None) -> tuple[int, in
             folder = root / split / str(label)
             folder.mkdir(parents=True)
             counts[split] += len(chosen)
-            for index in chosen:
-                _picture(digits.images[index]).save(folder / f"{index:04d}.png")
+            for index in chosen:  # values run from 0 to 16
+                gray = (digits.images[index] * (255 / 16)).round().astype(np.uint8)
+                picture = Image.fromarray(gray).resize((PIXELS, PIXELS), bicubic)
+                picture.save(folder / f"{index:04d}.png")
     return counts["train"], counts["val"]
-
-
-def _picture(values: np.ndarray) -> Image.Image:
-    # Values run from 0 to 16.
-    gray = Image.fromarray((values * (255 / 16)).round().astype(np.uint8))
-    return gray.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
 
 
 def _clear(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,13 @@ class ImageFolder(ImageDataset):
 
     def path(self, index: int) -> Path:
         """Return the file of a sample."""
-        return Path(self.filename(index, absolute=True))
+        return Path(self.samples[index][0])
 
     def relabel(self, classes: Sequence[str]) -> None:
-        """Count the classes as another dataset does, which may have more of them.
-
-        Raises:
-            DataError: images of a class that is not among them.
-        """
-        before = self.classes
+        """Count the classes as another dataset does; DataError for a class that it lacks."""
+        before, root = self.classes, self.reader.root
         extra = [name for name in before if name not in classes]
         if extra:
-            root = self.reader.root
             raise DataError(f"{root}: classes that training does not have: {_some(extra)}")
         indices = {name: i for i, name in enumerate(classes)}
         self.restrict([(path, indices[before[target]]) for path, target in self.samples])
@@ -85,21 +81,14 @@ def image_folder(
         DataError: no such folder, no images in it or in a class, images beside the class folders,
             or images of a class that training lacks.
     """
-    folder = split_folder(root, split)
+    folder, named = split_folder(root, split), Path(root) / split
     if folder is None:
-        raise DataError(
-            f"{Path(root) / split}: no such folder; expected {Path(root) / split}/<class>/<image>"
-            " files"
-        )
+        raise DataError(f"{named}: no such folder; expected {named}/<class>/<image> files")
     return open_folder(folder, classes=classes, in_chans=in_chans)
 
 
 def open_folder(
-    folder: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    class_map: str = "",
-    in_chans: int = 3,
+    folder: Path, *, classes: Sequence[str] | None = None, class_map: str = "", in_chans: int = 3
 ) -> ImageFolder:
     """Open a folder of class folders; see `image_folder` for arguments and errors."""
     mode = "L" if in_chans == 1 else "RGB"
@@ -125,14 +114,10 @@ def hold_out(dataset: ImageFolder, fraction: float) -> ImageFolder:
 
     The choice depends on the files' names alone, so that every run makes the same. A class with
     one image keeps it.
-
-    Args:
-        dataset: the images; loses those held out.
-        fraction: the share.
     """
-    members: dict[int, list[tuple[str, int]]] = {}
+    members = defaultdict(list)
     for sample in dataset.samples:
-        members.setdefault(sample[1], []).append(sample)
+        members[sample[1]].append(sample)
     held_out: set[str] = set()
     for samples in members.values():
         count = min(max(round(len(samples) * fraction), 1), len(samples) - 1)
@@ -153,17 +138,10 @@ def exclude_bad(
     skip: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Decode every image once and leave bad ones out of their datasets.
+    """Decode every image once, leave bad ones out, and return what is wrong with each.
 
-    More than 50,000 images are read through only with `skip`.
-
-    Args:
-        datasets: the splits.
-        skip: False to refuse bad images.
-        progress: called with how many images are done, and of how many.
-
-    Returns:
-        What is wrong with each image that was left out.
+    More than 50,000 images are read through only with `skip`; `progress` is called with how many
+    are done, and of how many.
 
     Raises:
         DataError: bad images without `skip`, all named, or a split of nothing but bad images.

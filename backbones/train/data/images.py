@@ -20,11 +20,7 @@ class DataError(BackbonesError, ValueError):
 
 
 def open_image(path: str | PathLike[str], mode: str = "RGB") -> Image.Image:
-    """Read and decode an image file, upright as its EXIF data say.
-
-    Args:
-        path: the file.
-        mode: Pillow's name of the color mode to convert to.
+    """Read and decode an image file, upright as its EXIF data say, in a color mode of Pillow's.
 
     Raises:
         DataError: there is no such file, it is no image, or it is damaged or cut short.
@@ -45,12 +41,8 @@ def open_image(path: str | PathLike[str], mode: str = "RGB") -> Image.Image:
 def find_bad_images(
     paths: Sequence[str | PathLike[str]], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, str]:
-    """Decode images and return what is wrong with each bad one, by path.
-
-    Args:
-        paths: the files.
-        progress: called with how many are done, and of how many.
-    """
+    """Decode images and return what is wrong with each bad one, by path; `progress` is called
+    with how many are done, and of how many."""
 
     def problem(path: str | PathLike[str]) -> str | None:
         try:

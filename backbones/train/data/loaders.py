@@ -18,12 +18,10 @@ SINGLE_PROCESS = ProcessGroup(torch.device("cpu"))
 
 
 def set_input(model: nn.Module, size: int | None = None, **facts: Any) -> None:
-    """Change the input that timm's preprocessing and saved checkpoints state.
+    """Change the input that timm's preprocessing and saved checkpoints state of a model.
 
-    Args:
-        model: a model with `pretrained_cfg`.
-        size: side of the images; None keeps the model's.
-        facts: `crop_pct`, `mean`, `std`, `interpolation`; None keeps the model's.
+    `size` is the side of the images, `facts` are `crop_pct`, `mean`, `std` and `interpolation`;
+    None keeps the model's.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     known = resolve_model_data_config(model)
@@ -49,13 +47,8 @@ def train_loader(
     """Return shuffled, augmented batches (B, C, H, W); the rest of an epoch is dropped.
 
     The order depends on seed and epoch alone: a step's images are the same for one process and for
-    several, of which each takes its share.
-
-    Args:
-        dataset: the training split.
-        config: batch size and augmentation.
-        data_config: the model's input, from ``timm.data.resolve_model_data_config``.
-        group: the processes that share the images.
+    several, of which each takes its share. `data_config` is the model's input, from
+    ``timm.data.resolve_model_data_config``.
     """
     batch_size, iterable = config.batch_size, isinstance(dataset, IterableDataset)
     if not iterable:
@@ -89,6 +82,7 @@ def train_loader(
     if iterable:
         return loader
     inner = getattr(loader, "loader", loader)  # inside of timm's prefetcher
+    kept = ("num_workers", "collate_fn", "worker_init_fn", "pin_memory")
     ordered: DataLoader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -96,10 +90,7 @@ def train_loader(
             dataset, group.size, group.rank, seed=config.seed, drop_last=True
         ),
         drop_last=True,
-        num_workers=inner.num_workers,
-        collate_fn=inner.collate_fn,
-        worker_init_fn=inner.worker_init_fn,
-        pin_memory=inner.pin_memory,
+        **{name: getattr(inner, name) for name in kept},
     )
     if loader is inner:
         return ordered

@@ -26,11 +26,8 @@ class Splits:
 
 
 def open_splits(config: TrainConfig, progress: Callable[[int, int], None] | None = None) -> Splits:
-    """Open the training and validation images that a config names.
-
-    Args:
-        config: `data_dir` and what else concerns data.
-        progress: called while images are checked, with how many are done, and of how many.
+    """Open the training and validation images that a config names; `progress` is called while
+    they are checked, with how many are done, and of how many.
 
     Raises:
         DataError: there are none, images that cannot be read, or splits that do not fit together.
@@ -85,8 +82,8 @@ def _other_readers(config: TrainConfig) -> Splits:
                 target_key=config.target_key,
             )
         except (AssertionError, RuntimeError, ValueError, OSError, ImportError) as error:
-            name = config.dataset or config.data_dir
-            raise DataError(f"dataset {name!r}, split {split!r}: {error}") from error
+            place = f"dataset {config.dataset or config.data_dir!r}, split {split!r}"
+            raise DataError(f"{place}: {error}") from error
 
     train = read(config.train_split, True)
     val = read(config.val_split, False) if config.val_split else None
