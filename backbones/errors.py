@@ -12,6 +12,7 @@ __all__ = [
     "BackbonesError",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "EquivalenceError",
     "ExportError",
     "InputSizeError",
@@ -31,6 +32,10 @@ class BackbonesError(Exception):
 
 class ConfigError(BackbonesError, ValueError):
     """A YAML file or a model argument is wrong; the message names file, line and key."""
+
+
+class DataError(BackbonesError, ValueError):
+    """Images or image folders that cannot be used; the message names them."""
 
 
 class UnknownModelError(BackbonesError, KeyError):

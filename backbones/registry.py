@@ -16,6 +16,7 @@ from torch import nn
 from backbones import weights
 from backbones.config import FamilyConfig, Variant, check_arguments
 from backbones.errors import ConfigError, UnknownModelError, nearest
+from backbones.images import fit_channels
 from backbones.manifest import WeightsEntry, load_manifest
 from backbones.reparameterization import reparameterize
 from backbones.skeleton import StagedBackbone
@@ -146,6 +147,8 @@ def build_with_report(
     # timm's list and dict extractors take the model apart; the others hold it whole.
     for body in model.modules():
         if isinstance(body, StagedBackbone):
+            cfg_of_body: Any = body.pretrained_cfg
+            cfg_of_body |= fit_channels(cfg_of_body, body.in_chans)
             body.config = {
                 "name": variant.name,
                 "family": variant.family,

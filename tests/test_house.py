@@ -17,7 +17,7 @@ import backbones
 PACKAGE = Path(backbones.__file__).parent
 # Each room imports only from those before it (families do not know one another).
 ROOMS = (
-    "errors schema files optional config manifest wrappers merge ops layers stages skeleton "
+    "errors schema files optional images config manifest wrappers merge ops layers stages skeleton "
     "families reparameterization weights registry timm_bridge factory info conversion engines "
     "bench train quickstart cli"
 ).split()

@@ -27,11 +27,11 @@ from backbones.errors import (
     BackbonesError,
     CheckpointError,
     ConfigError,
+    DataError,
     InputSizeError,
     UnknownModelError,
     UnsupportedError,
 )
-from backbones.train import DataError
 
 __all__ = ["main"]
 

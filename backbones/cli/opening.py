@@ -165,9 +165,7 @@ def set_size(model: nn.Module, args: argparse.Namespace) -> None:
     if size is None:
         return
     *channels, height, width = size
-    set_input(model, max(height, width))
-    cfg: Any = model.pretrained_cfg
-    known = cfg["input_size"][0]
+    known = getattr(model, "in_chans", None) or 3
     if channels not in ([], [known]):
         raise ConfigError(f"--input-size: the model takes {known} channels, not {channels[0]}")
-    cfg["input_size"] = (known, height, width)
+    set_input(model, (height, width))

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from backbones.cli.opening import add_model, add_size, label_names, open_model, set_size
 from backbones.cli.parsing import command, positive, tell
-from backbones.train import DataError, find_bad_images, open_image
+from backbones.errors import DataError
+from backbones.images import find_bad_images, image_mode, open_image
 
 __all__ = ["add_parser"]
 
@@ -47,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     if classes is None and (subset := infer_imagenet_subset(model)):
         classes = ImageNetInfo(subset).label_descriptions()
     transform = create_transform(**resolve_model_data_config(model))
-    mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
+    mode = image_mode(getattr(model, "in_chans", None) or 3)
     rows, lines = [], []
     for path in tqdm(args.images, unit="image", leave=False, disable=None):
         with torch.inference_mode():

@@ -72,7 +72,7 @@ def _add_option(parser: Parser, field: Any, hint: Any) -> None:
         "dest": field.name,
     }
     parts = [part for part in _alternatives(hint) if part is not type(None)]
-    kind = parts[0]
+    kind = parts[-1]  # of a number or numbers, several may be given
     if kind is bool:
         switch = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
         parser.add_argument(*flags, action=switch, **options)

@@ -9,7 +9,14 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from backbones.cli.opening import add_model, label_names, open_model, read_class_names
+from backbones.cli.opening import (
+    add_model,
+    add_size,
+    label_names,
+    open_model,
+    read_class_names,
+    set_size,
+)
 from backbones.cli.parsing import command, positive, tell
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
@@ -32,11 +39,11 @@ def add_parser(commands: Any) -> None:
     add_model(parser, also=f"; or an exported file ({', '.join(file_suffixes())})")
     parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
     parser.add_argument("--data-dir", help="folder: <split>/<class>/<image>, or <class>/<image>")
-    parser.add_argument("--split", default="validation", help="(default: %(default)s)")
+    parser.add_argument("--split", help="(default: validation; all images where are no splits)")
     parser.add_argument("--reparam", action="store_true", help="re-parameterize the model first")
     parser.add_argument("-b", "--batch-size", type=positive, default=64, help="(default: 64)")
     parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load images")
-    parser.add_argument("--img-size", type=positive, help="pixels a side (default: the model's)")
+    add_size(parser)
     parser.add_argument("--crop-pct", type=float, help="share of the image that is kept")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="(default: PyTorch's)")
@@ -78,13 +85,14 @@ Loaded = tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str] | None, int
 
 def _module(args: argparse.Namespace) -> Loaded:
     model = open_model(args, **({"deploy": True} if args.reparam else {}))
-    set_input(model, args.img_size, crop_pct=args.crop_pct)
+    set_size(model, args)
+    set_input(model, crop_pct=args.crop_pct)
     model.to(args.device)
     return model, resolve_model_data_config(model), label_names(model), model.num_classes  # type: ignore[return-value]
 
 
 def _exported(args: argparse.Namespace) -> Loaded:
-    if args.reparam or args.name or args.img_size or args.num_classes:
+    if args.reparam or args.name or args.img_size or args.input_size or args.num_classes:
         raise ConfigError(
             f"{args.model} is exported and says itself what it is; leave out --name, --reparam,"
             " --img-size and --num-classes"

@@ -28,6 +28,7 @@ from backbones.engines.targets import ENGINES, available_engines, find_engine
 from backbones.engines.timing import take_turns
 from backbones.engines.verification import Agreement, as_list, compare, run_model
 from backbones.errors import BackbonesError, ConfigError
+from backbones.images import fit_channels
 from backbones.wrappers import unwrapped
 
 __all__ = ["Candidate", "DeployReport", "deploy"]
@@ -150,7 +151,7 @@ def deploy(
         )
     model = unwrapped(model)
     size = input_size_of(model, input_size)
-    data_config = {**resolve_model_data_config(model), "input_size": size}
+    data_config = fit_channels({**resolve_model_data_config(model), "input_size": size}, size[0])
     images = None if calibration is None else load_images(calibration, data_config)
     clone = reparameterized_copy(model)
     folder = Path(cache_dir or Path(torch.hub.get_dir(), "backbones", "engines"))

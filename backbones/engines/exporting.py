@@ -28,6 +28,7 @@ from backbones.engines.targets import find_format
 from backbones.engines.verification import Check, run_model, verify_on_input
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.files import new_file
+from backbones.images import fit_channels
 from backbones.reparameterization import backbones_in
 from backbones.wrappers import unwrapped
 
@@ -143,7 +144,7 @@ def export(
     if calibration is not None and preprocess:
         raise UnsupportedError("calibration images are normalized; leave preprocess out")
     size = input_size_of(model, input_size)
-    data_config = {**resolve_model_data_config(model), "input_size": size}
+    data_config = fit_channels({**resolve_model_data_config(model), "input_size": size}, size[0])
     real = None if calibration is None else load_images(calibration, data_config)
     clone = reparameterized_copy(model) if merge else plain_copy(model)
     _check_free_sizes(clone, () if preprocess else free)

@@ -1,13 +1,12 @@
 """Fine-tuning and validation, on timm's data, task, optimizer, scheduler and saver parts."""
 
+from backbones.errors import DataError
+from backbones.images import find_bad_images, open_image
 from backbones.train.config import TrainConfig
 from backbones.train.data import (
-    DataError,
     ImageFolder,
     eval_loader,
-    find_bad_images,
     image_folder,
-    open_image,
     open_splits,
     set_input,
     train_loader,

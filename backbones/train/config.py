@@ -52,8 +52,11 @@ class TrainConfig:
     pretrained_path: str | None = _option(None, "start from this checkpoint, with a new classifier")
     initial_checkpoint: str | None = _option(None, "start from this checkpoint and its classifier")
     num_classes: int | None = _option(None, "number of classes; by default that of the data")
-    img_size: int | None = _option(None, "pixels a side; by default the model's")
-    in_chans: int | None = _option(None, "channels of the images: 3 (default) or 1")
+    img_size: int | Sequence[int] | None = _option(
+        None, "pixels a side, or height and width; by default the model's"
+    )
+    input_size: Sequence[int] | None = _option(None, "the same as channels, height, width")
+    in_chans: int | None = _option(None, "channels of the images: 3 (default), 1 or 4")
     crop_pct: float | None = _option(None, "share of the image that validation keeps")
     mean: Sequence[float] | None = _option(None, "mean of the pixels; by default the model's")
     std: Sequence[float] | None = _option(None, "deviation of the pixels; by default the model's")
@@ -164,6 +167,29 @@ class TrainConfig:
             if len(getattr(self, name)) != 2 or not 0 < low <= high:
                 raise ConfigError(f"{name} takes two rising numbers, got {getattr(self, name)}")
 
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Let `input_size` of timm's script say what `img_size` and `in_chans` do."""
+        if self.input_size is not None:
+            channels, *size = (*self.input_size,) if len(self.input_size) == 3 else (0,)
+            if min(channels, *size, 1) < 1:
+                raise ConfigError(f"input_size must be channels, height, width: {self.input_size}")
+            if self.img_size is not None or self.in_chans not in (None, channels):
+                raise ConfigError("input_size says img_size and in_chans; leave these out")
+            object.__setattr__(self, "input_size", None)
+            object.__setattr__(self, "img_size", tuple(size))
+            object.__setattr__(self, "in_chans", channels)
+        if self.img_size is None or isinstance(self.img_size, int):
+            sides: Sequence[int] = (self.img_size or 1,) if self.img_size != 0 else (0,)
+        else:
+            sides = self.img_size
+            object.__setattr__(self, "img_size", sides[0] if len(sides) == 1 else tuple(sides))
+        if len(sides) not in (1, 2) or min(sides) < 1:
+            raise ConfigError(
+                f"img_size must be at least 1, a side or height and width, got {self.img_size}"
+            )
+
     @property
     def mixes(self) -> bool:
         """Whether mixup or cutmix is on."""
@@ -173,7 +199,7 @@ class TrainConfig:
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "epochs batch_size validation_batch_size grad_accum_steps checkpoint_hist lr_base_size"
-        " img_size in_chans recount",
+        " in_chans recount",
         lambda value: value >= 1,
         "at least 1",
     ),

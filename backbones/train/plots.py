@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbones.files import new_file
 from backbones.optional import optional_import
-from backbones.train.data import ImageFolder, open_image
+from backbones.train.data import ImageFolder
 
 __all__ = ["draw_confusion", "draw_curves", "draw_predictions"]
 
@@ -53,7 +53,7 @@ def draw_predictions(
         predicted, target = int(predictions[index]), int(targets[index])
         mistake = predicted != target
         color = "crimson" if mistake else "darkgreen"
-        axes.imshow(open_image(dataset.path(index)))
+        axes.imshow(dataset.image(index), **({"cmap": "gray"} if dataset.mode == "L" else {}))
         label = f"predicted {classes[predicted]}\ntrue {classes[target]}"
         axes.set_title(f"{label}  \u2717" if mistake else label, fontsize=8, color=color)
         for spine in axes.spines.values():

@@ -14,11 +14,11 @@ from timm.data import resolve_model_data_config
 from timm.utils import get_outdir, random_seed, trim_summary, unwrap_model, update_summary
 from torch import nn
 
-from backbones.errors import MissingDependencyError
+from backbones.errors import DataError, MissingDependencyError
 from backbones.files import write_text
 from backbones.train.checkpoints import LAST, Checkpoints, restore, uninterrupted
 from backbones.train.config import TrainConfig
-from backbones.train.data import DataError, Splits
+from backbones.train.data import Splits
 from backbones.train.distributed import ProcessGroup
 from backbones.train.initial_weights import InitialWeights
 from backbones.train.plots import draw_curves

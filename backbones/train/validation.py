@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from backbones.errors import MissingDependencyError
+from backbones.errors import DataError, MissingDependencyError
 from backbones.files import new_file, write_json
-from backbones.train.data import (
-    DataError,
-    ImageFolder,
-    eval_loader,
-    exclude_bad,
-    open_folder,
-    split_folder,
-)
+from backbones.images import list_images
+from backbones.train.data import ImageFolder, eval_loader, exclude_bad, find_split, open_folder
 from backbones.train.distributed import ProcessGroup
 from backbones.train.plots import draw_confusion
 
@@ -129,7 +123,7 @@ class Validation:
             f"{result.correct} of {result.count} right: {result.top1:.2f} % top-1,"
             f" {result.top5:.2f} % top-5, loss {result.loss:.4f},"
             f" {result.count / result.seconds:.0f} images/s",
-            *(f"left out: {line}" for line in self.skipped),
+            *(line if " left out" in line else f"left out: {line}" for line in self.skipped),
         ]
         present = [row for row in self.per_class if row["images"]]
         lines += [
@@ -155,7 +149,7 @@ def validate(
     data_dir: str | Path,
     data_config: Mapping[str, Any],
     *,
-    split: str = "validation",
+    split: str | None = None,
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
     batch_size: int = 64,
@@ -167,10 +161,12 @@ def validate(
 
     Args:
         model: an `nn.Module` or any callable from images (B, C, H, W) to logits (B, classes).
-        data_dir: ``<data_dir>/<split>/<class>/<image>``, or ``<data_dir>/<class>/<image>``.
+        data_dir: ``<data_dir>/<split>/<class>/<image>``, or ``<data_dir>/<class>/<image>``; a
+            folder or a tar archive.
         data_config: the model's preprocessing, from ``timm.data.resolve_model_data_config`` or an
             exported file's metadata.
-        split: name of the split's folder.
+        split: name of the split's folder; by default the validation split, or all images where
+            there are no splits.
         classes: the model's class names; the folder may hold fewer. None: those of ImageNet where
             the folders are called so, else the folder's, in order.
         num_classes: width of the logits, where it is known.
@@ -178,21 +174,19 @@ def validate(
         device: where a module runs.
 
     Raises:
-        DataError: no such folder, images that cannot be read, or classes the model does not know.
+        DataError: no such folder or split, images that cannot be read, or classes the model does
+            not know.
     """
-    root = Path(data_dir)
-    folder = split_folder(root, split) or root
-    if not folder.is_dir():
-        raise DataError(f"{root}: no such folder; give one that holds <class>/<image>")
-    channels = data_config["input_size"][0]
-    dataset = open_folder(folder, in_chans=channels)
+    files = list_images(data_dir)
+    inside = find_split(files, split or "validation", required=split is not None)
+    dataset = open_folder(inside or files, in_chans=data_config["input_size"][0])
     names = _class_names(dataset, classes, num_classes, model)
     dataset.relabel(names)
     skipped = exclude_bad([dataset], skip=skip_bad)
     group = ProcessGroup(device or torch.device("cpu"))
     loader = eval_loader(dataset, data_config, batch_size=batch_size, workers=workers, group=group)
     bar = tqdm(loader, unit="batch", leave=False, disable=None)
-    return Validation(evaluate(model, bar), names, skipped)
+    return Validation(evaluate(model, bar), names, [*files.left_out(), *skipped])
 
 
 def _class_names(
@@ -210,7 +204,7 @@ def _class_names(
             return synsets
     if num_classes is not None and len(found) != num_classes:
         raise DataError(
-            f"{dataset.reader.root} holds {len(found)} classes, the model knows {num_classes}, and"
+            f"{dataset.place} holds {len(found)} classes, the model knows {num_classes}, and"
             " it is not known which they are; use a checkpoint with class names in it, or name"
             " them (--class-names FILE)"
         )

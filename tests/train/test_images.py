@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 
 import backbones
-from backbones.errors import MissingDependencyError
+from backbones.errors import ConfigError, MissingDependencyError
 from backbones.train import (
     DataError,
     TrainConfig,
@@ -95,10 +95,10 @@ def test_validation_takes_the_classes_of_training(tmp_path):
 
 
 def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no split .train., and none at all"):
         image_folder(tmp_path, "train")
     (tmp_path / "train" / "a").mkdir(parents=True)
-    with pytest.raises(DataError, match="Found 0 images"):
+    with pytest.raises(DataError, match="no images in it"):
         image_folder(tmp_path, "train")
 
 
@@ -168,3 +168,42 @@ def test_digits_without_scikit_learn_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(MissingDependencyError, match=r"\.\[quickstart\]"):
         write_digits(tmp_path / "digits")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_models_of_other_channels_learn_from_folders(fit, images, tmp_path, channels):
+    lines = []
+    report = fit(
+        in_chans=channels, epochs=1, aa="rand-m9-mstd0.5", color_jitter=0.4, say=lines.append
+    )
+    assert report.epochs[0].val_top1 is not None
+    assert any("left out for RGBA" in line for line in lines) == (channels == 4)
+    config = resolve_model_data_config(report.model)
+    assert config["input_size"][0] == len(config["mean"]) == channels
+
+
+def test_other_numbers_of_channels_are_refused(fit):
+    with pytest.raises(ConfigError, match="takes 5; pass it tensors"):
+        fit(in_chans=5)
+
+
+@pytest.mark.parametrize(
+    "size", [{"img_size": (32, 48)}, {"img_size": None, "input_size": (3, 32, 48)}]
+)
+def test_oblong_images(fit, size):
+    report = fit(**size, epochs=1)
+    assert resolve_model_data_config(report.model)["input_size"] == (3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ({"img_size": (32, 32, 3)}, "a side or height and width"),
+        ({"img_size": 0}, "img_size must be at least 1"),
+        ({"input_size": (3, 32, 32)}, "leave these out"),
+        ({"img_size": None, "input_size": (32, 32)}, "channels, height, width"),
+    ],
+)
+def test_sizes_that_are_none(fit, size, words):
+    with pytest.raises(ConfigError, match=words):
+        fit(**size)

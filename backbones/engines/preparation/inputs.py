@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
-from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from backbones.errors import ConfigError
+from backbones.errors import ConfigError, DataError
+from backbones.images import find_bad_images, image_mode, list_images
 
 __all__ = ["Images", "check_input_size", "input_size_of", "load_images", "random_input"]
 
@@ -48,33 +48,31 @@ def load_images(images: Images, data_config: Mapping[str, Any], most: int = _MOS
     """Return images (N, C, H, W) as a model takes them.
 
     Args:
-        images: a folder of images in any depth of folders, of which `most` are taken, evenly
-            spread; or a batch that is already normalized.
+        images: a folder (or tar archive) of images in any depth of folders, of which `most` are
+            taken, evenly spread; or a batch that is already normalized.
         data_config: the model's, for ``timm.data.create_transform``.
         most: how many at most.
 
     Raises:
         ConfigError: no folder, or no image in it.
+        DataError: images that cannot be read, all named.
     """
     if isinstance(images, Tensor):
         if images.ndim != 4 or not len(images):
             raise ConfigError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
         return images[:most].detach().cpu().float()
-    folder = Path(images)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; give a folder of images")
-    mode = "L" if data_config["input_size"][0] == 1 else "RGB"
-    dataset: Any = create_dataset(
-        "", root=str(folder), transform=create_transform(**data_config), input_img_mode=mode
-    )
-    if not len(dataset):
-        raise ConfigError(f"{folder}: no images in it")
-    count = min(most, len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)]
-    try:
-        return torch.stack([dataset[i][0] for i in chosen])
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{folder}: an image in it cannot be read ({error})") from error
+    if not Path(images).exists():
+        raise ConfigError(f"{images}: no such folder; give a folder of images")
+    files = list_images(images)
+    if not files.paths:
+        raise ConfigError(f"{images}: no images in it")
+    count = min(most, len(files))
+    chosen = [files.paths[i * len(files) // count] for i in range(count)]
+    mode, transform = image_mode(data_config["input_size"][0]), create_transform(**data_config)
+    bad = find_bad_images(chosen, opener=lambda path: files.open(path, mode))
+    if bad:
+        raise DataError("\n       ".join(bad.values()))
+    return torch.stack([transform(files.open(path, mode)) for path in chosen])
 
 
 def random_input(shape: Sequence[int], *, raw: bool = False) -> Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from backbones.errors import DataError
 from backbones.optional import optional_import
-from backbones.train.data.images import DataError
 
 __all__ = ["write_digits"]
 

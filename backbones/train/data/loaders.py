@@ -1,6 +1,6 @@
 """Batches of images, prepared as a model needs them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from backbones.errors import DataError
+from backbones.images import fit_channels
 from backbones.train.config import TrainConfig
-from backbones.train.data.images import DataError
 from backbones.train.distributed import ProcessGroup
 
 __all__ = ["eval_loader", "set_input", "train_loader"]
@@ -17,25 +18,23 @@ __all__ = ["eval_loader", "set_input", "train_loader"]
 SINGLE_PROCESS = ProcessGroup(torch.device("cpu"))
 
 
-def set_input(model: nn.Module, size: int | None = None, **facts: Any) -> None:
+def set_input(model: nn.Module, size: int | Sequence[int] | None = None, **facts: Any) -> None:
     """Change the input that timm's preprocessing and saved checkpoints state of a model.
 
-    `size` is the side of the images, `facts` are `crop_pct`, `mean`, `std` and `interpolation`;
-    None keeps the model's.
+    `size` is the side of the images, or height and width; `facts` are `crop_pct`, `mean`, `std` and
+    `interpolation`; None keeps the model's.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     known = resolve_model_data_config(model)
     channels = getattr(model, "in_chans", None) or known["input_size"][0]
-    shape = (channels, size, size) if size else (channels, *known["input_size"][1:])
+    shape = known["input_size"]
     if size:
         cfg |= {"pool_size": None, "test_input_size": None, "test_crop_pct": None}
-    cfg |= {"input_size": shape, "num_classes": model.num_classes}
-    cfg |= {key: value for key, value in facts.items() if value is not None}
-    for key in ("mean", "std"):
-        values = tuple(cfg.get(key) or known[key])
-        if len(values) not in (1, channels):
-            values = (sum(values) / len(values),)
-        cfg[key] = values if len(values) == channels else values * channels
+        shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    given = {key: value for key, value in facts.items() if value is not None}
+    cfg |= {"num_classes": model.num_classes, **given}
+    stated = {key: cfg.get(key) or known[key] for key in ("mean", "std")}
+    cfg |= fit_channels({**stated, "input_size": shape}, channels)
 
 
 def train_loader(
@@ -57,6 +56,8 @@ def train_loader(
         batch_size -= batch_size % 2  # timm mixes pairs
     if batch_size < 1:
         raise DataError("nothing to train on: fewer images than processes")
+    # timm's changes of color know gray and RGB.
+    colors = data_config["input_size"][0] != 4
     loader = create_loader(
         dataset,
         batch_size=batch_size,
@@ -70,8 +71,8 @@ def train_loader(
         ratio=tuple(config.ratio),
         hflip=config.hflip,
         vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.aa,
+        color_jitter=config.color_jitter if colors else None,
+        auto_augment=config.aa if colors else None,
         interpolation=data_config["interpolation"] if config.no_aug else config.train_interpolation,
         num_workers=config.workers,
         pin_memory=config.pin_mem,

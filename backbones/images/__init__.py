@@ -1,0 +1,15 @@
+"""Images of strangers: found in folders and archives, opened in one way, checked."""
+
+from backbones.images.channels import fit_channels, image_mode
+from backbones.images.files import ImageFiles, list_images, some
+from backbones.images.opening import find_bad_images, open_image
+
+__all__ = [
+    "ImageFiles",
+    "find_bad_images",
+    "fit_channels",
+    "image_mode",
+    "list_images",
+    "open_image",
+    "some",
+]
