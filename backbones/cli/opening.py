@@ -169,5 +169,5 @@ def set_size(model: nn.Module, args: argparse.Namespace) -> None:
     cfg: Any = model.pretrained_cfg
     known = cfg["input_size"][0]
     if channels not in ([], [known]):
-        raise ConfigError(f"--input-size: the model takes {known} channels, not {channels[0]}")
+        raise ConfigError(f"the model takes images of {known} channels, not of {channels[0]}")
     cfg["input_size"] = (known, height, width)
