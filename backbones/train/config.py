@@ -162,7 +162,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, (least, what) in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # nor a NaN
                 raise ConfigError(f"{name} must be {what}, got {value}")
         for name in ("lr", "lr_base", "clip_grad", "layer_decay", "kd_temperature"):
             value = getattr(self, name)
@@ -175,6 +175,15 @@ class TrainConfig:
         for name in ("smoothing", "drop", "drop_path", "val_fraction", "model_ema_decay"):
             if getattr(self, name) == 1:
                 raise ConfigError(f"{name} must be below 1")
+        for name in ("interpolation", "train_interpolation"):
+            value = getattr(self, name)
+            if value not in (None, *_INTERPOLATIONS):
+                raise ConfigError(
+                    f"no {name} {value!r}{nearest(value, _INTERPOLATIONS)}"
+                    f" (there are {', '.join(_INTERPOLATIONS)})"
+                )
+        if self.seed > _LARGEST_SEED:
+            raise ConfigError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
         for name in ("scale", "ratio"):
             low, high = (*getattr(self, name), 0, 0)[:2]
             if len(getattr(self, name)) != 2 or not 0 < low <= high:
@@ -199,6 +208,8 @@ _LEAST: Mapping[str, tuple[float, str]] = {
         (0, "at least 0"),
     ),
 }  # fmt: skip
+_INTERPOLATIONS = ("random", "bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+_LARGEST_SEED = 2**31  # NumPy takes 32 bits, and epochs are added
 _SHARES = (
     "smoothing",
     "drop",

@@ -174,6 +174,46 @@ def test_what_is_no_checkpoint_is_named(files, tmp_path, capsys):
     assert "classes          10" in run(capsys, "info", unusual, "--name", files / "mine.yaml")
 
 
+def test_a_source_is_never_written_over(files, tmp_path, capsys):
+    source = tmp_path / "m.pth"
+    source.write_bytes((files / "m.pth").read_bytes())
+    named = ["--name", files / "mine.yaml"]
+    for command in (["export", "--format", "onnx"], ["reparam"], ["weights", "convert"]):
+        message = refused(capsys, *command, source, source, *named)
+        assert "would replace its own source" in message
+    assert source.read_bytes() == (files / "m.pth").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "foo"], "'foo' cannot be used"),
+        (["-j", "-1"], "at least 0"),
+        (["--crop-pct", "nan"], "above 0 and at most 1"),
+        (["--crop-pct", "-1"], "above 0 and at most 1"),
+        (["--output", "{a.png}"], "is a file; name a folder"),
+        (["--output", "{a.png}/new/folder"], "is a file; name a folder"),
+    ],
+)
+def test_odd_values_are_wrong_usage(files, capsys, options, words):
+    options = [word.replace("{a.png}", str(files / "a.png")) for word in options]
+    with pytest.raises(SystemExit) as end:
+        main(["validate", "convnext_atto", str(files), *options])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_models_that_are_none(files, tmp_path, capsys):
+    message = refused(capsys, "predict", tmp_path, files / "a.png")
+    assert f"local-dir:{tmp_path}" in message
+    assert "write hf-hub:owner/repo" in refused(capsys, "info", "hf-hub:a/b/c")
+    argv = ["bench", files / "m.pth", "--name", files / "mine.yaml", "--engines", "published"]
+    assert "finite" in refused(capsys, *argv, "--seconds", "inf")
+    assert main(["predict", "resnet18", str(files / "a.png")]) == 1
+    assert "resnet18: its weights cannot be had" in capsys.readouterr().err
+    assert "parameters       11689512" in run(capsys, "info", "resnet18")
+
+
 def test_timms_spelling_in_the_script(files):
     root = files / "images" / "val" / "x"
     root.mkdir(parents=True)
