@@ -10,12 +10,13 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HFValidationError
 from timm.models import load_model_config_from_hf, split_model_name_tag
 from torch import nn
 
 from backbones import weights
 from backbones.config import Variant, check_arguments, read_family
-from backbones.errors import ConfigError, UnknownModelError, nearest
+from backbones.errors import ConfigError, UnknownModelError, WeightsUnavailableError, nearest
 from backbones.manifest import load_manifest
 from backbones.registry import PLACEMENT, build_with_report, registry, unknown
 from backbones.reparameterization import reparameterize
@@ -306,7 +307,10 @@ def _create_with_timm(
         choices = [*registry.names(), *timm.list_models()]
         raise UnknownModelError(unknown("model", name, choices))
     deploy = arguments.pop("deploy", False)
-    model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **arguments)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **arguments)
+    except OSError as error:
+        raise WeightsUnavailableError(f"{name}: its weights cannot be had: {error}") from error
     report = None
     if checkpoint is not None:
         report = weights.load_checkpoint(model, checkpoint)
@@ -334,7 +338,12 @@ def _create_remote(
         described |= {"file": place, "source": "local-dir"}
         architecture, saved = content.get("architecture"), content.get("model_args") or {}
     else:
-        described, architecture, saved = load_model_config_from_hf(place, cache_dir=cache_dir)
+        try:
+            described, architecture, saved = load_model_config_from_hf(place, cache_dir=cache_dir)
+        except HFValidationError as error:
+            raise ConfigError(f"{name}: write hf-hub:owner/repo@revision; {error}") from None
+        except OSError as error:
+            raise WeightsUnavailableError(f"{name} cannot be had: {error}") from error
         saved = saved or {}
     variant = registry.find(architecture or "")
     if variant is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,8 +54,8 @@ class Conditions:
         for name, value in (("batch_size", self.batch_size), ("threads", self.threads)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if not seconds > 0:
-            raise ConfigError(f"seconds must be more than 0, got {seconds}")
+        if not 0 < seconds < math.inf:
+            raise ConfigError(f"seconds must be more than 0 and finite, got {seconds}")
         if self.input_size is not None:
             check_input_size(self.input_size)
         if not precisions:

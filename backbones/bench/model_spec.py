@@ -96,7 +96,8 @@ def _of_module(model: nn.Module, folder: Path) -> ModelSpec:
 
 def _of_file(name: str | None, file: Path, overrides: Mapping[str, Any]) -> ModelSpec:
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file; check the path of the checkpoint")
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise ConfigError(f"{file}: {what}; check the path of the checkpoint")
     saved = read_description(file)
     own_name = saved.get("name")
     if name is None and own_name is None:

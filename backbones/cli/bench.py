@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from backbones import bench
 from backbones.cli.opening import add_model, add_size, asked_size, open_model
-from backbones.cli.parsing import command, positive, tell
+from backbones.cli.parsing import command, folder, positive, tell
 from backbones.cli.progress import Bar
 from backbones.engines import ENGINES, PRECISIONS
 from backbones.errors import ConfigError
@@ -63,7 +62,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--engine", help="of a front: auto, published or an engine (default: auto)")
     parser.add_argument("--calibration", metavar="DIR", help="folder of images, for int8")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for files")
+    parser.add_argument("--output", type=folder, metavar="DIR", help="folder for files")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.opening import add_model, add_size, asked_size, label_names, open_model
+from backbones.cli.opening import (
+    add_model,
+    add_size,
+    asked_size,
+    label_names,
+    open_model,
+    refuse_same,
+)
 from backbones.cli.parsing import command, tell
 from backbones.engines import available_formats, file_suffixes
 from backbones.errors import ConfigError
@@ -70,6 +77,7 @@ def add_parser(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Write the file and print how well it agrees with the model."""
     size = asked_size(args)
+    refuse_same(args.model, args.output)
     from_file = is_checkpoint(args.model)
     if from_file and args.random:
         raise ConfigError(f"--random is for a name, and {args.model} holds weights; leave it out")

@@ -5,12 +5,13 @@ import dataclasses
 import sys
 from typing import Any
 
+import timm
 from timm.data import resolve_model_data_config
 
 import backbones
 from backbones.cli.opening import add_model, label_names, open_model
 from backbones.cli.parsing import command, tell
-from backbones.factory import REMOTE, is_checkpoint
+from backbones.factory import REMOTE, find_variant, is_checkpoint
 from backbones.info import count_parameters
 
 __all__ = ["add_parser"]
@@ -57,7 +58,9 @@ def _list(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     """Print size, cost, origin and weights of a model, or what a checkpoint holds."""
     if args.name is not None or is_checkpoint(args.model) or args.model.startswith(REMOTE):
-        return _describe_loaded(args)
+        return _describe(open_model(args), args)
+    if timm.is_model(args.model) and find_variant(args.model)[0] is None:
+        return _describe(open_model(args, pretrained=False), args)
     info = backbones.model_info(args.model)
     rows = {
         "name": info.name,
@@ -81,9 +84,8 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_loaded(args: argparse.Namespace) -> int:
-    """Print what a model of a file or of the Hub is."""
-    model = open_model(args)
+def _describe(model: Any, args: argparse.Namespace) -> int:
+    """Print what a model of a file, of the Hub or of timm is."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     classes = label_names(model)
     facts = {

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 
 import backbones
@@ -21,6 +22,7 @@ __all__ = [
     "open_model",
     "open_with_facts",
     "read_class_names",
+    "refuse_same",
     "require_file",
     "set_size",
 ]
@@ -74,6 +76,11 @@ def open_with_facts(
         require_file(args.model)
         opened = open_checkpoint(args.model, args.name, **overrides)
         model, saved = opened.model, opened.saved
+    elif Path(args.model).is_dir() and not timm.is_model(args.model):
+        raise ConfigError(
+            f"{args.model} is a folder; name a checkpoint in it, or local-dir:{args.model} where"
+            " timm or this package saved a model for the Hub"
+        )
     elif args.name is not None:
         raise ConfigError(f"--name is for a checkpoint, and {args.model} is none; leave it out")
     else:
@@ -85,6 +92,12 @@ def open_with_facts(
         cfg: Any = model.pretrained_cfg
         cfg["label_names"] = names
     return model, saved
+
+
+def refuse_same(source: str, target: str) -> None:
+    """Refuse to write a file over the one that it is made of."""
+    if Path(source).exists() and Path(target).exists() and Path(target).samefile(source):
+        raise ConfigError(f"{target}: would replace its own source; name another file")
 
 
 def require_file(path: str) -> None:
@@ -167,5 +180,5 @@ def set_size(model: nn.Module, args: argparse.Namespace) -> None:
     *channels, height, width = size
     known = getattr(model, "in_chans", None) or 3
     if channels not in ([], [known]):
-        raise ConfigError(f"--input-size: the model takes {known} channels, not {channels[0]}")
+        raise ConfigError(f"the model takes images of {known} channels, not of {channels[0]}")
     set_input(model, (height, width))

@@ -2,12 +2,18 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 from json import dumps
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Parser", "command", "positive", "tell"]
+import torch
+
+from backbones.errors import first_line
+
+__all__ = ["Parser", "command", "device", "folder", "natural", "positive", "share", "tell"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,3 +160,38 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def natural(text: str) -> int:
+    """Parse an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def share(text: str) -> float:
+    """Parse a number above 0 and of at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
+def device(text: str) -> torch.device:
+    """Parse a device that this machine has."""
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {first_line(error)}") from error
+
+
+def folder(text: str) -> Path:
+    """Parse a folder that is there, or can be made."""
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written to; name another folder")
+    return path

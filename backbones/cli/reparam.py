@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import backbones
-from backbones.cli.opening import add_model, add_size, label_names, open_with_facts, set_size
+from backbones.cli.opening import (
+    add_model,
+    add_size,
+    label_names,
+    open_with_facts,
+    refuse_same,
+    set_size,
+)
 from backbones.cli.parsing import command, tell
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.reparameterization import reparameterize_with_report
@@ -32,9 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Write the re-parameterized form and print what was merged."""
-    source, target = Path(args.model), Path(args.output)
-    if source.exists() and target.exists() and target.samefile(source):
-        raise ConfigError(f"{target}: would replace the training form; name another file")
+    refuse_same(args.model, args.output)
     model, saved = open_with_facts(args)
     if getattr(model, "deployed", False):
         raise ConfigError(f"{args.model} is re-parameterized already; there is nothing to merge")
@@ -47,9 +52,9 @@ def _run(args: argparse.Namespace) -> int:
         )
     path = backbones.save_checkpoint(
         merged,
-        target,
+        args.output,
         license=saved.get("license"),
-        provenance=saved.get("provenance") or {"merged from": source.name},
+        provenance=saved.get("provenance") or {"merged from": Path(args.model).name},
         classes=label_names(model),
     )
     tell(args, {"path": str(path), **dataclasses.asdict(report)}, report, f"wrote {path}")

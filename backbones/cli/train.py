@@ -77,7 +77,7 @@ def _add_option(parser: Parser, field: Any, hint: Any) -> None:
         switch = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
         parser.add_argument(*flags, action=switch, **options)
     elif typing.get_origin(kind) is dict:
-        options |= {"nargs": "*", "action": ParseKwargs, "metavar": "KEY=VALUE"}
+        options |= {"nargs": "*", "action": _KeyValues, "metavar": "KEY=VALUE"}
         parser.add_argument(*flags, accepts=lambda word: "=" in word, **options)
     elif typing.get_origin(kind) is typing.Literal:
         choices = [choice for part in parts for choice in typing.get_args(part)]
@@ -91,6 +91,17 @@ def _add_option(parser: Parser, field: Any, hint: Any) -> None:
     else:
         metavar = "TEXT" if kind is str else "N"
         parser.add_argument(*flags, type=kind, metavar=metavar, **options)
+
+
+class _KeyValues(ParseKwargs):
+    """timm's ``KEY=VALUE``, with a word about what is none."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add the values to the namespace."""
+        for value in values:
+            if "=" not in value:
+                raise argparse.ArgumentError(self, f"write KEY=VALUE, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _alternatives(hint: Any) -> Sequence[Any]:

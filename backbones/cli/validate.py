@@ -17,7 +17,7 @@ from backbones.cli.opening import (
     read_class_names,
     set_size,
 )
-from backbones.cli.parsing import command, positive, tell
+from backbones.cli.parsing import command, device, folder, natural, positive, share, tell
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
 from backbones.train import set_input, validate, write_validation
@@ -42,21 +42,23 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--split", help="(default: validation; all images where are no splits)")
     parser.add_argument("--reparam", action="store_true", help="re-parameterize the model first")
     parser.add_argument("-b", "--batch-size", type=positive, default=64, help="(default: 64)")
-    parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument(
+        "-j", "--workers", type=natural, default=0, help="processes that load images"
+    )
     add_size(parser)
-    parser.add_argument("--crop-pct", type=float, help="share of the image that is kept")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--crop-pct", type=share, help="share of the image that is kept")
+    parser.add_argument("--device", type=device, default="cpu", help="(default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="(default: PyTorch's)")
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for metrics, tables and a picture"
+        "--output", type=folder, metavar="DIR", help="folder for metrics, tables and a picture"
     )
 
 
 def _run(args: argparse.Namespace) -> int:
     """Print top-1, top-5 and loss, and the classes with the lowest accuracy."""
-    folder = args.data_dir or args.data
-    if not folder:
+    images = args.data_dir or args.data
+    if not images:
         raise ConfigError("name the folder of images (--data-dir FOLDER)")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -64,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     model, data_config, classes, num_classes = (_exported if exported else _module)(args)
     result = validate(
         model,
-        folder,
+        images,
         data_config,
         split=args.split,
         classes=classes,
@@ -72,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         workers=args.workers,
         skip_bad=args.skip_bad,
-        device=torch.device(args.device),
+        device=args.device,
     )
     written = write_validation(result, args.output) if args.output else []
     files = [f"{args.output} holds {', '.join(path.name for path in written)}"] if written else []

@@ -5,12 +5,11 @@ import dataclasses
 import fnmatch
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from backbones import weights
 from backbones.cli import weights_publishing
-from backbones.cli.parsing import command, tell
+from backbones.cli.parsing import command, folder, tell
 from backbones.errors import BackbonesError, UnknownModelError, nearest
 from backbones.files import new_file
 from backbones.manifest import Manifest, WeightsEntry, load_manifest, read_manifest
@@ -69,7 +68,7 @@ def add_parser(commands: Any) -> None:
     listing.add_argument("--status", choices=STATUSES, help="only of this status")
     listing.add_argument("--license", help="only under a matching license")
     listing.add_argument("--pinned", action="store_true", help="only those with a recorded digest")
-    fetching.add_argument("--to", metavar="DIR", help="copy into this mirror folder")
+    fetching.add_argument("--to", type=folder, metavar="DIR", help="copy into this mirror folder")
     fetching.add_argument("--again", action="store_true", help="download even what is cached")
     weights_publishing.add_parsers(verbs)
 
@@ -118,7 +117,7 @@ def _fetch_files(args: argparse.Namespace) -> int:
         path = weights.fetch(entry, cache_dir=args.cache_dir, again=args.again)
         if args.to is None:
             return str(path)
-        place = weights.mirror_path(entry, Path(args.to))
+        place = weights.mirror_path(entry, args.to)
         place.parent.mkdir(parents=True, exist_ok=True)
         with new_file(place) as file:
             shutil.copyfile(path, file)

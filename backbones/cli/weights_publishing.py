@@ -10,10 +10,9 @@ import torch
 
 import backbones
 from backbones import weights
-from backbones.cli.opening import require_file
+from backbones.cli.opening import refuse_same, require_file
 from backbones.cli.parsing import command, tell
 from backbones.conversion import Conversion, read_for_release
-from backbones.errors import ConfigError
 
 __all__ = ["add_parsers"]
 
@@ -72,9 +71,8 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     """Load strictly, write, and print what was found."""
-    path, source = Path(args.output), Path(args.input)
-    if path.exists() and source.exists() and path.samefile(source):
-        raise ConfigError(f"{path}: would replace its own source; name another file")
+    path = Path(args.output)
+    refuse_same(args.input, args.output)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     found = _read(args, dtype=dtype, rewritten=True)
     weights.save_checkpoint(found.model, path, **found.beside)

@@ -162,6 +162,13 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not allowed(value):
                     raise ConfigError(f"{name} must be {words}, got {value}")
+        for name in ("interpolation", "train_interpolation"):
+            value = getattr(self, name)
+            if value not in (None, *_INTERPOLATIONS):
+                raise ConfigError(
+                    f"no {name} {value!r}{nearest(value, _INTERPOLATIONS)}"
+                    f" (there are {', '.join(_INTERPOLATIONS)})"
+                )
         for name in ("scale", "ratio"):
             low, high = (*getattr(self, name), 0, 0)[:2]
             if len(getattr(self, name)) != 2 or not 0 < low <= high:
@@ -222,7 +229,10 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "between 0 and 1",
     ),
     ("smoothing drop drop_path val_fraction model_ema_decay", lambda value: value < 1, "below 1"),
+    # NumPy's seeds have 32 bits, and epochs are added.
+    ("seed", lambda value: value <= 2**31, f"at most {2**31}"),
 )
+_INTERPOLATIONS = ("random", "bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 
 
 @cache

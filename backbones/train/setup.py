@@ -19,7 +19,7 @@ from timm.task import (
 from timm.utils import NativeScaler
 from torch import Tensor, nn
 
-from backbones.errors import ConfigError, UnsupportedError
+from backbones.errors import ConfigError, UnsupportedError, nearest
 from backbones.factory import create_model, load_model
 from backbones.train.config import TrainConfig
 from backbones.train.data import Splits, eval_loader, train_loader
@@ -41,6 +41,13 @@ def check_options_together(config: TrainConfig, group: ProcessGroup) -> None:
         raise UnsupportedError("sync_bn needs GPUs; leave it out on CPUs")
     if config.mixes and config.batch_size % 2:
         raise ConfigError(f"mixup and cutmix need an even batch_size, got {config.batch_size}")
+    if config.torchcompile:
+        backends = torch.compiler.list_backends(exclude_tags=None)
+        if config.torchcompile not in backends:
+            raise ConfigError(
+                f"no backend {config.torchcompile!r} of torch.compile"
+                f"{nearest(config.torchcompile, backends)} (there are {', '.join(backends)})"
+            )
     if config.kd_checkpoint and not config.kd_model_name:
         raise ConfigError("kd_checkpoint needs kd_model_name, the teacher's model")
 
@@ -69,7 +76,10 @@ def assemble(
     if config.sync_bn and group.distributed:
         model = convert_sync_batchnorm(model)
     task = create_task(model, config, group.device, num_classes=num_classes, classes=splits.classes)
-    train_batches = train_loader(splits.train, config, data_config, group)
+    try:
+        train_batches = train_loader(splits.train, config, data_config, group)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f"aa {config.aa!r} and other augmentation: {error}") from error
     val_batches = None
     if splits.val is not None:
         val_batches = eval_loader(
@@ -87,7 +97,7 @@ def assemble(
             task.get_trainable_module(),
             **{**optimizer_kwargs(cfg=config), **config.opt_kwargs, "lr": lr},
         )
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"optimizer {config.opt!r}: {error}") from error
     schedule = scheduler_kwargs(config)
     schedule |= {key: min(schedule[key], lr) for key in ("min_lr", "warmup_lr")}

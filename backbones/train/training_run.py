@@ -31,6 +31,7 @@ __all__ = ["BEST", "CURVES", "SUMMARY", "Say", "TrainReport", "TrainingRun"]
 ARGS, SUMMARY, CURVES = "args.yaml", "summary.csv", "curves.png"
 BEST = "model_best.safetensors"
 DRAWING_PAUSE_S = 30.0
+MOST_KEPT = 0.1  # of the average for the first weights, above which it is said
 Say = Callable[[str], None]
 
 
@@ -159,6 +160,14 @@ class TrainingRun:
             f" {self.num_classes} classes, epochs {first + 1} to {trainer.epochs}; results go to"
             f" {self.folder}"
         )
+        updates = trainer.epochs * trainer.updates_per_epoch
+        # timm's average begins as a copy of the weights after the first update.
+        kept = self.config.model_ema_decay ** (updates - 1)
+        if self.config.model_ema and not self.config.model_ema_warmup and kept > MOST_KEPT:
+            self.say(
+                f"model_ema: after all {updates} updates, {kept:.0%} of the average will still be"
+                " the weights after the first; add --model-ema-warmup"
+            )
 
     def _epoch(self, trainer: Trainer, saver: Checkpoints, epoch: int) -> EpochReport:
         begun = time.perf_counter()

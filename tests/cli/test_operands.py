@@ -95,13 +95,15 @@ def test_sizes_and_dimensions_stand_before_the_file(files, tmp_path, capsys):
     target = tmp_path / "m.pt2"
     assert "input 3x64x64" in run(capsys, *model, "--img-size", "64", target)
     assert "input 3x32x64" in run(capsys, *model, "--input-size", "3", "32", "64", target)
-    free = run(capsys, *model, "--img-size", "64", "--dynamic", "batch", "height", "width", target)
-    assert "batch, height, width" in free
+    free = ["--img-size", "64", "--dynamic", "batch", "height", "width"]
+    free = run(capsys, *model, *free, target)
+    assert "3x96x128" in free  # the file was compared at a second size
     message = refused(capsys, *model, target, "--dynamic", "depth")
     assert "no dynamic dimension 'depth'" in message
     message = refused(capsys, *model, target, "--img-size", "64", "--input-size", "3", "64", "64")
     assert "give one of them" in message
-    assert "3 channels" in refused(capsys, *model, target, "--input-size", "1", "64", "64")
+    message = refused(capsys, *model, target, "--input-size", "1", "64", "64")
+    assert "takes images of 3 channels, not of 1" in message
 
 
 def test_a_checkpoint_of_another_trainer_in_every_command(files, tmp_path, capsys):
@@ -153,7 +155,8 @@ def test_the_size_asked_for_reaches_the_model(files, capsys):
     small = run(capsys, *argv, "--img-size", "32", "64")
     assert small == run(capsys, *argv, "--input-size", "3", "32", "64")
     assert small != run(capsys, *argv)
-    assert "3 channels" in refused(capsys, *argv, "--input-size", "4", "32", "64")
+    message = refused(capsys, *argv, "--input-size", "4", "32", "64")
+    assert "takes images of 3 channels, not of 4" in message
     assert "one or two numbers" in refused(capsys, *argv, "--img-size", "1", "2", "3")
 
 
@@ -169,6 +172,46 @@ def test_what_is_no_checkpoint_is_named(files, tmp_path, capsys):
     unusual = tmp_path / "weights.dat"
     unusual.write_bytes((files / "m.pth").read_bytes())
     assert "classes          10" in run(capsys, "info", unusual, "--name", files / "mine.yaml")
+
+
+def test_a_source_is_never_written_over(files, tmp_path, capsys):
+    source = tmp_path / "m.pth"
+    source.write_bytes((files / "m.pth").read_bytes())
+    named = ["--name", files / "mine.yaml"]
+    for command in (["export", "--format", "onnx"], ["reparam"], ["weights", "convert"]):
+        message = refused(capsys, *command, source, source, *named)
+        assert "would replace its own source" in message
+    assert source.read_bytes() == (files / "m.pth").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "foo"], "'foo' cannot be used"),
+        (["-j", "-1"], "at least 0"),
+        (["--crop-pct", "nan"], "above 0 and at most 1"),
+        (["--crop-pct", "-1"], "above 0 and at most 1"),
+        (["--output", "{a.png}"], "is a file; name a folder"),
+        (["--output", "{a.png}/new/folder"], "is a file; name a folder"),
+    ],
+)
+def test_odd_values_are_wrong_usage(files, capsys, options, words):
+    options = [word.replace("{a.png}", str(files / "a.png")) for word in options]
+    with pytest.raises(SystemExit) as end:
+        main(["validate", "convnext_atto", str(files), *options])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_models_that_are_none(files, tmp_path, capsys):
+    message = refused(capsys, "predict", tmp_path, files / "a.png")
+    assert f"local-dir:{tmp_path}" in message
+    assert "write hf-hub:owner/repo" in refused(capsys, "info", "hf-hub:a/b/c")
+    argv = ["bench", files / "m.pth", "--name", files / "mine.yaml", "--engines", "published"]
+    assert "finite" in refused(capsys, *argv, "--seconds", "inf")
+    assert main(["predict", "resnet18", str(files / "a.png")]) == 1
+    assert "resnet18: its weights cannot be had" in capsys.readouterr().err
+    assert "parameters       11689512" in run(capsys, "info", "resnet18")
 
 
 def test_timms_spelling_in_the_script(files):

@@ -1,6 +1,7 @@
 """The command line of training: timm's names, files of options, and what counts more."""
 
 import dataclasses
+import shlex
 
 import pytest
 import yaml
@@ -89,6 +90,55 @@ def test_a_model_of_the_users_own(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["predict", best, image, "--name", str(own)]) == 0
     assert {"dark", "light"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("model", ["my models/mine.yaml", "test_byobnet"])
+def test_the_command_to_try_it_works_as_printed(folder, tmp_path, capsys, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my models").mkdir()
+    (tmp_path / "my models" / "mine.yaml").write_text(
+        "family: convnext\nvariants:\n  small: {like: convnext_atto, depths: [1, 1, 1, 1],"
+        " dims: [8, 16, 24, 32]}\n"
+    )
+    argv = ["train", str(folder), "--model", model, "--img-size", "32", "--epochs", "1"]
+    argv += ["--no-pretrained", "--output", "runs of mine", "--experiment", "it's"]
+    assert main(argv) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("try it: ")]
+    program, *words = shlex.split(line.removeprefix("try it: "))
+    assert program == "backbones"
+    image = str(folder / "val" / "light" / "0.png")
+    assert main([image if word == "IMAGE" else word for word in words]) == 0
+    assert {"dark", "light"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--interpolation", "bicubc"], "did you mean 'bicubic'"),
+        (["--train-interpolation", "none"], "no train_interpolation 'none'"),
+        (["--aa", "nope"], "aa 'nope'"),
+        (["--torchcompile", "inducter"], "did you mean 'inductor'"),
+        (["--seed", "99999999999999999999"], "seed must be at most"),
+        (["--opt-betas", "0.9"], "optimizer 'adamw'"),
+        (["--weight-decay", "nan"], "weight_decay must be at least 0, got nan"),
+    ],
+)
+def test_odd_options_are_named_before_training(folder, tmp_path, options, words, capsys):
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        "family: convnext\nvariants:\n  mine: {like: convnext_atto, depths: [1, 1, 1, 1],"
+        " dims: [8, 16, 24, 32]}\n"
+    )
+    argv = ["train", str(folder), "--model", str(own), "--img-size", "32", "--epochs", "1"]
+    assert main([*argv, "--no-pretrained", "--output", str(tmp_path / "out"), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_arguments_without_a_value_are_wrong_usage(folder, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--model", "convnext_atto", str(folder), "--model-kwargs", "foo"])
+    assert end.value.code == 2
+    assert "write KEY=VALUE, got 'foo'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

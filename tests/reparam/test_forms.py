@@ -235,7 +235,7 @@ def test_the_command_line_writes_the_deploy_form(tmp_path, capsys):
     [
         (["missing.safetensors", "out.safetensors"], "no such file"),
         (["deploy.safetensors", "out.safetensors"], "re-parameterized already"),
-        (["training.safetensors", "training.safetensors"], "would replace the training form"),
+        (["training.safetensors", "training.safetensors"], "would replace its own source"),
         (["bare.pth", "out.safetensors"], "add --name NAME"),
         (["training.safetensors", "out.pth"], r"\*.safetensors"),
     ],

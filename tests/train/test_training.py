@@ -188,6 +188,17 @@ def test_the_average_of_the_weights_is_validated_and_kept(fit):
     assert not torch.equal(average["stem.0.weight"], last["state_dict"]["stem.0.weight"])
 
 
+def test_an_average_of_hardly_anything_but_the_first_weights_is_told(fit):
+    lines = []
+    fit(model_ema=True, epochs=2, say=lines.append)  # of 6 updates
+    assert "after all 6 updates, 100% of the average" in "\n".join(lines)
+    assert "--model-ema-warmup" in "\n".join(lines)
+    for more in ({"model_ema_warmup": True}, {"model_ema_decay": 0.2}, {"model_ema": False}):
+        lines.clear()
+        fit(**{"model_ema": True, "epochs": 1, **more}, say=lines.append)
+        assert "model_ema:" not in "\n".join(lines)
+
+
 def test_mixup_and_when_it_ends(fit):
     still = {
         "lr": 1e-30,

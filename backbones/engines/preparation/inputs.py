@@ -26,7 +26,7 @@ def input_size_of(model: nn.Module, asked: Sequence[int] | None = None) -> tuple
         asked: ([channels,] height, width).
 
     Raises:
-        ConfigError: `asked` is something else.
+        ConfigError: `asked` is something else, or the model has other channels.
     """
     _, height, width = resolve_model_data_config(model)["input_size"]
     channels = getattr(model, "in_chans", None) or 3
@@ -34,6 +34,8 @@ def input_size_of(model: nn.Module, asked: Sequence[int] | None = None) -> tuple
         return (channels, height, width)
     check_input_size(asked)
     *own, height, width = asked
+    if own and hasattr(model, "in_chans") and own[0] != channels:
+        raise ConfigError(f"the model takes images of {channels} channels, not of {own[0]}")
     return (own[0] if own else channels, height, width)
 
 
