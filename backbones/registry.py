@@ -105,6 +105,7 @@ def build_with_report(
     checkpoint: str | Path | weights.Checkpoint | None = None,
     cache_dir: str | Path | None = None,
     deploy: bool = False,
+    new_classifier: bool | None = None,
     **overrides: Any,
 ) -> tuple[nn.Module, weights.LoadReport | None]:
     """Build a variant and load weights into it.
@@ -117,6 +118,8 @@ def build_with_report(
         checkpoint: load this local file instead of downloading; a path, or as it was read.
         cache_dir: where downloads are kept.
         deploy: re-parameterize the model, which is then in evaluation mode.
+        new_classifier: whether the weights may have another classifier, or none; None for yes if
+            `overrides` have ``num_classes``.
         overrides: further arguments of the constructor, ``features_only`` and ``out_indices``.
 
     Returns:
@@ -159,7 +162,7 @@ def build_with_report(
             model,
             checkpoint if checkpoint is not None else entry or cfg,
             lacks=entry.lacks if entry is not None and is_release else (),
-            new_classifier="num_classes" in overrides,
+            new_classifier="num_classes" in overrides if new_classifier is None else new_classifier,
             deploy=deploy,
             cache_dir=cache_dir,
         )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from backbones.errors import CheckpointError
-from backbones.weights.mapping import map_checkpoint
+from backbones.weights.mapping import map_file
 from backbones.weights.target import Target
 from backbones.weights.untrusted import Checkpoint
 
@@ -64,24 +64,12 @@ def sizes_in_file(checkpoint: Checkpoint, twin: nn.Module) -> dict[str, int]:
         checkpoint: the file as read.
         twin: the model with other sizes, on the meta device.
     """
-    cfg = getattr(twin, "pretrained_cfg", None) or {}
-    first_conv = getattr(twin, "first_conv", None) or cfg.get("first_conv")
-    if not isinstance(first_conv, str):
-        return {}
+    target = Target(twin)
+    options = {"ignore_classifier": True, "any_input_channels": target.first_convs}
     try:
-        tensors = map_checkpoint(
-            checkpoint.tensors,
-            twin,
-            ignore_classifier=True,
-            any_input_channels=[f"{first_conv}.weight"],
-        ).tensors
+        tensors = map_file(checkpoint, target, **options).tensors
     except CheckpointError:
         return {}  # what does not fit is named when it is loaded
-    places = {"in_chans": (first_conv, 1)}
-    if classifiers := Target(twin).classifiers:
-        places["num_classes"] = (classifiers[0], 0)
-    return {
-        key: tensors[f"{name}.weight"].shape[axis]
-        for key, (name, axis) in places.items()
-        if f"{name}.weight" in tensors
-    }
+    places = [("in_chans", name, 1) for name in target.first_convs[:1]]
+    places += [("num_classes", f"{name}.weight", 0) for name in target.classifiers[:1]]
+    return {size: tensors[name].shape[axis] for size, name, axis in places if name in tensors}
