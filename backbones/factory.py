@@ -359,6 +359,9 @@ def _create_remote(
             cache_dir=cache_dir,
             **arguments,
         )
+    if not timm.is_model(architecture):
+        choices = [*registry.names(), *timm.list_models()]
+        raise UnknownModelError(f"{name}: {unknown('model', architecture, choices)}")
     if of_transformers:  # whose names timm's own loader does not know
         if pretrained and checkpoint is None:
             checkpoint = weights.read_checkpoint(weights.fetch(PretrainedCfg(file=place)))
