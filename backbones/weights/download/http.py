@@ -3,7 +3,6 @@
 import http.client
 import os
 import re
-import socket
 import ssl
 import time
 import urllib.error
@@ -19,7 +18,12 @@ from huggingface_hub.utils import WeakFileLock, tqdm
 
 from backbones.errors import CheckpointError, WeightsUnavailableError, first_line
 from backbones.weights.download.disk import require_space, sha256_of, unwritable
-from backbones.weights.download.retrying import TransientError, is_transient_status, with_retries
+from backbones.weights.download.retrying import (
+    TransientError,
+    is_out_of_reach,
+    is_transient_status,
+    with_retries,
+)
 
 __all__ = ["download"]
 
@@ -248,7 +252,7 @@ def _translated(url: str) -> Iterator[None]:
         ) from error
     except urllib.error.URLError as error:
         reason = error.reason
-        if isinstance(reason, ssl.SSLCertVerificationError | socket.gaierror):
+        if is_out_of_reach(error):
             raise WeightsUnavailableError(
                 f"{url} cannot be had: {reason}; check the connection and proxies{_OR_LOCAL}"
             ) from error

@@ -27,7 +27,12 @@ from huggingface_hub.errors import (
 
 from backbones.errors import CheckpointError, WeightsUnavailableError, first_line
 from backbones.weights.download.disk import require_space, unwritable
-from backbones.weights.download.retrying import TransientError, is_transient_status, with_retries
+from backbones.weights.download.retrying import (
+    TransientError,
+    is_out_of_reach,
+    is_transient_status,
+    with_retries,
+)
 
 __all__ = [
     "EntryMissingError",
@@ -176,6 +181,8 @@ def _ask(action: Callable[[], T], where: _Place) -> T:
                 response = getattr(error, "response", None)
                 wait = response.headers.get("Retry-After") if response is not None else None
                 raise TransientError(first_line(error), wait) from error
+            if is_connection_error(error):
+                raise _unreachable(error, where) from error
             if isinstance(error, OSError | ValueError | EntryNotFoundError):
                 raise _translated(error, where) from error
             raise
@@ -183,10 +190,14 @@ def _ask(action: Callable[[], T], where: _Place) -> T:
     try:
         return with_retries(attempt, str(where))
     except TransientError as error:
-        raise WeightsUnavailableError(
-            f"{where} cannot be had from {constants.ENDPOINT}: {error}; check the connection"
-            f" (HF_ENDPOINT names a mirror){_OR_LOCAL}"
-        ) from error
+        raise _unreachable(error, where) from error
+
+
+def _unreachable(error: Exception, where: _Place) -> WeightsUnavailableError:
+    return WeightsUnavailableError(
+        f"{where} cannot be had from {constants.ENDPOINT}: {first_line(error)}; check the"
+        f" connection (HF_ENDPOINT names a mirror){_OR_LOCAL}"
+    )
 
 
 def _is_transient(error: Exception) -> bool:
@@ -195,6 +206,8 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, LocalEntryNotFoundError):
         return isinstance(error.__cause__, Exception) and _is_transient(error.__cause__)
     if isinstance(error, OfflineModeIsEnabled | FileMetadataError):
+        return False
+    if is_out_of_reach(error):
         return False
     if isinstance(error, OSError) and error.errno is None:
         return True  # "Consistency check failed": fewer bytes than announced
