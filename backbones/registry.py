@@ -89,10 +89,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
 
 
 def build(variant: Variant, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Build a variant: the one road that our factory, timm's entry points and user files take.
-
-    For the arguments see :func:`build_with_report`, which also tells what was loaded.
-    """
+    """Build a variant: the one road to a model; for the arguments see `build_with_report`."""
     return build_with_report(variant, pretrained, **options)[0]
 
 
@@ -231,11 +228,7 @@ def _pool_size(model_class: type[StagedBackbone], input_size: Iterable[int]) -> 
 
 
 def family_class(config: FamilyConfig, module: str | Path | None) -> type[StagedBackbone]:
-    """Import a family and return its class.
-
-    Args:
-        config: the family's YAML file as read.
-        module: a dotted name or a Python file; None for ``backbones.families.<family>``.
+    """Import a family, of ours for None or a dotted name or Python file, and return its class.
 
     Raises:
         ConfigError: there is no such module, or it has not one subclass of `StagedBackbone`.

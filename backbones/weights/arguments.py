@@ -24,10 +24,6 @@ _SLACK = 1 << 20
 def saved_arguments(checkpoint: Checkpoint, model_class: Any) -> dict[str, Any]:
     """Return the arguments that `save_checkpoint` wrote; empty for files of any other origin.
 
-    Args:
-        checkpoint: the file as read.
-        model_class: the `StagedBackbone` that takes the arguments.
-
     Raises:
         CheckpointError: they make no model, or one much larger than the file.
     """
@@ -58,12 +54,7 @@ def saved_arguments(checkpoint: Checkpoint, model_class: Any) -> dict[str, Any]:
 
 
 def sizes_in_file(checkpoint: Checkpoint, twin: nn.Module) -> dict[str, int]:
-    """Return ``num_classes`` and ``in_chans`` of a checkpoint of somebody else's, as far as found.
-
-    Args:
-        checkpoint: the file as read.
-        twin: the model with other sizes, on the meta device.
-    """
+    """Return ``num_classes`` and ``in_chans`` of a file, as far as found; `twin` has any others."""
     target = Target(twin)
     options = {"ignore_classifier": True, "any_input_channels": target.first_convs}
     try:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from backbones.errors import CheckpointError
 from backbones.manifest import WeightsEntry
 from backbones.reparameterization import reparameterize
 from backbones.weights.download import fetch
-from backbones.weights.mapping import Mapped, map_file
+from backbones.weights.mapping import Mapped, Match, map_file
 from backbones.weights.target import Target
 from backbones.weights.untrusted import Checkpoint, opened, read_checkpoint
 
@@ -23,30 +23,15 @@ __all__ = ["LoadReport", "filter_for_timm", "load_checkpoint", "load_pretrained"
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_checkpoint` did. Entries are listed by their names in the model's layout."""
+@dataclass(frozen=True, kw_only=True)
+class LoadReport(Match):
+    """What `load_checkpoint` did."""
 
     source: str
-    layout: str
-    wrapper: str | None
-    prefix: str
     loaded: int
     """Number of entries copied into the model."""
-    dropped: tuple[str, ...] = ()
-    """Entries the model computes itself or was built without (auxiliary heads)."""
-    ignored: tuple[str, ...] = ()
-    """Entries of parts this model has not, and entries that are no tensors."""
-    missing: tuple[str, ...] = ()
-    """Entries of the model that kept their values (only with ``strict=False``)."""
-    unexpected: tuple[str, ...] = ()
-    """Entries without a place in the model (only with ``strict=False``)."""
     new: tuple[str, ...] = ()
     """Entries of a new classifier, which keep their random values."""
-    inner: tuple[str, ...] = ()
-    """Words of wrappers taken out of the middle of the keys, such as ``_fsdp_wrapped_module``."""
-    passed_over: tuple[str, ...] = ()
-    """Where the file has weights of this model as well, such as the raw ones beside averages."""
 
     def __str__(self) -> str:
         facts = [f"layout {self.layout}"]
@@ -106,7 +91,6 @@ def load_pretrained(
     must fit completely; the model is unchanged when it does not.
 
     Args:
-        model: the model, with or without `features_only`.
         source: a file, a checkpoint that was read, or what is first brought to this machine: a
             manifest entry, or timm's `PretrainedCfg`.
         lacks: parts that the file is known not to hold: ``classifier``, ``head``.
@@ -181,20 +165,10 @@ def _load(
         channels, base = target.present[key].shape[1], tensors[key].shape[1]
         tensors[key] = adapt_input_conv(channels, tensors[key], base_chans=base)
     body.load_state_dict(tensors, strict=False)
-    return LoadReport(
-        checkpoint.source,
-        mapped.layout,
-        checkpoint.wrapper,
-        mapped.prefix,
-        len(tensors),
-        (*mapped.dropped, *(key for key in new if key in mapped.tensors)),
-        (*mapped.ignored, *checkpoint.others),
-        mapped.missing,
-        mapped.unexpected,
-        tuple(new),
-        mapped.inner,
-        mapped.passed_over,
-    )
+    match = {one.name: getattr(mapped, one.name) for one in fields(Match)}
+    match["dropped"] = (*mapped.dropped, *(key for key in new if key in mapped.tensors))
+    match["ignored"] = (*mapped.ignored, *checkpoint.others)
+    return LoadReport(**match, source=checkpoint.source, loaded=len(tensors), new=tuple(new))
 
 
 def _require_known_gaps(mapped: Mapped, target: Target, lacks: Sequence[str], source: str) -> None:
@@ -211,9 +185,8 @@ def _require_known_gaps(mapped: Mapped, target: Target, lacks: Sequence[str], so
 def filter_for_timm(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Prepare a checkpoint for timm's builder: its `pretrained_filter_fn`.
 
-    timm loads the whole model non-strictly when `num_classes` differs, and then a wrong rename
-    would load nothing and only be logged. Completeness is therefore checked here, the classifier
-    aside, which timm drops, and the input channels aside, which timm adapts.
+    timm loads non-strictly when `num_classes` differs, and a wrong rename would then load nothing.
+    Completeness is therefore checked here, classifier and input channels aside, which timm adapts.
 
     Raises:
         CheckpointError: the checkpoint does not fit. Never `TypeError`, on which timm retries.

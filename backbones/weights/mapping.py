@@ -15,7 +15,7 @@ from backbones.weights.target import Layout, Target
 from backbones.weights.untrusted import Checkpoint
 from backbones.weights.values import check_values
 
-__all__ = ["OWN_LAYOUT", "Mapped", "map_checkpoint", "map_file"]
+__all__ = ["OWN_LAYOUT", "Mapped", "Match", "map_checkpoint", "map_file"]
 
 OWN_LAYOUT = "backbones"
 # torch.optim.swa_utils.AveragedModel counts its updates in the state dict.
@@ -23,25 +23,38 @@ _BOOKKEEPING = "n_averaged"
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|averaged?|average_model|swa)(?:[._]|$)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Mapped:
-    """A checkpoint in a model's own names and shapes, and what became of the rest."""
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Where in a checkpoint a model was found, and what became of the rest.
 
-    tensors: dict[str, Tensor]
+    Entries are listed by their names in the model's layout.
+    """
+
     layout: str
     """The layout the keys were in; ``backbones`` is the model's own."""
-    prefix: str
-    """The prefix taken off the keys, such as ``module.``; empty for none."""
+    wrapper: str | None = None
+    """The dicts around the state dict, such as ``model_ema``."""
+    prefix: str = ""
+    """What was taken off the keys, such as ``module.``."""
     inner: tuple[str, ...] = ()
     """Words taken out of the middle of the keys, such as ``_fsdp_wrapped_module``."""
     dropped: tuple[str, ...] = ()
     """Entries the model computes itself or was built without (auxiliary heads)."""
     ignored: tuple[str, ...] = ()
-    """Entries of parts the model has not: pruned stages, classifier, what lies outside of it."""
+    """Entries of parts the model has not, what lies outside of it, and what is no tensor."""
     missing: tuple[str, ...] = ()
+    """Entries of the model that kept their values (only with ``strict=False``)."""
     unexpected: tuple[str, ...] = ()
+    """Entries without a place in the model (only with ``strict=False``)."""
     passed_over: tuple[str, ...] = ()
-    """Prefixes below which lies all that the model needs as well, with other values."""
+    """Where all that the model needs lies as well, such as the raw weights beside averages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapped(Match):
+    """A checkpoint in a model's own names and shapes."""
+
+    tensors: dict[str, Tensor]
 
 
 @dataclass
@@ -79,15 +92,17 @@ def map_file(checkpoint: Checkpoint, target: Target, **options: Any) -> Mapped:
         CheckpointError: as `map_checkpoint`, and where values are missing; with the file's name.
     """
     target.require_form(checkpoint)
-    tensors, beside, passed_over = checkpoint.tensors, checkpoint.beside, checkpoint.passed_over
+    tensors, beside = checkpoint.tensors, checkpoint.beside
+    place: dict[str, Any] = {"wrapper": checkpoint.wrapper}
     if beside and 2 * likeness(tensors, target.present) < likeness(beside, target.present):
-        tensors, passed_over = beside, ()
+        tensors, place = beside, {}
+    elif checkpoint.passed_over:
+        place["passed_over"] = checkpoint.passed_over
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{checkpoint.source}: entry {key[:80]!r} has no values (meta)")
     try:
-        mapped = map_checkpoint(tensors, target, **options)
-        return replace(mapped, passed_over=mapped.passed_over or passed_over)
+        return replace(map_checkpoint(tensors, target, **options), **place)
     except CheckpointError as error:
         raise type(error)(f"{checkpoint.source}: {error}") from error
 
@@ -314,9 +329,9 @@ def _preferred(complete: list[_Attempt], target: Target) -> _Attempt:
 
 def _finish(attempt: _Attempt, target: Target) -> Mapped:
     check_values(attempt.tensors, target.present)
-    facts = {one.name: getattr(attempt, one.name) for one in fields(Mapped)}
-    lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
-    return Mapped(**{**facts, **lists})
+    names = [one.name for one in fields(Mapped)]
+    facts: dict[str, Any] = {k: v for k, v in vars(attempt).items() if k in names}
+    return Mapped(**facts | {k: tuple(v) for k, v in facts.items() if isinstance(v, list)})
 
 
 def _explain(attempt: _Attempt, target: Target, strict: bool, shapes_fit: int) -> str:

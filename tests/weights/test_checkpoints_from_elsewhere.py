@@ -155,7 +155,8 @@ def test_of_a_teacher_of_another_architecture_the_student_is_taken():
     model = Toy()
     assert load_checkpoint(model, file).prefix == "student."
     assert_same(model, STATE)
-    assert load_checkpoint(model, {"model": filled(dim=8), "student": STATE}).prefix == "student."
+    report = load_checkpoint(model, {"model": filled(dim=8), "student": STATE})
+    assert (report.wrapper, report.prefix, report.passed_over) == (None, "student.", ())
 
 
 def test_two_models_that_fit_alike_are_ambiguous():

@@ -44,14 +44,11 @@ def download(
 ) -> Path:
     """Download `url` to `path`, which appears whole and verified or not at all.
 
-    What has arrived is kept in a hidden ``.part`` file beside `path`, and a later call, also of
-    another process, goes on from there where the server can (byte ranges) and says that the file
-    is still the same (a strong ETag), or where a digest is recorded. One process downloads, others
-    that ask for the same path wait for it.
+    What has arrived is kept in a hidden ``.part`` file beside `path`; a later call, also of another
+    process, goes on from there where the server knows byte ranges and says that the file is still
+    the same (a strong ETag), or where a digest is recorded. Others that ask for the path wait.
 
     Args:
-        url: an http or https address.
-        path: the file to write; its folder is created.
         sha256, size: recorded digest and size in bytes, if any.
         again: replace a file that is there.
 

@@ -77,14 +77,12 @@ def hub_file(
     """Return the path of a Hub file in the Hub's cache, downloading it where needed.
 
     Dropped connections are resumed and busy servers asked again. What the server says of the file
-    is compared with the recorded digest and size before the download begins, and with the free
-    space on the disk. Without a connection, a cached copy is returned. `HF_ENDPOINT`,
-    `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_HOME` and the client's other variables apply.
+    is compared with the recorded digest and size, and with the free space on the disk, before the
+    download begins. Without a connection, a cached copy is returned. The client's variables
+    (`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_HOME`) apply.
 
     Args:
-        repo, file: ``owner/name``, and the file's path in it.
-        revision: branch, tag or commit; None for the main branch.
-        cache_dir: the cache; None for the Hub's own.
+        repo, file, revision: ``owner/name``, the file's path in it, and branch, tag or commit.
         sha256, size: recorded digest and size in bytes, if any. The caller verifies the file.
         again: download even if the file is in the cache.
 

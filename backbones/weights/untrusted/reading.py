@@ -114,11 +114,7 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 
 
 def opened(content: Any, source: str, metadata: dict[str, str] | None = None) -> Checkpoint:
-    """Find the state dict in what a file holds.
-
-    Raises:
-        CheckpointError: as `unwrap`.
-    """
+    """Find the state dict in what a file holds, or raise as `unwrap`."""
     tensors, wrapper, others, beside = open_content(content)
     names = names_in(content)
     return Checkpoint(tensors, metadata or {}, wrapper, others, source, beside, names)
@@ -131,9 +127,7 @@ def read_content(path: str | PathLike[str]) -> dict[str, Any]:
     may be replaced.
 
     Raises:
-        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
-        UnsafeCheckpointError: reading would run code; the message names what was blocked.
-        CheckpointError: the file is damaged, cut short, or holds no mapping.
+        CheckpointError: as `read_checkpoint`, or the file holds no mapping.
     """
     path, size, kind, head, _ = _recognized(path)
     if kind == "safetensors":
