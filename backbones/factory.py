@@ -11,15 +11,16 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HFValidationError
-from timm.models import load_model_config_from_hf, split_model_name_tag
+from timm.models import PretrainedCfg, load_model_config_from_hf, split_model_name_tag
 from torch import nn
 
 from backbones import weights
 from backbones.config import Variant, check_arguments, read_family
 from backbones.errors import ConfigError, UnknownModelError, WeightsUnavailableError, nearest
 from backbones.manifest import load_manifest
-from backbones.registry import PLACEMENT, build_with_report, registry, unknown
+from backbones.registry import PLACEMENT, build, build_with_report, registry, unknown
 from backbones.reparameterization import reparameterize
+from backbones.schema import constructor_parameters
 
 __all__ = [
     "REMOTE",
@@ -92,9 +93,8 @@ def find_variant(name: str) -> tuple[Variant | None, str | None]:
         ConfigError: a YAML path that cannot be read.
         UnknownModelError: our variant, but no such tag.
     """
-    path, _, chosen = name.partition("#")
-    if path.endswith((".yaml", ".yml")):
-        return _user_variant(path, chosen), None
+    if (place := _yaml_place(name)) is not None:
+        return _user_variant(*place), None
     base, tag = split_model_name_tag(name)
     variant = registry.find(base)
     if variant is not None and tag:
@@ -110,6 +110,14 @@ def is_checkpoint(given: str | Path) -> bool:
     if isinstance(given, Path) or path.suffix in weights.CHECKPOINT_SUFFIXES:
         return True
     return path.is_file() and not timm.is_model(given)
+
+
+def _yaml_place(name: str) -> tuple[str, str] | None:
+    """Split ``path.yaml#variant``; None where `name` is no YAML file. Folders may have a ``#``."""
+    splits = [(name, "")] + [(name[:at], name[at + 1 :]) for at, c in enumerate(name) if c == "#"]
+    places = [place for place in splits if place[0].endswith((".yaml", ".yml"))]
+    there = [place for place in places if Path(place[0]).is_file()]
+    return next(iter(there or places), None)
 
 
 def _user_variant(path: str, chosen: str) -> Variant:
@@ -149,8 +157,10 @@ def create_model(
             ``hf-hub:owner/repo@revision``, ``local-dir:path``, or any other model of timm.
         pretrained: load the released weights of the tag.
         checkpoint_path: load a local checkpoint of any known layout.
-        num_classes: width of the classifier; None for that of the weights.
-        in_chans: channels of the input; the first convolution of pretrained weights is adapted.
+        num_classes: width of the classifier; None for that of the weights. Where these have
+            another, or none, the model has a new classifier with random values.
+        in_chans: channels of the input, to which the first convolution of weights is adapted; None
+            for those of the checkpoint.
         features_only: return the feature pyramid instead of logits.
         out_indices: which stages' maps; negative values count from the end.
         deploy: return the model re-parameterized (`reparameterize`) and in evaluation mode.
@@ -170,30 +180,51 @@ def create_model(
         arguments["features_only"] = True
     if deploy:
         arguments["deploy"] = True
+    checkpoint = None if checkpoint_path is None else weights.read_checkpoint(checkpoint_path)
     if name.startswith(REMOTE):
-        return _create_remote(name, pretrained, checkpoint_path, cache_dir, arguments)
+        return _create_remote(name, pretrained, checkpoint, cache_dir, arguments)
     variant, tag = find_variant(name)
+    if checkpoint is not None:
+        return _create_from(checkpoint, name, variant, tag, arguments)[0]
     if variant is None:
-        return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)[0]
-    checkpoint = None
-    if checkpoint_path is not None:
-        checkpoint = weights.read_checkpoint(checkpoint_path)
-        arguments = {**_saved_arguments(checkpoint, variant), **arguments}
-    return build_with_report(
-        variant,
-        pretrained,
-        pretrained_cfg=tag,
-        checkpoint=checkpoint,
-        cache_dir=cache_dir,
-        **arguments,
-    )[0]
+        return _create_with_timm(name, pretrained, None, cache_dir, arguments)[0]
+    return build(variant, pretrained, pretrained_cfg=tag, cache_dir=cache_dir, **arguments)
 
 
-def _saved_arguments(checkpoint: weights.Checkpoint, variant: Variant) -> dict[str, Any]:
-    """Return the arguments that a checkpoint of this very variant was saved with."""
-    if checkpoint.description.get("name") != variant.name:
-        return {}
-    return weights.saved_arguments(checkpoint, registry.model_class(variant.family))
+def _create_from(
+    checkpoint: weights.Checkpoint,
+    name: str,
+    variant: Variant | None,
+    tag: str | None,
+    arguments: dict[str, Any],
+) -> tuple[nn.Module, weights.LoadReport | None, Mapping[str, Any]]:
+    """Build the model of a checkpoint; arguments that are not given are the checkpoint's.
+
+    Returns:
+        The model, what was loaded, and what `save_checkpoint` wrote of this very model.
+    """
+    described = checkpoint.description
+    own_name = variant.name if variant is not None else name
+    saved = described if described.get("name") in (name, own_name) else {}
+    chosen = "num_classes" in arguments
+    if variant is None:
+        if timm.is_model(name):
+            with torch.device("meta"):
+                arguments = weights.sizes_in_file(checkpoint, timm.create_model(name)) | arguments
+        made = _create_with_timm(name, False, checkpoint, None, arguments, new_classifier=chosen)
+        return *made, saved
+    model_class = registry.model_class(variant.family)
+    if saved:
+        arguments = weights.saved_arguments(checkpoint, model_class) | arguments
+    else:
+        known = constructor_parameters(model_class)
+        given = {key: value for key, value in arguments.items() if key in known}
+        twin = model_class(**{**variant.arguments, **given, "device": "meta"})
+        arguments = weights.sizes_in_file(checkpoint, twin) | arguments
+    made = build_with_report(
+        variant, pretrained_cfg=tag, checkpoint=checkpoint, new_classifier=chosen, **arguments
+    )
+    return *made, saved
 
 
 @dataclass(frozen=True)
@@ -247,38 +278,17 @@ def open_checkpoint(
 
     With `ours_only`, models of timm are unknown.
     """
-    if not isinstance(source, weights.Checkpoint):
-        source = weights.read_checkpoint(source)
-    checkpoint: weights.Checkpoint = source
+    checkpoint = weights.read_checkpoint(source) if isinstance(source, str | Path) else source
     described = checkpoint.description
-    given = name or described.get("name")
-    if given is None:
-        raise ConfigError(
-            f"{checkpoint.source} does not say which model it is of; add --name NAME, or in Python"
-            " load_model(path, NAME)"
-        )
+    given = name or described.get("name") or _named_in(checkpoint)
     variant, tag = find_variant(given)
     if variant is None and name is None and described.get("family") in registry.classes:
         # A variant of a user's own file: its arguments are all that is needed.
         variant = Variant(given, described["family"], described.get("arguments") or {})
     if variant is None and ours_only:
         raise UnknownModelError(unknown("model of this package", given, registry.names()))
-    own_name = variant.name if variant is not None else given
-    saved = described if described.get("name") in (given, own_name) else {}
-    arguments: dict[str, Any] = {"deploy": True} if saved.get("deploy") else {}
-    if variant is None:
-        arguments |= _timm_sizes(checkpoint, given) | overrides
-        model, report = _create_with_timm(given, False, checkpoint, None, arguments)
-    else:
-        model_class = registry.model_class(variant.family)
-        if saved:
-            arguments |= weights.saved_arguments(checkpoint, model_class)
-        else:
-            twin = model_class(**variant.arguments, device="meta")
-            arguments |= weights.sizes_in_file(checkpoint, twin)
-        model, report = build_with_report(
-            variant, pretrained_cfg=tag, checkpoint=checkpoint, **{**arguments, **overrides}
-        )
+    as_saved = {"deploy": True} if checkpoint.deploy else {}
+    model, report, saved = _create_from(checkpoint, given, variant, tag, as_saved | overrides)
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if cfg is not None:
         cfg.update(saved.get("input") or {})
@@ -288,20 +298,31 @@ def open_checkpoint(
     return LoadedModel(model.eval(), given, variant, tag, saved, report)
 
 
-def _timm_sizes(checkpoint: weights.Checkpoint, name: str) -> dict[str, int]:
-    """Return the sizes in a checkpoint of one of timm's models; none for other names."""
-    if not timm.is_model(name):
-        return {}
-    with torch.device("meta"):
-        return weights.sizes_in_file(checkpoint, timm.create_model(name))
+def _named_in(checkpoint: weights.Checkpoint) -> str:
+    """Return the model's name that a training script wrote into a checkpoint of its own.
+
+    Raises:
+        ConfigError: it names none that is registered; what else such a name could be (a path, an
+            address) is not looked at, since the file is a stranger's.
+    """
+    for name in checkpoint.model_names:
+        if registry.find(split_model_name_tag(name)[0]) is not None or timm.is_model(name):
+            return name
+    said = f" (only {', '.join(map(repr, checkpoint.model_names))})" * bool(checkpoint.model_names)
+    raise ConfigError(
+        f"{checkpoint.source} does not say which model it is of{said}; add --name NAME, or in"
+        " Python load_model(path, NAME)"
+    )
 
 
 def _create_with_timm(
     name: str,
     pretrained: bool,
-    checkpoint: str | Path | weights.Checkpoint | None,
+    checkpoint: weights.Checkpoint | None,
     cache_dir: str | Path | None,
     arguments: dict[str, Any],
+    *,
+    new_classifier: bool = False,
 ) -> tuple[nn.Module, weights.LoadReport | None]:
     if not timm.is_model(name) and not name.startswith(REMOTE):
         choices = [*registry.names(), *timm.list_models()]
@@ -313,30 +334,27 @@ def _create_with_timm(
         raise WeightsUnavailableError(f"{name}: its weights cannot be had: {error}") from error
     report = None
     if checkpoint is not None:
-        report = weights.load_checkpoint(model, checkpoint)
+        report = weights.load_pretrained(model, checkpoint, new_classifier=new_classifier)
     return (reparameterize(model.eval(), inplace=True) if deploy else model), report
 
 
 def _create_remote(
     name: str,
     pretrained: bool,
-    checkpoint_path: str | Path | None,
+    checkpoint: weights.Checkpoint | None,
     cache_dir: str | Path | None,
     arguments: dict[str, Any],
 ) -> nn.Module:
     """Build a model described by a config.json; ours where the architecture is ours."""
     scheme, _, place = name.partition(":")
+    of_transformers = False
     if scheme == "local-dir":
-        path = Path(place) / "config.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; local-dir: needs a folder with one") from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        content = _local_config(Path(place))
+        of_transformers = content.get("model_type") == "timm_wrapper"
         described = dict(content.get("pretrained_cfg") or {})
+        described |= {key: content[key] for key in ("num_classes", "label_names") if key in content}
         described |= {"file": place, "source": "local-dir"}
-        architecture, saved = content.get("architecture"), content.get("model_args") or {}
+        architecture, saved = content["architecture"], content.get("model_args") or {}
     else:
         try:
             described, architecture, saved = load_model_config_from_hf(place, cache_dir=cache_dir)
@@ -344,15 +362,52 @@ def _create_remote(
             raise ConfigError(f"{name}: write hf-hub:owner/repo@revision; {error}") from None
         except OSError as error:
             raise WeightsUnavailableError(f"{name} cannot be had: {error}") from error
-        saved = saved or {}
-    variant = registry.find(architecture or "")
-    if variant is None:
-        return _create_with_timm(name, pretrained, checkpoint_path, cache_dir, arguments)[0]
-    return build_with_report(
-        variant,
-        pretrained,
-        pretrained_cfg=described,
-        checkpoint=checkpoint_path,
-        cache_dir=cache_dir,
-        **{**saved, **arguments},
-    )[0]
+        except (KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{name}: its config.json describes no model of timm ({error!r}); if transformers"
+                " wrote it, download the repository and use local-dir:FOLDER"
+            ) from error
+    variant = registry.find(architecture)
+    arguments = {**(saved or {}), **arguments}
+    if variant is not None:
+        return build(
+            variant,
+            pretrained,
+            pretrained_cfg=described,
+            checkpoint=checkpoint,
+            cache_dir=cache_dir,
+            **arguments,
+        )
+    if not timm.is_model(architecture):
+        choices = [*registry.names(), *timm.list_models()]
+        raise UnknownModelError(f"{name}: {unknown('model', architecture, choices)}")
+    if of_transformers:  # whose names timm's own loader does not know
+        if pretrained and checkpoint is None:
+            checkpoint = weights.read_checkpoint(weights.fetch(PretrainedCfg(file=place)))
+        if checkpoint is not None:
+            return _create_from(checkpoint, architecture, None, None, arguments)[0]
+        name = architecture
+    return _create_with_timm(name, pretrained, checkpoint, cache_dir, arguments)[0]
+
+
+def _local_config(folder: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of a folder that timm, transformers or `save_for_hf` wrote.
+
+    Raises:
+        ConfigError: there is none, or it describes no model of timm or of this package.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path}: no such file; local-dir: needs a folder with one") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
+        kind = content.get("model_type") if isinstance(content, dict) else None
+        raise ConfigError(
+            f"{path}: names no 'architecture', so it describes no model of timm"
+            + (f" but transformers' {kind!r}" if kind else "")
+            + f"; name the model yourself: load_model({str(folder / 'model.safetensors')!r}, NAME)"
+        )
+    return content

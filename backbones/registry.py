@@ -90,10 +90,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
 
 
 def build(variant: Variant, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Build a variant: the one road that our factory, timm's entry points and user files take.
-
-    For the arguments see :func:`build_with_report`, which also tells what was loaded.
-    """
+    """Build a variant: the one road to a model; for the arguments see `build_with_report`."""
     return build_with_report(variant, pretrained, **options)[0]
 
 
@@ -106,6 +103,7 @@ def build_with_report(
     checkpoint: str | Path | weights.Checkpoint | None = None,
     cache_dir: str | Path | None = None,
     deploy: bool = False,
+    new_classifier: bool | None = None,
     **overrides: Any,
 ) -> tuple[nn.Module, weights.LoadReport | None]:
     """Build a variant and load weights into it.
@@ -118,6 +116,8 @@ def build_with_report(
         checkpoint: load this local file instead of downloading; a path, or as it was read.
         cache_dir: where downloads are kept.
         deploy: re-parameterize the model, which is then in evaluation mode.
+        new_classifier: whether the weights may have another classifier, or none; None for yes if
+            `overrides` have ``num_classes``.
         overrides: further arguments of the constructor, ``features_only`` and ``out_indices``.
 
     Returns:
@@ -162,7 +162,7 @@ def build_with_report(
             model,
             checkpoint if checkpoint is not None else entry or cfg,
             lacks=entry.lacks if entry is not None and is_release else (),
-            new_classifier="num_classes" in overrides,
+            new_classifier="num_classes" in overrides if new_classifier is None else new_classifier,
             deploy=deploy,
             cache_dir=cache_dir,
         )
@@ -231,11 +231,7 @@ def _pool_size(model_class: type[StagedBackbone], input_size: Iterable[int]) -> 
 
 
 def family_class(config: FamilyConfig, module: str | Path | None) -> type[StagedBackbone]:
-    """Import a family and return its class.
-
-    Args:
-        config: the family's YAML file as read.
-        module: a dotted name or a Python file; None for ``backbones.families.<family>``.
+    """Import a family, of ours for None or a dotted name or Python file, and return its class.
 
     Raises:
         ConfigError: there is no such module, or it has not one subclass of `StagedBackbone`.

@@ -15,7 +15,7 @@ from backbones.factory import create_model, find_variant
 from backbones.manifest import load_manifest
 from backbones.train.config import TrainConfig
 from backbones.train.data import set_input
-from backbones.weights import load_checkpoint, read_checkpoint, read_description
+from backbones.weights import load_checkpoint, read_checkpoint, read_description, sizes_in_file
 
 __all__ = ["InitialWeights", "create_initial_model", "hub_responds"]
 
@@ -114,6 +114,12 @@ def _of_whole_checkpoint(
             " --pretrained-path starts from it with a new classifier"
         )
     model = create_model(name, **arguments)
+    sizes = sizes_in_file(checkpoint, model)
+    if sizes and sizes.get("num_classes") != arguments["num_classes"]:
+        raise CheckpointError(
+            f"{path} is of a model of {sizes.get('num_classes', 'no')} classes, the data has"
+            f" {arguments['num_classes']}; --pretrained-path starts from it with a new classifier"
+        )
     load_checkpoint(model, checkpoint)
     license = checkpoint.description.get("license")
     return model, InitialWeights(path, license, f"starting from {path}")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from backbones.errors import CheckpointError
-from backbones.weights.mapping import map_checkpoint
+from backbones.weights.mapping import map_file
 from backbones.weights.target import Target
 from backbones.weights.untrusted import Checkpoint
 
@@ -23,10 +23,6 @@ _SLACK = 1 << 20
 
 def saved_arguments(checkpoint: Checkpoint, model_class: Any) -> dict[str, Any]:
     """Return the arguments that `save_checkpoint` wrote; empty for files of any other origin.
-
-    Args:
-        checkpoint: the file as read.
-        model_class: the `StagedBackbone` that takes the arguments.
 
     Raises:
         CheckpointError: they make no model, or one much larger than the file.
@@ -58,30 +54,13 @@ def saved_arguments(checkpoint: Checkpoint, model_class: Any) -> dict[str, Any]:
 
 
 def sizes_in_file(checkpoint: Checkpoint, twin: nn.Module) -> dict[str, int]:
-    """Return ``num_classes`` and ``in_chans`` of a checkpoint of somebody else's, as far as found.
-
-    Args:
-        checkpoint: the file as read.
-        twin: the model with other sizes, on the meta device.
-    """
-    cfg = getattr(twin, "pretrained_cfg", None) or {}
-    first_conv = getattr(twin, "first_conv", None) or cfg.get("first_conv")
-    if not isinstance(first_conv, str):
-        return {}
+    """Return ``num_classes`` and ``in_chans`` of a file, as far as found; `twin` has any others."""
+    target = Target(twin)
+    options = {"ignore_classifier": True, "any_input_channels": target.first_convs}
     try:
-        tensors = map_checkpoint(
-            checkpoint.tensors,
-            twin,
-            ignore_classifier=True,
-            any_input_channels=[f"{first_conv}.weight"],
-        ).tensors
+        tensors = map_file(checkpoint, target, **options).tensors
     except CheckpointError:
         return {}  # what does not fit is named when it is loaded
-    places = {"in_chans": (first_conv, 1)}
-    if classifiers := Target(twin).classifiers:
-        places["num_classes"] = (classifiers[0], 0)
-    return {
-        key: tensors[f"{name}.weight"].shape[axis]
-        for key, (name, axis) in places.items()
-        if f"{name}.weight" in tensors
-    }
+    places = [("in_chans", name, 1) for name in target.first_convs[:1]]
+    places += [("num_classes", f"{name}.weight", 0) for name in target.classifiers[:1]]
+    return {size: tensors[name].shape[axis] for size, name, axis in places if name in tensors}

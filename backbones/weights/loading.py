@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,37 @@ from backbones.errors import CheckpointError
 from backbones.manifest import WeightsEntry
 from backbones.reparameterization import reparameterize
 from backbones.weights.download import fetch
-from backbones.weights.mapping import Mapped, map_checkpoint
-from backbones.weights.target import Target, inner_module
-from backbones.weights.untrusted import Checkpoint, read_checkpoint, unwrap_all
+from backbones.weights.mapping import Mapped, Match, map_file
+from backbones.weights.target import Target
+from backbones.weights.untrusted import Checkpoint, opened, read_checkpoint
 
 __all__ = ["LoadReport", "filter_for_timm", "load_checkpoint", "load_pretrained"]
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_checkpoint` did. Entries are listed by their names in the model's layout."""
+@dataclass(frozen=True, kw_only=True)
+class LoadReport(Match):
+    """What `load_checkpoint` did."""
 
     source: str
-    layout: str
-    wrapper: str | None
-    prefix: str
     loaded: int
     """Number of entries copied into the model."""
-    dropped: tuple[str, ...] = ()
-    """Entries the model computes itself or was built without (auxiliary heads)."""
-    ignored: tuple[str, ...] = ()
-    """Entries of parts this model has not, and entries that are no tensors."""
-    missing: tuple[str, ...] = ()
-    """Entries of the model that kept their values (only with ``strict=False``)."""
-    unexpected: tuple[str, ...] = ()
-    """Entries without a place in the model (only with ``strict=False``)."""
+    new: tuple[str, ...] = ()
+    """Entries of a new classifier, which keep their random values."""
 
     def __str__(self) -> str:
         facts = [f"layout {self.layout}"]
         facts += [f"wrapper {self.wrapper}"] if self.wrapper else []
         facts += [f"prefix {self.prefix}"] if self.prefix else []
+        facts += [f"without {', '.join(self.inner)} in names"] if self.inner else []
         lines = [f"loaded {self.loaded} entries from {self.source} ({', '.join(facts)})"]
-        for what in ("dropped", "ignored", "missing", "unexpected"):
+        for what in ("dropped", "ignored", "missing", "unexpected", "new", "passed_over"):
             names = getattr(self, what)
             if names:
                 more = ", ..." if len(names) > 6 else ""
-                lines.append(f"  {what} {len(names)}: {', '.join(names[:6])}{more}")
+                title = what.replace("_", " ")
+                lines.append(f"  {title} {len(names)}: {', '.join(names[:6])}{more}")
         return "\n".join(lines)
 
 
@@ -72,7 +65,7 @@ def load_checkpoint(
         model: a model of this package, or any module; also in a wrapper (compiled, data parallel,
             averaged).
         source: a safetensors or `torch.save` file, or a dict as such a file holds: authors',
-            timm's or our own layout, in any wrapper (`unwrap`), with any prefix.
+            timm's or our own layout, in any wrapper (`unwrap`), with any prefix (`map_checkpoint`).
         strict: False tolerates missing and unexpected entries, which are then in the report;
             never wrong shapes, nor a checkpoint of which nothing fits.
 
@@ -99,12 +92,12 @@ def load_pretrained(
     must fit completely; the model is unchanged when it does not.
 
     Args:
-        model: the model, with or without `features_only`.
         source: a file, a checkpoint that was read, or what is first brought to this machine: a
             manifest entry, or timm's `PretrainedCfg`.
         lacks: parts that the file is known not to hold: ``classifier``, ``head``.
-        new_classifier: the user chose the number of classes; a classifier of another width in the
-            file is left out and the model keeps its fresh one.
+        new_classifier: the user chose the number of classes; where the file has none or one of
+            another width, the model keeps its fresh one, which is reported and, for files, warned
+            of.
         deploy: the model will be re-parameterized; a file that is already does so first.
         cache_dir: where downloads are kept.
 
@@ -112,14 +105,12 @@ def load_pretrained(
         WeightsUnavailableError: there are no such weights, or they cannot be had.
         CheckpointError: the file cannot be read or does not fit.
     """
-    if isinstance(source, str | PathLike | Checkpoint):
-        checkpoint = _checkpoint(source)
-    else:
-        checkpoint = read_checkpoint(fetch(source, cache_dir=cache_dir))
+    is_file = isinstance(source, str | PathLike | Checkpoint)
+    checkpoint = _checkpoint(source if is_file else fetch(source, cache_dir=cache_dir))
     if deploy and checkpoint.deploy:
         # Nothing to verify here: what is merged is overwritten by the file.
         reparameterize(model.eval(), inplace=True, verify=False)
-    return _load(
+    report = _load(
         model,
         checkpoint,
         strict=not lacks,
@@ -127,6 +118,15 @@ def load_pretrained(
         ignore_classifier=new_classifier,
         adapt_input=True,
     )
+    if report.new:
+        _logger.log(
+            logging.WARNING if is_file else logging.INFO,
+            "%s: the number of classes was given, so the model has a new classifier (%s), with"
+            " random values, and the rest of the file",
+            report.source,
+            ", ".join(report.new),
+        )
+    return report
 
 
 def _load(
@@ -146,36 +146,30 @@ def _load(
             f"{checkpoint.source}: cannot be loaded, the model is on the meta device and has no"
             " memory for values; call model.to_empty(device=...) first"
         )
-    options: dict[str, Any] = {"ignore_classifier": ignore_classifier}
-    if adapt_input:
-        options["any_input_channels"] = [f"{body.first_conv}.weight"]
-    into = _map_to_deploy_form if target.deployed else _map
-    mapped = into(checkpoint, model, strict=strict, **options)
+    first_convs = target.first_convs if adapt_input else ()
+    into = _map_to_deploy_form if target.deployed else map_file
+    mapped = into(
+        checkpoint,
+        target,
+        strict=strict,
+        ignore_classifier=ignore_classifier,
+        any_input_channels=first_convs,
+    )
     if lacks:
         _require_known_gaps(mapped, target, lacks, checkpoint.source)
-    tensors, other_width = dict(mapped.tensors), []
-    for key, tensor in mapped.tensors.items():
-        if ignore_classifier and target.is_classifier(key):
-            if tensor.shape != target.present[key].shape:
-                _logger.info(
-                    "%s: %s has another width; the model's own stays", checkpoint.source, key
-                )
-                other_width.append(key)
-                del tensors[key]
-        elif key in options.get("any_input_channels", ()):
-            tensors[key] = adapt_input_conv(body.in_chans, tensor, base_chans=tensor.shape[1])
+    classifier = [key for key in target.present if target.is_classifier(key)]
+    found = {key: mapped.tensors.get(key) for key in classifier}
+    whole = all(t is not None and t.shape == target.present[key].shape for key, t in found.items())
+    new = classifier if ignore_classifier and not whole else []  # all of it or nothing
+    tensors = {key: tensor for key, tensor in mapped.tensors.items() if key not in new}
+    for key in tensors.keys() & {*first_convs}:
+        channels, base = target.present[key].shape[1], tensors[key].shape[1]
+        tensors[key] = adapt_input_conv(channels, tensors[key], base_chans=base)
     body.load_state_dict(tensors, strict=False)
-    return LoadReport(
-        checkpoint.source,
-        mapped.layout,
-        checkpoint.wrapper,
-        mapped.prefix,
-        len(tensors),
-        (*mapped.dropped, *other_width),
-        (*mapped.ignored, *checkpoint.others),
-        mapped.missing,
-        mapped.unexpected,
-    )
+    match = {one.name: getattr(mapped, one.name) for one in fields(Match)}
+    match["dropped"] = (*mapped.dropped, *(key for key in new if key in mapped.tensors))
+    match["ignored"] = (*mapped.ignored, *checkpoint.others)
+    return LoadReport(**match, source=checkpoint.source, loaded=len(tensors), new=tuple(new))
 
 
 def _require_known_gaps(mapped: Mapped, target: Target, lacks: Sequence[str], source: str) -> None:
@@ -192,18 +186,16 @@ def _require_known_gaps(mapped: Mapped, target: Target, lacks: Sequence[str], so
 def filter_for_timm(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Prepare a checkpoint for timm's builder: its `pretrained_filter_fn`.
 
-    timm loads the whole model non-strictly when `num_classes` differs, and then a wrong rename
-    would load nothing and only be logged. Completeness is therefore checked here, the classifier
-    aside, which timm drops, and the input channels aside, which timm adapts.
+    timm loads non-strictly when `num_classes` differs, and a wrong rename would then load nothing.
+    Completeness is therefore checked here, classifier and input channels aside, which timm adapts.
 
     Raises:
         CheckpointError: the checkpoint does not fit. Never `TypeError`, on which timm retries.
     """
-    first_conv = getattr(model, "first_conv", None) or ()
-    names = (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
-    checkpoint = _checkpoint(state_dict, "the pretrained weights")
-    channels = [f"{name}.weight" for name in names]
-    return _map(checkpoint, model, ignore_classifier=True, any_input_channels=channels).tensors
+    target, checkpoint = Target(model), _checkpoint(state_dict, "the pretrained weights")
+    return map_file(
+        checkpoint, target, ignore_classifier=True, any_input_channels=target.first_convs
+    ).tensors
 
 
 def _checkpoint(source: Any, label: str = "the given dict") -> Checkpoint:
@@ -212,36 +204,24 @@ def _checkpoint(source: Any, label: str = "the given dict") -> Checkpoint:
     if isinstance(source, str | PathLike):
         return read_checkpoint(source)
     try:
-        tensors, wrapper, others = unwrap_all(source)
+        return opened(source, label)
     except CheckpointError as error:
         raise CheckpointError(f"{label}: {error}") from error
-    return Checkpoint(tensors, {}, wrapper, others, label)
 
 
-def _map_to_deploy_form(checkpoint: Checkpoint, model: nn.Module, **options: Any) -> Mapped:
+def _map_to_deploy_form(checkpoint: Checkpoint, target: Target, **options: Any) -> Mapped:
     """Map a checkpoint of either form to a re-parameterized model."""
     try:
-        return _map(checkpoint, model, **{**options, "strict": True})
+        return map_file(checkpoint, target, **{**options, "strict": True})
     except CheckpointError:
         if checkpoint.deploy:
             raise
-    inner: Any = inner_module(model)
+    inner: Any = target.module
     dtype = next(inner.parameters()).dtype
     twin = type(inner)(**inner.arguments).to(dtype).eval()  # in training form
-    mapped = _map(checkpoint, twin, **options)
+    mapped = map_file(checkpoint, Target(twin), **options)
     twin.load_state_dict(mapped.tensors, strict=False)
     reparameterize(twin, inplace=True, verify=False)
     own = inner.state_dict().keys()
     merged = {key: value for key, value in twin.state_dict().items() if key in own}
     return replace(mapped, tensors=merged)
-
-
-def _map(checkpoint: Checkpoint, model: nn.Module, **options: Any) -> Mapped:
-    Target(model).require_form(checkpoint)
-    for key, tensor in checkpoint.tensors.items():
-        if tensor.is_meta:
-            raise CheckpointError(f"{checkpoint.source}: entry {key[:80]!r} has no values (meta)")
-    try:
-        return map_checkpoint(checkpoint.tensors, model, **options)
-    except CheckpointError as error:
-        raise type(error)(f"{checkpoint.source}: {error}") from error

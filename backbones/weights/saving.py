@@ -41,10 +41,9 @@ def save_checkpoint(
 ) -> Path:
     """Save a model's state dict as safetensors, with metadata to rebuild it; return the path.
 
-    The metadata holds ``format`` and one JSON object ``backbones`` with the variant's name and
-    arguments, whether the weights are merged, license, provenance, class names and the input
-    configuration (`read_metadata` returns it). Equal models give equal files. The file appears
-    whole or not at all: it is written beside its place, flushed to the disk and renamed.
+    The metadata holds one JSON object ``backbones`` with the variant's name and arguments, whether
+    the weights are merged, license, provenance, class names and the input configuration
+    (`read_metadata` returns it). Equal models give equal files, which appear whole or not at all.
 
     Args:
         model: the model, in any memory layout, on any device, also in a wrapper

@@ -31,20 +31,25 @@ class Target:
         self.deployed = bool(getattr(self.module, "deployed", False))
         layouts = {} if self.deployed else getattr(self.module, "layouts", {})
         self.layouts: Mapping[str, Layout] = layouts
-        cfg = getattr(self.module, "pretrained_cfg", None) or {}
-        names = getattr(self.module, "classifier_names", None) or cfg.get("classifier") or ()
+        self._cfg: Mapping[str, Any] = getattr(self.module, "pretrained_cfg", None) or {}
+        names = getattr(self.module, "classifier_names", None) or self._cfg.get("classifier") or ()
         self.classifiers: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names)
         self._derived = _any_of(getattr(self.module, "derived_keys", ()))
         self._auxiliary = _any_of(getattr(self.module, "auxiliary_keys", ()))
         self._resizable = _any_of(getattr(self.module, "resizable_keys", ()))
 
     @property
+    def first_convs(self) -> tuple[str, ...]:
+        """Names of the weights that see the image's channels, as far as the model says."""
+        names = getattr(self.module, "first_conv", None) or self._cfg.get("first_conv") or ()
+        return tuple(f"{name}.weight" for name in ((names,) if isinstance(names, str) else names))
+
+    @property
     def name(self) -> str:
         """The model's name for messages."""
         config = getattr(self.module, "config", None)
-        pretrained_cfg = getattr(self.module, "pretrained_cfg", None) or {}
         name = config.get("name") if isinstance(config, Mapping) else None
-        return str(name or pretrained_cfg.get("architecture") or type(self.module).__name__)
+        return str(name or self._cfg.get("architecture") or type(self.module).__name__)
 
     @cached_property
     def pruned(self) -> frozenset[str]:

@@ -11,13 +11,9 @@ __all__ = ["check_values"]
 def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     """Check kind, finiteness and agreement of `tensors` against the entries they will replace.
 
-    Meta tensors have no values and pass on their kind alone.
-
     Raises:
-        CheckpointError: integers where the model has floating point (or the reverse), a value that
-            is not finite or overflows the model's type (a narrower floating-point type rounds, and
-            rounds small values to zero, which is no error), or parameters that the model shares
-            and the checkpoint gives different values.
+        CheckpointError: another kind of number, a value that is not finite or overflows the model's
+            type (rounding, also to zero, is no error), or different values of shared parameters.
     """
     shared: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     for key, tensor in tensors.items():

@@ -12,7 +12,8 @@ from train_runs import weights_of
 
 import backbones
 from backbones import train
-from backbones.errors import WeightsUnavailableError
+from backbones.cli import main
+from backbones.errors import CheckpointError, WeightsUnavailableError
 from backbones.train import initial_weights
 from backbones.weights import read_metadata, save_checkpoint
 
@@ -121,3 +122,37 @@ def test_a_checkpoint_to_start_from(fit, tmp_path, suffix):
     body = weights_of(fit(pretrained_path=str(file), **STILL).model)
     assert torch.allclose(body["stem.0.weight"], known["stem.0.weight"], atol=1e-5)
     assert not torch.allclose(body["head.fc.weight"], known["head.fc.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("test_resnet", {}), ("convnext_atto", SMALL)])
+def test_a_checkpoint_of_other_classes_to_start_from(fit, tmp_path, name, kwargs):
+    """Models of timm as well; asked for whole, it points to the option that takes the rest."""
+    known = backbones.create_model(name, num_classes=7, **kwargs).state_dict()
+    torch.save({"model_state_dict": known}, tmp_path / "m.pth")
+    start = {"model": name, "model_kwargs": kwargs, "head_init_scale": None, **STILL}
+    body = weights_of(fit(pretrained_path=str(tmp_path / "m.pth"), **start).model)
+    first = next(iter(known))
+    assert torch.allclose(body[first], known[first], atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"7 classes, the data has 4; --pretrained-path"):
+        fit(initial_checkpoint=str(tmp_path / "m.pth"), **start)
+
+
+def test_a_model_of_ones_own_is_rebuilt_without_its_yaml(fit, tmp_path, images, capsys):
+    """What `train` prints at its end, "try it", needs the checkpoint alone."""
+    yaml = tmp_path / "c#" / "mine.yaml"
+    yaml.parent.mkdir()
+    yaml.write_text(
+        "family: convnext\nvariants:\n  tiny:\n    like: convnext_atto\n"
+        "    depths: [1, 1, 1, 1]\n    dims: [8, 8, 16, 16]\n"
+    )
+    report = fit(model=str(yaml), model_kwargs={}, epochs=1)
+    yaml.unlink()
+    best = report.folder / "model_best.safetensors"
+    loaded = backbones.load_model(best)
+    assert (loaded.config["name"], loaded.num_classes) == ("tiny", 4)
+    image = next(images.rglob("*.png"))
+    capsys.readouterr()
+    assert main(["predict", str(image), "--checkpoint", str(best)]) == 0
+    assert any(name in capsys.readouterr().out for name in report.classes)
+    assert main(["validate", str(images), "--checkpoint", str(best)]) == 0
+    assert main(["export", str(best), str(tmp_path / "m.onnx")]) == 0

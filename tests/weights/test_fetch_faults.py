@@ -6,11 +6,13 @@ against a server on this machine. After each the same fetch succeeds once the fa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import multiprocessing
 import random
 import resource
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -449,6 +451,35 @@ def test_no_connection(hub, tmp_path, road, monkeypatch):
         entry = WeightsEntry("toy", "t", "", url="http://127.0.0.1:9/weights.pth")
     with pytest.raises(WeightsUnavailableError, match=r"(?i)connection"):
         weights.fetch(entry, cache_dir=tmp_path / "cache")
+    assert_clean(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), 1),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), 1),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), 1),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), 1),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), 3),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 3),
+    ],
+)
+def test_without_a_way_to_the_server_there_is_no_waiting(
+    hub, tmp_path, road, error, attempts, monkeypatch
+):
+    """What the system's own calls raise where there is no network, met by both clients."""
+    tried = []
+
+    def refuse(*address, **options):
+        tried.append(address)
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(WeightsUnavailableError, match=rf"{error.strerror}.*check the connection"):
+        weights.fetch(entry_of(hub, road), cache_dir=tmp_path / "cache")
+    assert len(tried) == attempts
     assert_clean(tmp_path / "cache")
 
 

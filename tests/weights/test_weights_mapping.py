@@ -308,5 +308,9 @@ def test_whole_numbers_must_survive():
 def test_prefixes_are_bounded():
     """A file can hold every chain of prefixes; each costs a look at all of it."""
     chains = [x + y + z for x in PREFIXES for y in PREFIXES for z in PREFIXES]
-    assert len(prefixes([chain + "a" for chain in chains])) == 8
-    assert prefixes(["module._orig_mod.backbone.a"])[-1] == "module._orig_mod.backbone."
+    one = {"a": torch.ones(1)}
+    assert len(prefixes({chain + "a": torch.ones(1) for chain in chains}, one)) == 8
+    assert (
+        prefixes({"module._orig_mod.backbone.a": torch.ones(1)}, one)[-1]
+        == "module._orig_mod.backbone."
+    )

@@ -25,4 +25,21 @@ TRANSFORMERS = (
     (r"\.grn\.", ".mlp.grn."),
     (r"^classifier\.", "head.fc."),
 )
-LAYOUTS = {"authors": (*CONVNEXT_LAYOUT, *BLOCK), "transformers": (*TRANSFORMERS, *BLOCK)}
+# torchvision.models.ConvNeXt: the stem, then stages and what comes before each, in turns.
+TORCHVISION = (
+    (r"^features\.0\.", "stem."),
+    *((rf"^features\.{2 * i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
+    *((rf"^features\.{2 * i}\.", f"stages.{i}.downsample.") for i in range(1, 4)),
+    (r"\.block\.0\.", ".conv_dw."),
+    (r"\.block\.2\.", ".norm."),
+    (r"\.block\.3\.", ".mlp.fc1."),
+    (r"\.block\.5\.", ".mlp.fc2."),
+    (r"\.layer_scale$", ".gamma"),
+    (r"^classifier\.0\.", "head.norm."),
+    (r"^classifier\.2\.", "head.fc."),
+)
+LAYOUTS = {
+    "authors": (*CONVNEXT_LAYOUT, *BLOCK),
+    "transformers": (*TRANSFORMERS, *BLOCK),
+    "torchvision": TORCHVISION,
+}

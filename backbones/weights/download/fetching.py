@@ -30,9 +30,9 @@ def fetch(
     """Return the path of a verified local file that holds the weights.
 
     Looked for in this order: the folder named by `BACKBONES_WEIGHTS_DIR` (see `mirror_path`), the
-    cache, the network. A recorded digest is always compared, and with one a file in the cache is
-    used without any call to the network. Without one, a warning names the command that records it,
-    or, with `BACKBONES_REQUIRE_DIGEST=1`, the file is refused.
+    cache, the network. With a recorded digest, which is always compared, a file in the cache needs
+    no network. Without one a warning names the command that records it, or, with
+    `BACKBONES_REQUIRE_DIGEST=1`, the file is refused.
 
     Args:
         source: a manifest entry, or timm's `PretrainedCfg` of weights that are not in it.

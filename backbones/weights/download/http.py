@@ -3,7 +3,6 @@
 import http.client
 import os
 import re
-import socket
 import ssl
 import time
 import urllib.error
@@ -19,7 +18,12 @@ from huggingface_hub.utils import WeakFileLock, tqdm
 
 from backbones.errors import CheckpointError, WeightsUnavailableError, first_line
 from backbones.weights.download.disk import require_space, sha256_of, unwritable
-from backbones.weights.download.retrying import TransientError, is_transient_status, with_retries
+from backbones.weights.download.retrying import (
+    TransientError,
+    is_out_of_reach,
+    is_transient_status,
+    with_retries,
+)
 
 __all__ = ["download"]
 
@@ -40,14 +44,11 @@ def download(
 ) -> Path:
     """Download `url` to `path`, which appears whole and verified or not at all.
 
-    What has arrived is kept in a hidden ``.part`` file beside `path`, and a later call, also of
-    another process, goes on from there where the server can (byte ranges) and says that the file
-    is still the same (a strong ETag), or where a digest is recorded. One process downloads, others
-    that ask for the same path wait for it.
+    What has arrived is kept in a hidden ``.part`` file beside `path`; a later call, also of another
+    process, goes on from there where the server knows byte ranges and says that the file is still
+    the same (a strong ETag), or where a digest is recorded. Others that ask for the path wait.
 
     Args:
-        url: an http or https address.
-        path: the file to write; its folder is created.
         sha256, size: recorded digest and size in bytes, if any.
         again: replace a file that is there.
 
@@ -248,7 +249,7 @@ def _translated(url: str) -> Iterator[None]:
         ) from error
     except urllib.error.URLError as error:
         reason = error.reason
-        if isinstance(reason, ssl.SSLCertVerificationError | socket.gaierror):
+        if is_out_of_reach(error):
             raise WeightsUnavailableError(
                 f"{url} cannot be had: {reason}; check the connection and proxies{_OR_LOCAL}"
             ) from error

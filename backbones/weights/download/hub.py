@@ -27,7 +27,12 @@ from huggingface_hub.errors import (
 
 from backbones.errors import CheckpointError, WeightsUnavailableError, first_line
 from backbones.weights.download.disk import require_space, unwritable
-from backbones.weights.download.retrying import TransientError, is_transient_status, with_retries
+from backbones.weights.download.retrying import (
+    TransientError,
+    is_out_of_reach,
+    is_transient_status,
+    with_retries,
+)
 
 __all__ = [
     "EntryMissingError",
@@ -72,14 +77,12 @@ def hub_file(
     """Return the path of a Hub file in the Hub's cache, downloading it where needed.
 
     Dropped connections are resumed and busy servers asked again. What the server says of the file
-    is compared with the recorded digest and size before the download begins, and with the free
-    space on the disk. Without a connection, a cached copy is returned. `HF_ENDPOINT`,
-    `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_HOME` and the client's other variables apply.
+    is compared with the recorded digest and size, and with the free space on the disk, before the
+    download begins. Without a connection, a cached copy is returned. The client's variables
+    (`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_HOME`) apply.
 
     Args:
-        repo, file: ``owner/name``, and the file's path in it.
-        revision: branch, tag or commit; None for the main branch.
-        cache_dir: the cache; None for the Hub's own.
+        repo, file, revision: ``owner/name``, the file's path in it, and branch, tag or commit.
         sha256, size: recorded digest and size in bytes, if any. The caller verifies the file.
         again: download even if the file is in the cache.
 
@@ -176,6 +179,8 @@ def _ask(action: Callable[[], T], where: _Place) -> T:
                 response = getattr(error, "response", None)
                 wait = response.headers.get("Retry-After") if response is not None else None
                 raise TransientError(first_line(error), wait) from error
+            if is_connection_error(error):
+                raise _unreachable(error, where) from error
             if isinstance(error, OSError | ValueError | EntryNotFoundError):
                 raise _translated(error, where) from error
             raise
@@ -183,10 +188,14 @@ def _ask(action: Callable[[], T], where: _Place) -> T:
     try:
         return with_retries(attempt, str(where))
     except TransientError as error:
-        raise WeightsUnavailableError(
-            f"{where} cannot be had from {constants.ENDPOINT}: {error}; check the connection"
-            f" (HF_ENDPOINT names a mirror){_OR_LOCAL}"
-        ) from error
+        raise _unreachable(error, where) from error
+
+
+def _unreachable(error: Exception, where: _Place) -> WeightsUnavailableError:
+    return WeightsUnavailableError(
+        f"{where} cannot be had from {constants.ENDPOINT}: {first_line(error)}; check the"
+        f" connection (HF_ENDPOINT names a mirror){_OR_LOCAL}"
+    )
 
 
 def _is_transient(error: Exception) -> bool:
@@ -195,6 +204,8 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, LocalEntryNotFoundError):
         return isinstance(error.__cause__, Exception) and _is_transient(error.__cause__)
     if isinstance(error, OfflineModeIsEnabled | FileMetadataError):
+        return False
+    if is_out_of_reach(error):
         return False
     if isinstance(error, OSError) and error.errno is None:
         return True  # "Consistency check failed": fewer bytes than announced

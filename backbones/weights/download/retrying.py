@@ -1,12 +1,15 @@
 """Trying again what failed for a reason that may pass."""
 
+import errno
 import logging
 import random
+import socket
+import ssl
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["DELAYS", "TransientError", "is_transient_status", "with_retries"]
+__all__ = ["DELAYS", "TransientError", "is_out_of_reach", "is_transient_status", "with_retries"]
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -14,6 +17,9 @@ T = TypeVar("T")
 DELAYS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before the second, third, ... attempt; one attempt more than there are delays."""
 _LONGEST_WAIT = 60.0
+_OUT_OF_REACH = (socket.gaierror, ssl.SSLCertVerificationError)
+_NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+_MOST_CAUSES = 16
 # An attempt that brought this much is no failure in a row: a long download over a poor line.
 _PROGRESS_BYTES = 1 << 20
 
@@ -29,6 +35,22 @@ class TransientError(Exception):
 def is_transient_status(code: int) -> bool:
     """Whether an HTTP status says that the same request may succeed later."""
     return code in (408, 425, 429) or 500 <= code < 600
+
+
+def is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that there is no way to the server from here.
+
+    That is an unknown name, no route, or a certificate that does not hold: to wait helps with none
+    of them, and without a network each attempt meets one. A server that refuses, resets or does not
+    answer in time may be restarting.
+    """
+    for _ in range(_MOST_CAUSES):
+        if isinstance(error, _OUT_OF_REACH) or getattr(error, "errno", None) in _NO_ROUTE:
+            return True
+        reason = getattr(error, "reason", None)
+        cause = reason if isinstance(reason, BaseException) else None
+        error = error and (cause or error.__cause__ or error.__context__)
+    return False
 
 
 def with_retries(action: Callable[[], T], what: str, progress: Callable[[], int] = lambda: 0) -> T:

@@ -33,14 +33,12 @@ def hub_config(
 ) -> dict[str, Any]:
     """Describe a model as timm's ``config.json`` does.
 
-    The architecture is the name under which timm's registry has the variant: where timm has a
-    model of that name itself, which takes the same weights, it is timm's and the result loads
-    without this package. A variant that is registered nowhere (a user's YAML file) is described as
-    another one of its family with all arguments that differ.
+    Where timm itself has a model of the variant's name, which takes the same weights, that is the
+    architecture, and the result loads without this package. A variant that is registered nowhere
+    (a user's YAML file) is described as another one of its family with all arguments that differ.
 
     Raises:
-        UnsupportedError: the model is none of this package, was not made by `create_model`, or has
-            arguments that JSON cannot hold.
+        UnsupportedError: the model was not made by `create_model`, or JSON cannot hold an argument.
     """
     body = inner_module(model)
     if (

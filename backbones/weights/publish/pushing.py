@@ -40,15 +40,13 @@ def save_for_hf(
 ) -> Path:
     """Write and return a folder for ``timm.create_model("local-dir:<folder>", pretrained=True)``.
 
-    So does ``backbones.create_model``, and both with ``"hf-hub:<owner>/<name>"`` once the folder is
-    a repository of the Hub (`push_to_hub`). It holds the weights with our metadata
-    (`save_checkpoint`), timm's ``config.json`` and a model card. timm's own class takes the weights
-    where timm has the variant under the same name; otherwise `backbones` must have been imported.
-    Models in deploy form are loaded with ``deploy=True``. What is written is first tried: the model
-    that timm makes of the description must take the weights.
+    ``backbones.create_model`` takes it too, and both take ``"hf-hub:<owner>/<name>"`` once it is on
+    the Hub (`push_to_hub`). It holds the weights (`save_checkpoint`), timm's ``config.json`` and a
+    model card. timm's own class takes the weights where timm has the variant under the same name;
+    otherwise `backbones` must have been imported. Models in deploy form need ``deploy=True``.
 
-    A new folder appears whole or not at all; in one that exists the three files are replaced, each
-    at once.
+    The model that timm makes of the description must take the weights. A new folder appears whole
+    or not at all; in one that exists the three files are replaced, each at once.
 
     Args:
         model: a whole model of this package, of any type, memory layout and form, on any device.
@@ -103,8 +101,7 @@ def push_to_hub(
 ) -> str:
     """Upload what `save_for_hf` writes to a repository of the Hub; return the commit's address.
 
-    The repository is made where needed. A model card that it has already is kept, since people
-    edit it there.
+    The repository is made where needed. A model card that is there is kept: people edit it.
 
     Args:
         model, license, classes, provenance: as in `save_for_hf`.

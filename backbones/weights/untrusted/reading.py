@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from backbones.errors import CheckpointError, WeightsUnavailableError
 from backbones.weights.untrusted.safetensors_header import MAX_TENSORS, parse_header
-from backbones.weights.untrusted.state_dicts import unwrap_all
+from backbones.weights.untrusted.state_dicts import names_in, open_content
 from backbones.weights.untrusted.torch_files import CONVERTER, load_archive, load_pickle
 
 __all__ = [
     "CHECKPOINT_SUFFIXES",
     "Checkpoint",
+    "opened",
     "read_checkpoint",
     "read_content",
     "read_description",
@@ -63,11 +65,21 @@ class Checkpoint:
     """Names of entries beside the tensors that are none, such as ``epoch``."""
     source: str = "the checkpoint"
     """The file, for messages."""
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of further mappings of the file, such as ``student.stem.0.weight``."""
+    model_names: tuple[str, ...] = ()
+    """What the training script that wrote it called the model, such as ``args.model``."""
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
         """What `save_checkpoint` wrote of the model; empty for files of others."""
         return _description(self.metadata, self.source)
+
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """Names of mappings that were not opened and hold as many tensors or more."""
+        counts = Counter(key.partition(".")[0] for key in self.beside)
+        return tuple(name for name, count in counts.items() if count >= len(self.tensors))
 
     @property
     def deploy(self) -> bool:
@@ -95,9 +107,17 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     else:
         tensors = load_archive(path, size) if kind == "zip" else load_pickle(path, head, size)
     with _naming(path):
-        found, wrapper, others = unwrap_all(tensors)
-    _refuse_excess(path, found, size)
-    return Checkpoint(found, metadata, wrapper, others, str(path))
+        checkpoint = opened(tensors, str(path), metadata)
+    for found in (checkpoint.tensors, checkpoint.beside):
+        _refuse_excess(path, found, size)
+    return checkpoint
+
+
+def opened(content: Any, source: str, metadata: dict[str, str] | None = None) -> Checkpoint:
+    """Find the state dict in what a file holds, or raise as `unwrap`."""
+    tensors, wrapper, others, beside = open_content(content)
+    names = names_in(content)
+    return Checkpoint(tensors, metadata or {}, wrapper, others, source, beside, names)
 
 
 def read_content(path: str | PathLike[str]) -> dict[str, Any]:
@@ -107,9 +127,7 @@ def read_content(path: str | PathLike[str]) -> dict[str, Any]:
     may be replaced.
 
     Raises:
-        WeightsUnavailableError: there is no such file (also a `FileNotFoundError`).
-        UnsafeCheckpointError: reading would run code; the message names what was blocked.
-        CheckpointError: the file is damaged, cut short, or holds no mapping.
+        CheckpointError: as `read_checkpoint`, or the file holds no mapping.
     """
     path, size, kind, head, _ = _recognized(path)
     if kind == "safetensors":

@@ -1,6 +1,8 @@
 """Finding the state dict inside whatever a training script saved."""
 
+from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,11 +10,14 @@ from torch import Tensor, nn
 
 from backbones.errors import CheckpointError
 
-__all__ = ["WRAPPERS", "unwrap", "unwrap_all"]
+__all__ = ["names_in", "open_content", "unwrap", "unwrap_all"]
 
 # timm's preference: averaged weights before the raw ones, as published accuracies are of those.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
 WRAPPERS = (*_AVERAGED, "state_dict", "model", "module")
+# Where training scripts (PyTorch's examples, torchvision's, timm's, Lightning) name the model.
+_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg")
+_NAME_KEYS = ("arch", "model", "model_name", "architecture", "backbone")
 _MAX_DEPTH = 4
 _MAX_KEY_LENGTH = 1024
 
@@ -21,10 +26,13 @@ def unwrap(obj: Any) -> tuple[dict[str, Tensor], str | None]:
     """Return the tensors of a checkpoint object and the wrapper they were found under.
 
     The first of `state_dict_ema`, `model_ema`, `ema`, `state_dict`, `model`, `module` that holds
-    tensors is opened, wrappers within wrappers too; without any, the object itself is the state
-    dict. An averaged entry keyed by decay, ``{0.9998: state_dict}``, is opened where it has one
-    decay, and after `state_dict`: CPUBone's `evalmodel.pt` keeps its averaged weights, with
-    recomputed BatchNorm statistics, under `state_dict` and the raw averages under `ema`.
+    tensors is opened, or else the one mapping that does, wrappers within wrappers too; without any,
+    the object itself is the state dict. Of several mappings of other names all tensors are
+    returned, with the names of the mappings before their own.
+
+    An averaged entry keyed by decay, ``{0.9998: state_dict}``, is opened where it has one decay,
+    and after `state_dict`: CPUBone's `evalmodel.pt` keeps its averaged weights, with recomputed
+    BatchNorm statistics, under `state_dict` and the raw averages under `ema`.
 
     Raises:
         CheckpointError: no tensors are found, several decays leave a choice, or an entry is no
@@ -36,7 +44,19 @@ def unwrap(obj: Any) -> tuple[dict[str, Tensor], str | None]:
 
 def unwrap_all(obj: Any) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
     """Like `unwrap`, and also return the names of entries beside the tensors that are none."""
+    return open_content(obj)[:3]
+
+
+def open_content(
+    obj: Any,
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...], dict[str, Tensor]]:
+    """Like `unwrap_all`, and also return the tensors of mappings that were not opened.
+
+    These, without the state of optimizers, have the names of their mappings before their own:
+    ``student.stem.0.weight``.
+    """
     wrappers: list[str] = []
+    beside: dict[str, Tensor] = {}
     while True:
         if not isinstance(obj, Mapping):
             raise CheckpointError(
@@ -44,10 +64,11 @@ def unwrap_all(obj: Any) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]
                 "save the model's state_dict() and load that"
             )
         found = _wrapper_of(obj) if len(wrappers) < _MAX_DEPTH else None
+        _flatten({k: v for k, v in obj.items() if not found or v is not found[1]}, beside)
         if found is None:
             break
-        name, obj = found
-        wrappers.append(name)
+        obj = found[2]
+        wrappers.append(found[0])
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
     for key, value in obj.items():
@@ -57,16 +78,34 @@ def unwrap_all(obj: Any) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]
             raise CheckpointError(f"the tensor key {_shown(key)!r} is no name of a parameter")
         else:
             tensors[key] = _plain(key, value)
-    if not tensors:
+    if not tensors and not beside:
         raise CheckpointError(
             f"holds no tensors (its keys: {', '.join(others[:8]) or 'none'}); expected a state "
-            f"dict, bare or under one of {', '.join(WRAPPERS)}"
+            "dict, bare or wrapped in dicts"
         )
-    return tensors, ".".join(wrappers) or None, tuple(others)
+    if not tensors:
+        tensors, beside = beside, {}
+    return tensors, ".".join(wrappers) or None, tuple(others), beside
 
 
-def _wrapper_of(obj: Mapping[Any, Any]) -> tuple[str, Any] | None:
-    """Return name and content of the wrapper to open, None where `obj` is the state dict."""
+def names_in(content: Any) -> tuple[str, ...]:
+    """Return what the file of a training script calls its model, the likeliest name first."""
+    names: dict[str, None] = {}
+    if isinstance(content, Mapping):
+        for holder in (content, *map(content.get, _SETTINGS)):
+            entries: Any = vars(holder) if isinstance(holder, Namespace) else holder
+            for key in _NAME_KEYS if isinstance(entries, Mapping) else ():
+                value = entries.get(key)
+                if isinstance(value, str) and value.isprintable() and len(value) < 200:
+                    names[value] = None
+    return tuple(names)
+
+
+def _wrapper_of(obj: Mapping[Any, Any]) -> tuple[str, Any, Any] | None:
+    """Return name, mapping and content of the wrapper to open; None where there is none.
+
+    The content of averages by decay is one of the mapping's values.
+    """
     if any(isinstance(obj.get(name), nn.Module) for name in WRAPPERS):
         raise CheckpointError("holds a whole model object; save its state_dict() and load that")
     candidates = {n: obj[n] for n in WRAPPERS if isinstance(obj.get(n), Mapping) and obj[n]}
@@ -83,10 +122,42 @@ def _wrapper_of(obj: Mapping[Any, Any]) -> tuple[str, Any] | None:
                     f"{name!r} holds averages of several decays ({', '.join(map(str, decays[:8]))})"
                     f"; load the one you want: load_checkpoint(model, checkpoint[{name!r}][decay])"
                 )
-            return f"{name}[{decays[0]}]", content[decays[0]]
+            return f"{name}[{decays[0]}]", content, content[decays[0]]
         if _holds_tensors(content):
-            return name, content
-    return None
+            return name, content, content
+    if any(isinstance(value, Tensor) for value in obj.values()):
+        return None
+    others = [k for k, v in obj.items() if isinstance(v, Mapping) and not _is_of_optimizer(k, v)]
+    others = [key for key in others if _holds_tensors(obj[key])]
+    if len(others) != 1:
+        return None  # what fits the model is found by its names
+    return _shown(others[0]), obj[others[0]], obj[others[0]]
+
+
+def _flatten(obj: Mapping[Any, Any], tensors: dict[str, Tensor]) -> None:
+    """Add the tensors of the mappings in `obj` to `tensors`; each mapping is looked into once."""
+    seen: set[int] = set()
+    level: list[tuple[str, Mapping[Any, Any]]] = [("", obj)]
+    for depth in range(_MAX_DEPTH):
+        inner: list[tuple[str, Mapping[Any, Any]]] = []
+        for prefix, content in level:
+            for key, value in content.items():
+                if not isinstance(key, str | int | float) or _is_of_optimizer(key, value):
+                    continue
+                if len(prefix) + len(str(key)) > _MAX_KEY_LENGTH:
+                    continue
+                if isinstance(value, Mapping) and id(value) not in seen:
+                    seen.add(id(value))
+                    inner.append((f"{prefix}{key}.", value))
+                elif isinstance(value, Tensor) and depth:
+                    with suppress(CheckpointError):  # a sparse tensor, say: the model lacks it
+                        tensors.setdefault(f"{prefix}{key}", _plain("", value))
+        level = inner
+
+
+def _is_of_optimizer(key: Any, content: Any) -> bool:
+    """Whether an entry is an optimizer's state, which has tensors of a model's names and shapes."""
+    return isinstance(content, Mapping) and ("param_groups" in content or "optim" in str(key)[:80])
 
 
 def _is_by_decay(content: Mapping[Any, Any]) -> bool:

@@ -34,12 +34,7 @@ _SAFE_GLOBALS_LOCK = threading.Lock()
 
 
 def load_archive(path: Path, size: int) -> Any:
-    """Read a zip archive written by `torch.save`; `size` is the file's size in bytes.
-
-    Raises:
-        UnsafeCheckpointError: the archive asks to run code.
-        CheckpointError: the archive is damaged, odd, or no checkpoint.
-    """
+    """Read a zip archive of `torch.save`, `size` bytes long, or raise as `read_checkpoint`."""
     try:
         with path.open("rb") as stream:
             pickled, storages = read_archive(stream, size, _MAX_PICKLE_BYTES)
@@ -53,12 +48,7 @@ def load_archive(path: Path, size: int) -> Any:
 
 
 def load_pickle(path: Path, head: bytes, size: int) -> Any:
-    """Read a file that starts like a pickle: PyTorch's format from before version 1.6.
-
-    Raises:
-        UnsafeCheckpointError: the pickle asks to run code.
-        CheckpointError: it is damaged, or was not written by `torch.save`.
-    """
+    """Read a file that starts like a pickle: PyTorch's format from before version 1.6."""
     legacy = head.startswith(_LEGACY_MAGIC)
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
