@@ -6,12 +6,14 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, NativeScaler, unwrap_model
+from torch import nn
 from torch.optim import Optimizer
 
 from backbones.errors import CheckpointError, first_line
@@ -25,6 +27,7 @@ __all__ = [
     "LAST",
     "Checkpoints",
     "check_classes",
+    "check_optimizer",
     "options_of",
     "read_training_checkpoint",
     "restore",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 LAST = "last.pth.tar"
+_RATES = ("lr", "initial_lr")  # a group's, which follow the schedule
 
 
 class Checkpoints(CheckpointSaver):
@@ -155,14 +159,66 @@ def check_classes(content: Mapping[str, Any], classes: list[str] | None, data_di
         )
 
 
+def check_optimizer(
+    content: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    before: Optimizer,
+    now: Optimizer,
+    probe: Callable[[nn.Module], Optimizer],
+) -> None:
+    """Refuse to go on with an optimizer that does not know the state of the run's own.
+
+    Args:
+        content: that of the checkpoint at `path`.
+        before: an optimizer by the options of the run so far.
+        now: the one to go on with.
+        probe: gives one like `now` for another module, on which it may take a step.
+
+    Raises:
+        CheckpointError: it is of another kind, or misses a part of its state.
+    """
+    way_out = f"start a new run from its weights (--initial-checkpoint {path})"
+    kinds = [type(optimizer).__name__ for optimizer in (before, now)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{path}: the state of {kinds[0]} is of no use to {kinds[1]}; leave --opt out or"
+            f" {way_out}"
+        )
+    saved = {key for state in content["optimizer"]["state"].values() for key in state}
+    if not saved or _hyperparameters(before) == _hyperparameters(now):
+        return
+    module = nn.Linear(2, 2)
+    optimizer = probe(module)
+    module(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    missing = {key for state in optimizer.state.values() for key in state} - saved
+    if missing:
+        raise CheckpointError(
+            f"{path}: the optimizer's state lacks {', '.join(sorted(missing))}, which these"
+            f" options need; leave them out or {way_out}"
+        )
+
+
+def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of each group of parameters, but for the rates."""
+    others = ("params", *_RATES)
+    groups = optimizer.param_groups
+    return [{key: value for key, value in group.items() if key not in others} for group in groups]
+
+
 def restore(
     content: Mapping[str, Any],
     path: str | os.PathLike[str],
     task: TrainingTask,
     optimizer: Optimizer,
     scaler: NativeScaler | None,
+    *,
+    before: Optimizer,
 ) -> int:
     """Put a checkpoint's state into a task and its optimizer; return the epoch to go on with.
+
+    Options in which the optimizer differs from `before`, one by the options of the run so far,
+    hold over the saved ones.
 
     The average of the weights, if the task has one, is taken from the checkpoint, or else begins
     with the checkpoint's weights.
@@ -172,7 +228,11 @@ def restore(
     """
     try:
         task.load_checkpoint_state(content["state_dict"], content.get("task_state"))
+        rates = [{k: group[k] for k in _RATES if k in group} for group in optimizer.param_groups]
+        olds, news = _hyperparameters(before), _hyperparameters(optimizer)
         optimizer.load_state_dict(content["optimizer"])
+        for group, rate, old, new in zip(optimizer.param_groups, rates, olds, news):
+            group |= rate | {key: value for key, value in new.items() if old.get(key) != value}
         if scaler is not None and scaler.state_dict_key in content:
             scaler.load_state_dict(content[scaler.state_dict_key])
         if task.has_ema():

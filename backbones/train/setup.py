@@ -18,6 +18,7 @@ from timm.task import (
 )
 from timm.utils import NativeScaler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from backbones.errors import ConfigError, UnsupportedError, nearest
 from backbones.factory import create_model, load_model
@@ -26,7 +27,14 @@ from backbones.train.data import Splits, eval_loader, train_loader
 from backbones.train.distributed import ProcessGroup
 from backbones.train.trainer import Trainer, Update
 
-__all__ = ["AuxiliaryHeadTask", "assemble", "check_options_together", "create_task", "distribute"]
+__all__ = [
+    "AuxiliaryHeadTask",
+    "assemble",
+    "check_options_together",
+    "create_optimizer",
+    "create_task",
+    "distribute",
+]
 
 DISTILLATION = {
     "logit": LogitDistillationTask,
@@ -91,14 +99,8 @@ def assemble(
             group=group,
         )
     lr = config.lr or _scaled_rate(config, group, train_batches)
-    try:
-        # A distilling task may have parameters of its own, beside the model's.
-        optimizer = create_optimizer_v2(
-            task.get_trainable_module(),
-            **{**optimizer_kwargs(cfg=config), **config.opt_kwargs, "lr": lr},
-        )
-    except (AssertionError, IndexError, TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer {config.opt!r}: {error}") from error
+    # A distilling task may have parameters of its own, beside the model's.
+    optimizer = create_optimizer(task.get_trainable_module(), config, lr)
     schedule = scheduler_kwargs(config)
     schedule |= {key: min(schedule[key], lr) for key in ("min_lr", "warmup_lr")}
     updates = math.ceil(len(train_batches) / config.grad_accum_steps)
@@ -132,6 +134,15 @@ def assemble(
         progress=progress,
         epochs=epochs,
     )
+
+
+def create_optimizer(module: nn.Module, config: TrainConfig, lr: float) -> Optimizer:
+    """Return timm's optimizer of a module's parameters; ConfigError where there is none."""
+    options = {**optimizer_kwargs(cfg=config), **config.opt_kwargs, "lr": lr}
+    try:
+        return create_optimizer_v2(module, **options)
+    except (AssertionError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer {config.opt!r}: {error}") from error
 
 
 def distribute(trainer: Trainer) -> None:

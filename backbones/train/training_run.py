@@ -16,13 +16,20 @@ from torch import nn
 
 from backbones.errors import DataError, MissingDependencyError
 from backbones.files import write_text
-from backbones.train.checkpoints import LAST, Checkpoints, restore, uninterrupted
+from backbones.train.checkpoints import (
+    LAST,
+    Checkpoints,
+    check_optimizer,
+    restore,
+    resumed_options,
+    uninterrupted,
+)
 from backbones.train.config import TrainConfig
 from backbones.train.data import Splits
 from backbones.train.distributed import ProcessGroup
 from backbones.train.initial_weights import InitialWeights
 from backbones.train.plots import draw_curves
-from backbones.train.setup import assemble, distribute
+from backbones.train.setup import assemble, create_optimizer, distribute
 from backbones.train.trainer import EpochReport, Trainer, Update, learning_rate
 from backbones.weights import load_checkpoint, save_checkpoint
 
@@ -124,8 +131,7 @@ class TrainingRun:
         """Return what saves checkpoints, and the epoch to begin with; restore a resumed run."""
         first = 0
         if content is not None:
-            path = str(resume)
-            first = restore(content, path, trainer.task, trainer.optimizer, trainer.scaler)
+            first = self._restore(trainer, content, str(resume))
         facts = {
             "classes": self.splits.classes,
             "start": self.initial_weights.source,
@@ -138,6 +144,18 @@ class TrainingRun:
             saver.load_state_dict(content["saver"])
         self.epochs_saved = first
         return saver, first
+
+    def _restore(self, trainer: Trainer, content: Mapping[str, Any], path: str) -> int:
+        """Put a checkpoint's state in place, so that options given now hold; return the epoch."""
+        saved = resumed_options(content, Path(path))
+        past = dataclasses.replace(self.config, **saved)
+        module, now = trainer.task.get_trainable_module(), trainer.optimizer
+        lr = now.param_groups[0]["lr"]
+        before = create_optimizer(module, past, lr)
+        check_optimizer(
+            content, path, before, now, lambda part: create_optimizer(part, self.config, lr)
+        )
+        return restore(content, path, trainer.task, now, trainer.scaler, before=before)
 
     def _begin_at(self, trainer: Trainer, saver: Checkpoints, first: int, *, new: bool) -> None:
         """Bring schedule and files to the first epoch."""

@@ -11,6 +11,7 @@ from train_runs import history, losses_of, weights_of
 
 import backbones
 from backbones import train
+from backbones.errors import CheckpointError
 from backbones.train.checkpoints import read_training_checkpoint
 from backbones.train.trainer import Trainer
 from backbones.weights import read_metadata
@@ -328,3 +329,71 @@ def test_any_model_of_timm(fit):
     saved = read_metadata(report.folder / "model_best.safetensors")["backbones"]
     assert saved["name"] == "resnet10t"
     json.dumps(saved)
+
+
+# Options that are given on resume.
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"weight_decay": 0.3}, {"weight_decay": 0.3}),
+        ({"opt_betas": (0.8, 0.9)}, {"betas": (0.8, 0.9)}),
+        ({"opt_eps": 1e-5}, {"eps": 1e-5}),
+        ({"opt_kwargs": {"amsgrad": False, "betas": (0.7, 0.9)}}, {"betas": (0.7, 0.9)}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_options_given_on_resume_hold(fit, monkeypatch, given, found):
+    folder = fit(epochs=1).folder
+    groups = groups_of_a_resumed_run(monkeypatch, folder, **given)
+    decaying = max(groups, key=lambda group: group["weight_decay"])
+    for key, value in found.items():
+        same = tuple(decaying[key]) if isinstance(value, tuple) else decaying[key]
+        assert same == value
+    assert min(group["weight_decay"] for group in groups) == 0  # of norms and biases, as before
+    written = yaml.safe_load((folder / "args.yaml").read_text())
+    for key, value in given.items():
+        assert written[key] == (list(value) if isinstance(value, tuple) else written[key])
+
+
+@pytest.mark.parametrize("sched", ["cosine", "constant"])
+def test_a_rate_given_on_resume_holds(fit, monkeypatch, sched):
+    folder = fit(epochs=1, sched=sched).folder
+    before = groups_of_a_resumed_run(monkeypatch, folder)
+    after = groups_of_a_resumed_run(monkeypatch, folder, lr=6e-4)
+    assert after[0]["lr"] == pytest.approx(before[0]["lr"] / 10, rel=0.05)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "lamb", "lion"])
+def test_another_optimizer_cannot_go_on(fit, opt):
+    folder = fit(epochs=1).folder
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointError, match=r"AdamW is of no use to \w+; leave --opt out"):
+        train.run(resume=folder / "last.pth.tar", epochs=2, opt=opt)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_options_that_need_a_state_that_is_not_there(fit):
+    folder = fit(epochs=1).folder
+    written = (folder / "args.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match="state lacks max_exp_avg_sq"):
+        train.run(resume=folder / "last.pth.tar", epochs=2, opt_kwargs={"amsgrad": True})
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        train.run(resume=folder / "last.pth.tar", epochs=2, layer_decay=0.5)
+    assert (folder / "args.yaml").read_bytes() == written
+
+
+def groups_of_a_resumed_run(monkeypatch, folder, **options):
+    """Return the optimizer's groups at the first step of a run that goes on."""
+    groups = []
+
+    def stop(trainer, epoch):
+        groups.extend(dict(group) for group in trainer.optimizer.param_groups)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(resume=folder / "last.pth.tar", epochs=2, **options)
+    return groups
