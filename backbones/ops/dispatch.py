@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 
 _reference_depth = 0
 
@@ -41,6 +42,14 @@ def is_recorded() -> bool:
     holds no custom autograd function and no complex number.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether ``torch.func`` maps over one of the tensors, or differentiates by it."""
+    for tensor in tensors:  # noqa: SIM110 - on small maps a generator is felt
+        if debug_unwrap(tensor) is not tensor:
+            return True
+    return False
 
 
 def at_least_float32(*tensors: Tensor) -> torch.dtype:

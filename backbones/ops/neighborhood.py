@@ -6,17 +6,16 @@ et al., CVPR 2023, arXiv 2204.07143), section 3.1; used by OverLoCK (Lou and Yu,
 arXiv 2502.20087), section 3.3, with dynamic kernels as weights.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from backbones.errors import InputSizeError
+from backbones.ops.bilinear import Bilinear
 from backbones.ops.dispatch import (
     at_least_float32,
     is_recorded,
     is_symbolic,
+    is_transformed,
     reference_active,
     without_autocast,
 )
@@ -83,7 +82,7 @@ def neighborhood_bias(table: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     _check_map(height, width, k)
     rows, cols = (_first_offsets(length, k, table.device) for length in size)
-    if reference_active():
+    if reference_active() or is_transformed(table):  # mapped gradients of `unfold` take a loop
         taps = torch.arange(k, device=table.device)
         row = (rows[:, None] + taps)[:, None, :, None]
         col = (cols[:, None] + taps)[None, :, None, :]
@@ -155,11 +154,13 @@ def _recorded(value: Tensor, attention: Tensor, k: int) -> Tensor:
     return torch.cat(rows, -2) if len(rows) > 1 else rows[0]
 
 
-class _Neighborhood(torch.autograd.Function):
+class _Neighborhood(Bilinear):
     """The eager path, forward and backward: a matrix product per tile.
 
     The matrices are rebuilt in the backward pass, so that training keeps only the arguments.
     """
+
+    recorded = staticmethod(_recorded)
 
     @staticmethod
     def forward(value: Tensor, attention: Tensor, k: int) -> Tensor:
@@ -175,15 +176,9 @@ class _Neighborhood(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        value, attention, ctx.k = inputs
-        ctx.save_for_backward(value, attention)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        value, attention = ctx.saved_tensors
-        k = ctx.k
+    def gradients(
+        value: Tensor, attention: Tensor, k: int, grad: Tensor, needed: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor]:
         keys, weights = _merge_groups(value, attention, k)
         grad = grad.reshape(keys.shape)
         # Tiles share keys, so their gradients add up: in float32 also for half types.
@@ -197,7 +192,7 @@ class _Neighborhood(torch.autograd.Function):
             grad_matrix = torch.bmm(grad_out.transpose(1, 2), tile.flat_keys(keys))
             tile.collect(grad_matrix, grad_weights)
         grad_value = grad_keys.to(value.dtype).view(value.shape)
-        return grad_value, grad_weights.view(attention.shape), None
+        return grad_value, grad_weights.view(attention.shape)
 
 
 def _tiles(value: Tensor, k: int) -> list[Tile]:

@@ -6,20 +6,20 @@ large-small convolution.
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from backbones.errors import InputSizeError
+from backbones.ops.bilinear import Bilinear
 from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
     is_recorded,
+    is_transformed,
     reference_active,
     without_autocast,
 )
@@ -51,11 +51,15 @@ def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
             out = _reference(x.to(dtype), weight.to(dtype), k)
         elif is_recorded():
             out = _recorded(x.to(dtype), weight.to(dtype), k)
-        elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        elif _is_differentiated(x, weight) or is_transformed(x, weight):
             out = _SmallKernel.apply(x.to(dtype), weight.to(dtype), k)
         else:  # on small maps the autograd function itself would cost a third of the time
             out = _eager(x.to(dtype), weight.to(dtype), k)
         return out.to(x.dtype)
+
+
+def _is_differentiated(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def _check(x: Tensor, weight: Tensor) -> int:
@@ -125,37 +129,34 @@ def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:
     return _like(out.view(x.shape), x)
 
 
-class _SmallKernel(torch.autograd.Function):
+class _SmallKernel(Bilinear):
     """The eager path, forward and backward."""
+
+    recorded = staticmethod(_recorded)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, k: int) -> Tensor:
         return _eager(x, weight, k)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        x, weight, ctx.k = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        k, shape, groups = ctx.k, x.shape, weight.shape[1]
+    def gradients(
+        x: Tensor, weight: Tensor, k: int, grad: Tensor, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        shape, groups = x.shape, weight.shape[1]
         flat, taps = _flatten(x, weight, k)
         grad_out = grad.contiguous().view(shape[0], -1, groups, shape[2] * shape[3])
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
+        if needed[0]:
             grad_flat = torch.zeros_like(flat)
             for shifted, tap in zip(_shifted(grad_flat, shape[3], k), taps, strict=True):
                 shifted.addcmul_(grad_out, tap)
             edge = k // 2 * (shape[3] + 1)
             grad_x = _like(grad_flat[..., edge : edge + shape[2] * shape[3]].reshape(shape), x)
-        if ctx.needs_input_grad[1]:
+        if needed[1]:
             by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, shape[3], k)]
             grad_weight = torch.stack(by_tap, 2).view(weight.shape)
             _zero_wrapped(grad_weight, k)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight
 
 
 def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, ...]]:
