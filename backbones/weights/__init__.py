@@ -1,6 +1,5 @@
 """Checkpoints: reading them safely, bringing them here, mapping them to a model, publishing."""
 
-from backbones.weights.arguments import saved_arguments, sizes_in_file
 from backbones.weights.download import (
     fetch,
     local_copy,
@@ -15,6 +14,8 @@ from backbones.weights.loading import (
     filter_for_timm,
     load_checkpoint,
     load_pretrained,
+    saved_arguments,
+    sizes_in_file,
 )
 from backbones.weights.mapping import Mapped, map_checkpoint
 from backbones.weights.publish import (

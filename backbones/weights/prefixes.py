@@ -6,7 +6,6 @@ Names differ between layouts, so that a place is first looked for by the shapes 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 __all__ = ["likeness", "prefixes", "without_inner_words"]
@@ -32,12 +31,14 @@ def prefixes(tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> li
     for key in tensors:
         counts.update(_prefixes_of(key))
     nodes = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))[:_MAX_NODES]
-    below: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in nodes}
+    below: dict[str, Counter[tuple[int, ...]]] = {prefix: Counter() for prefix in nodes}
     for key, tensor in tensors.items():
+        shape = _shape(tensor)
         for prefix in _prefixes_of(key):
             if prefix in below:
-                below[prefix][key] = tensor
-    found = {prefix: likeness(below[prefix], present) for prefix in nodes}
+                below[prefix][shape] += 1
+    wanted = Counter(map(_shape, present.values()))
+    found = {prefix: (shapes & wanted).total() for prefix, shapes in below.items()}
     least = max(found.values(), default=0) / 2
     likely = [prefix for prefix in nodes if found[prefix] >= least]
     return sorted(likely, key=lambda prefix: (-found[prefix], len(prefix), prefix))[:_MAX_PREFIXES]
@@ -86,5 +87,4 @@ def _prefixes_of(key: str) -> Iterator[str]:
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     """Return a shape without dimensions of size 1, which differ between layouts."""
-    shape: torch.Size = tensor.shape
-    return tuple(size for size in shape if size != 1)
+    return tuple(size for size in tensor.shape if size != 1)

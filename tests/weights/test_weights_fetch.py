@@ -44,6 +44,7 @@ def run(hub, cache, program, **environment):
     )
 
 
+WRAPPER = '{"architecture": "convnext_atto", "model_args": null, "model_type": "timm_wrapper"}'
 LOAD = f"""
     import backbones, timm, torch
     from pathlib import Path
@@ -98,6 +99,22 @@ def test_hub_models_of_ours_and_of_timm(hub, tmp_path):
     result = run(hub, tmp_path, program)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == pytest.approx(model.stem[0].weight.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "convnext"}', WRAPPER])
+def test_a_repository_that_transformers_wrote_is_refused_with_the_reason(hub, tmp_path, config):
+    repo = hub.folder / "me" / "theirs"
+    repo.mkdir(parents=True, exist_ok=True)
+    (repo / "config.json").write_text(config)
+    program = """
+        import backbones
+        backbones.create_model("hf-hub:me/theirs", pretrained=True)
+    """
+    result = run(hub, tmp_path, program)
+    assert "ConfigError: hf-hub:me/theirs: its config.json describes no model of timm" in (
+        result.stderr
+    )
+    assert "use local-dir:FOLDER" in result.stderr
 
 
 CONTENT = b"weights" * 1000
