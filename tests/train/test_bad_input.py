@@ -233,6 +233,8 @@ def test_values_outside_of_their_range(options, words):
         ({"kd_model_name": "convnext_atto", "aux_loss_weight": 1.0}, "exclude each other"),
         ({"initial_checkpoint": "a", "pretrained_path": "b"}, "exclude each other"),
         ({"dataset": "torch/nothing"}, "torch/nothing"),
+        ({"dataset": "nope"}, "no dataset reader 'nope'"),
+        ({"mean": (0.5, 0.5)}, "mean must be one number or 3"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "-",
 )

@@ -8,7 +8,7 @@ from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from backbones.errors import DataError
+from backbones.errors import ConfigError, DataError
 from backbones.images import fit_channels
 from backbones.train.config import TrainConfig
 from backbones.train.distributed import ProcessGroup
@@ -23,6 +23,9 @@ def set_input(model: nn.Module, size: int | Sequence[int] | None = None, **facts
 
     `size` is the side of the images, or height and width; `facts` are `crop_pct`, `mean`, `std` and
     `interpolation`; None keeps the model's.
+
+    Raises:
+        ConfigError: a mean or std of another number of channels.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     known = resolve_model_data_config(model)
@@ -32,6 +35,9 @@ def set_input(model: nn.Module, size: int | Sequence[int] | None = None, **facts
         cfg |= {"pool_size": None, "test_input_size": None, "test_crop_pct": None}
         shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
     given = {key: value for key, value in facts.items() if value is not None}
+    for key in {"mean", "std"} & given.keys():
+        if len(given[key]) not in (1, channels):
+            raise ConfigError(f"{key} must be one number or {channels}, got {given[key]}")
     cfg |= {"num_classes": model.num_classes, **given}
     stated = {key: cfg.get(key) or known[key] for key in ("mean", "std")}
     cfg |= fit_channels({**stated, "input_size": shape}, channels)

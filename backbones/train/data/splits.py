@@ -78,6 +78,11 @@ def open_splits(config: TrainConfig, progress: Callable[[int, int], None] | None
 
 def _other_readers(config: TrainConfig) -> Splits:
     """Open what timm's dataset factory can."""
+    if "/" not in config.dataset:
+        raise ConfigError(
+            f"no dataset reader {config.dataset!r}; there are those of timm, such as"
+            " 'torch/cifar10' and 'hfds/owner/name'; leave it out for folders and archives"
+        )
     names = read_class_map(config.class_map) if config.class_map else []
 
     def read(split: str, is_training: bool) -> Any:
