@@ -236,7 +236,9 @@ def _map_to_deploy_form(checkpoint: Checkpoint, model: nn.Module, **options: Any
 
 
 def _map(checkpoint: Checkpoint, model: nn.Module, **options: Any) -> Mapped:
-    Target(model).require_form(checkpoint)
+    target = Target(model)
+    target.require_form(checkpoint)
+    target.require_arguments(checkpoint)
     for key, tensor in checkpoint.tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{checkpoint.source}: entry {key[:80]!r} has no values (meta)")
