@@ -36,7 +36,9 @@ class WeightsEntry:
     status: Literal["released", "page_only", "unreleased"] = "released"
     sha256: str | None = None
     size: int | None = None
-    layout: Literal["authors", "timm", "backbones", "mmpretrain", "transformers"] = "authors"
+    layout: Literal["authors", "timm", "backbones", "mmpretrain", "openmixup", "transformers"] = (
+        "authors"
+    )
     license: str = "unstated"
     input_size: Sequence[int] = (3, 224, 224)
     test_input_size: Sequence[int] | None = None

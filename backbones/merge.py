@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 __all__ = [
     "average_linear_layers",
+    "biases_into_next",
     "branches_into_kernel",
     "center_outputs",
+    "contrast_into_next",
     "drop_softmax_bias",
     "factor_into_norm",
     "factor_into_outputs",
@@ -31,6 +33,7 @@ __all__ = [
     "is_linear_layer",
     "norm_into_next",
     "norm_into_previous",
+    "norm_into_shortcut",
     "pass_outputs_into_kernel",
     "record",
     "recorded",
@@ -129,6 +132,24 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
         return nn.Identity()
     norm.weight = norm.bias = None  # type: ignore[assignment]
     return norm
+
+
+def norm_into_shortcut(norm: nn.Module, scale: Tensor, branch: nn.Module) -> nn.Parameter:
+    """Turn ``x + g n(x)`` into one factor on x: ``k = 1 + g s``; ``g t`` goes into a bias.
+
+    Args:
+        norm: the batch norm n; it stays for what else reads it.
+        scale: the layer scale g, (C,).
+        branch: a linear layer whose outputs are added to the sum.
+
+    Returns:
+        The factor k, (C,).
+    """
+    factor, shift = _affine(norm)
+    wide = _wide(scale).flatten()
+    _store(branch, None, _bias(branch) + wide * shift)
+    record("norm on a shortcut into a factor")
+    return nn.Parameter((1 + wide * factor).to(scale.device, scale.dtype), scale.requires_grad)
 
 
 def fold_chain(owner: nn.Module, names: Sequence[str] | None = None) -> None:
@@ -292,6 +313,31 @@ def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> N
     record("bias of attention values into the linear layer after")
 
 
+def biases_into_next(
+    linear: nn.Module, rows: slice, others: Sequence[nn.Module], after: nn.Module
+) -> None:
+    """Move biases into the layer after those whose outputs it reads side by side: ``b' = b + W t``.
+
+    Args:
+        linear: the first; what else reads its outputs keeps the other biases.
+        rows: which of its outputs enter `after`.
+        others: the layers whose outputs follow; they lose their biases.
+        after: an unpadded linear layer; nothing is moved where it is padded.
+    """
+    parts = (linear, *others)
+    if not _is_unpadded(after) or any(part.bias is None for part in parts):
+        return
+    bias = _bias(linear)
+    shift = torch.cat((bias[rows], *(_bias(part) for part in others)))
+    moved = _weight(after) * _input_values(after, shift)
+    _store(after, None, _bias(after) + moved.flatten(1).sum(1))
+    bias[rows] = 0
+    _store(linear, None, bias)
+    for part in others:
+        part.register_parameter("bias", None)
+    record("biases into the linear layer after")
+
+
 # Linear layers side by side.
 
 
@@ -354,6 +400,26 @@ def split_contrast(conv: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
     _store(conv, (1 + wide) * weight, None)
     record("contrast with the mean into linear layers")
     return mean
+
+
+def contrast_into_next(gain: Tensor, conv: nn.Conv2d) -> nn.Parameter:
+    """Move ``y + g (y - d)``, one map d for all channels, behind the 1x1 convolution after it.
+
+    With the layer ``W y + b`` that is ``W (1 + g) y + b - (W g) d``: it takes the factor.
+
+    Returns:
+        What d is multiplied by for each output, ``-W g``, (outputs,).
+
+    Raises:
+        ValueError: a layer that is padded or grouped.
+    """
+    dense = conv.groups == 1 and _is_unpadded(conv)
+    _require(dense, "a contrast moves through unpadded dense layers only", conv)
+    wide, weight = _wide(gain).flatten().view(1, -1, 1, 1), _weight(conv)
+    _store(conv, weight * (1 + wide), None)
+    record("contrast with a map into the linear layer after")
+    along = -(weight * wide).flatten(1).sum(1)
+    return nn.Parameter(along.to(gain.device, gain.dtype), gain.requires_grad)
 
 
 def stack_linear_layers(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:

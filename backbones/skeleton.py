@@ -60,6 +60,7 @@ class StagedBackbone(nn.Module):
     auxiliary_keys: ClassVar[tuple[str, ...]] = ()  # entries that exist with aux_head=True only
     resizable_keys: ClassVar[tuple[str, ...]] = ()  # entries as long as a checkpoint has them
     no_decay_patterns: ClassVar[tuple[str, ...]] = ()
+    invisible_arguments: ClassVar[tuple[str, ...]] = ()  # that no name or shape of a weight shows
     dilatable: ClassVar[bool] = False  # whether output_stride 8 and 16 are possible
     fixed_size_reason: str = ""  # why a recorded graph holds for one image size only, if it does
 

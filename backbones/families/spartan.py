@@ -4,7 +4,6 @@ Source: "SpaRTAN: Spatial Reinforcement Token-based Aggregation Network for Visu
 (arXiv 2507.10999) and the authors' code.
 """
 
-import math
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from backbones import merge
 from backbones.config import PerStage
 from backbones.errors import ConfigError
-from backbones.layers import Chain, Head, conv_norm
+from backbones.layers import Chain, Head, conv_norm, init_by_fan_out
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
 
 EPS = 1e-6
@@ -238,10 +237,7 @@ class SpaRTAN(StagedBackbone):
     def init_layer(self, module: nn.Module, name: str) -> None:
         """Initialize convolutions by their fan-out and rotations as standard normal."""
         if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels // module.groups * math.prod(module.kernel_size)
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            init_by_fan_out(module)
         elif isinstance(module, ChannelMixer):
             nn.init.normal_(module.get_parameter("rotation"))
         else:

@@ -7,9 +7,10 @@ from backbones.layers.branched_conv import (
 )
 from backbones.layers.chain import Chain, bias_as_norm, conv_norm, norm_conv_downsample
 from backbones.layers.head import Head
+from backbones.layers.initial_values import init_by_fan_out
 from backbones.layers.layouts import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
 from backbones.layers.mlp import ChannelMlp
-from backbones.layers.norm import GlobalResponseNorm, statistics_dtype
+from backbones.layers.norm import GlobalResponseNorm, VectorBatchNorm, statistics_dtype
 from backbones.layers.tracing import fx_leaf
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "ChannelMlp",
     "GlobalResponseNorm",
     "Head",
+    "VectorBatchNorm",
     "bias_as_norm",
     "conv_norm",
     "fx_leaf",
+    "init_by_fan_out",
     "norm_conv_downsample",
     "split_merged_kernels",
     "statistics_dtype",

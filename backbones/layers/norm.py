@@ -1,11 +1,11 @@
-"""The response norm, and the type in which norms take their statistics."""
+"""Norms of our own, and the type in which norms take their statistics."""
 
 import torch
 from torch import Tensor, nn
 
 from backbones.layers.tracing import fx_leaf
 
-__all__ = ["GlobalResponseNorm", "statistics_dtype"]
+__all__ = ["GlobalResponseNorm", "VectorBatchNorm", "statistics_dtype"]
 
 
 @fx_leaf
@@ -44,3 +44,13 @@ class GlobalResponseNorm(nn.Module):
         scale = 1 + self.weight.view(self.shape) * relative
         x = x * scale.to(x.dtype)
         return x if self.bias is None else x + self.bias.view(self.shape).to(x.dtype)
+
+
+class VectorBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the last axis of (..., C), so that feature maps may be left unpooled."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept any number of axes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(-1, 1)).movedim(1, -1)  # over B C ..., then B ... C

@@ -92,6 +92,7 @@ def map_file(checkpoint: Checkpoint, target: Target, **options: Any) -> Mapped:
         CheckpointError: as `map_checkpoint`, and where values are missing; with the file's name.
     """
     target.require_form(checkpoint)
+    target.require_arguments(checkpoint)
     tensors, beside = checkpoint.tensors, checkpoint.beside
     place: dict[str, Any] = {"wrapper": checkpoint.wrapper}
     if beside and 2 * likeness(tensors, target.present) < likeness(beside, target.present):

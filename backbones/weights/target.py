@@ -1,5 +1,6 @@
 """What a model expects of a checkpoint: the view of a model that the mapping works on."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -71,6 +72,24 @@ class Target:
                 f"{checkpoint.source}: holds a re-parameterized model, whose norms and branches are"
                 " folded away for good; load it into a model created with deploy=True"
             )
+
+    def require_arguments(self, checkpoint: Checkpoint) -> None:
+        """Refuse a file of ours whose weights fit and whose model computes something else.
+
+        Raises:
+            CheckpointError: it was saved with another value of an argument that no shape shows.
+        """
+        saved = checkpoint.description.get("arguments")
+        for name in getattr(self.module, "invisible_arguments", ()) if saved else ():
+            default = inspect.signature(type(self.module)).parameters[name].default
+            given, own = saved.get(name, default), getattr(self.module, name)
+            if given != own:
+                raise CheckpointError(
+                    f"{checkpoint.source}: was saved from a model with {name}={given}, and"
+                    f" {self.name} has {name}={own}; load it into"
+                    f" {checkpoint.description.get('name')!r}, or create the model with"
+                    f" {name}={given}"
+                )
 
     def is_derived(self, key: str) -> bool:
         """Whether the model computes this entry itself."""

@@ -318,6 +318,66 @@ class Contrast(Scene):
             self.gain = None
 
 
+class ContrastWithMap(Scene):
+    counts = {"contrast with a map into the linear layer after": 1}
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.first = nn.Conv2d(8, 1, 1)
+        self.conv = nn.Conv2d(8, 6, 1, bias=bias)
+        self.gain = nn.Parameter(torch.empty(8))
+        self.direction = None
+
+    def forward(self, x):
+        d = self.first(x).tanh()
+        if self.direction is not None:
+            return self.conv(x) + by_channel(self.direction, self.conv) * d
+        return self.conv(x + by_channel(self.gain, self.conv) * (x - d))
+
+    def fold(self):
+        if self.gain is not None:
+            self.direction = merge.contrast_into_next(self.gain, self.conv)
+            self.gain = None
+
+
+class NormedShortcut(Scene):
+    counts = {"norm on a shortcut into a factor": 1}
+
+    def __init__(self, **options):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8, **options)
+        self.gain = nn.Parameter(torch.empty(8))
+        self.branch = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.factor = None
+
+    def forward(self, x):
+        if self.factor is not None:
+            return by_channel(self.factor, self.branch) * x + self.branch(x)
+        return x + by_channel(self.gain, self.branch) * self.norm(x) + self.branch(x)
+
+    def fold(self):
+        if self.factor is None:
+            self.factor = merge.norm_into_shortcut(self.norm, self.gain, self.branch)
+            self.norm, self.gain = nn.Identity(), None
+
+
+class BiasesSideBySide(Scene):
+    counts = {"biases into the linear layer after": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.other = nn.Conv2d(5, 5, 3, padding=1, groups=5)
+        self.after = nn.Conv2d(8, 4, 1, bias=False)
+
+    def forward(self, x):
+        kept, rest = self.first(x).split((3, 5), 1)
+        return self.after(torch.cat((kept, self.other(rest)), 1))
+
+    def fold(self):
+        merge.biases_into_next(self.first, slice(3), [self.other], self.after)
+
+
 class SideBySide(Scene):
     counts = {"linear layers of one input into one": 1}
 
@@ -405,6 +465,10 @@ SCENES = {
     "branches_into_kernel": Parallel,
     "pass_outputs_into_kernel": PartlyPassed,
     "split_contrast": Contrast,
+    "contrast_into_next": ContrastWithMap,
+    "norm_into_shortcut": NormedShortcut,
+    "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
+    "biases_into_next": BiasesSideBySide,
     "stack_linear_layers": lambda: SideBySide(
         linear_layer("padded"), linear_layer("padded", out_channels=3)
     ),

@@ -156,6 +156,37 @@ ROWS = [
     Row("spartan_t", "norm1 into proj_in", NEXT, r"norm1$", 20, 0),
     Row("spartan_t", "contrast", "backbones.merge:split_contrast", r"proj_in$", 20, 0),
     Row("spartan_t", "layer scales into proj_out", SCALE, r"proj_out$", 40),
+    # MogaNet
+    Row("moganet_xtiny", "stem and downsampling norms", PREVIOUS, r"(stem|sample)\.\d$", 5, 1),
+    Row("moganet_xtiny", "norm1 into proj_1", NEXT, r"norm1$", 18, 0),
+    Row("moganet_xtiny", "norm2 into fc1", NEXT, r"norm2$", 18, 0),
+    Row("moganet_xtiny", "final norm into the head", NEXT, r"head\.norm$", 1, 0),
+    Row("moganet_xtiny", "contrast", "backbones.merge:split_contrast", r"proj_1$", 18, 0),
+    Row(
+        "moganet_xtiny",
+        "inner shortcut",
+        "backbones.merge:norm_into_shortcut",
+        r"norm1$",
+        18,
+    ),
+    Row(
+        "moganet_xtiny",
+        "biases of the depthwise convolutions",
+        "backbones.merge:biases_into_next",
+        r"value\.proj$",
+        18,
+    ),
+    Row(
+        "moganet_xtiny",
+        "contrast behind fc2",
+        "backbones.merge:contrast_into_next",
+        r"mlp\.fc2$",
+        18,
+    ),
+    Row(
+        "moganet_xtiny", "fc2 and decompose", "backbones.merge:stack_linear_layers", r"fc2$", 18, 0
+    ),
+    Row("moganet_xtiny", "layer scales", SCALE, r"(proj_2|fc2)$", 36),
 ]
 
 
@@ -299,6 +330,11 @@ LEFT_OUT = [
     LeftOut("overlock_xt", "layer scale on the identity", "the branch has none", r"ls2?\.w", 13),
     LeftOut("spartan_t", "norm2", "it takes part in the argmax", r"norm2\.", 40),
     LeftOut("spartan_t", "two dilated convolutions", ZEROS, r"conv_l.*weight$", 40),
+    LeftOut("moganet_xtiny", "norm before the downsampling", ZEROS, r"sample\.0\.(w|b)", 6),
+    LeftOut("moganet_xtiny", "dilated kernels into 5x5", ZEROS, r"conv_dw[12]\.weight$", 36),
+    LeftOut("moganet_xtiny", "other biases of the 5x5", ZEROS, r"conv_dw0\.bias$", 18),
+    LeftOut("moganet_xtiny", "bias of fc1", ZEROS, r"mlp\.fc1\.bias$", 18),
+    LeftOut("moganet_xtiny", "gate and value", "their inputs differ", r"(gate|proj)\.weight$", 36),
 ]
 
 

@@ -39,6 +39,7 @@ FINAL = {
     "unireplknet": ("head.",),
     "hornet": ("head.",),
     "spartan": ("linear.",),
+    "moganet": ("head.",),
     "overlock": ("head.4.", "aux_head.2."),
 }
 INITIALIZERS = frozenset(
@@ -76,6 +77,7 @@ def released(
     shapes = {
         "authors": _authors,
         "mmpretrain": _mmpretrain,
+        "openmixup": _openmixup,
         "timm": _timm,
         "transformers": _transformers,
     }[layout](variant, classes, "head" in lacks)
@@ -113,6 +115,17 @@ def _mmpretrain(variant: str, classes: int, headless: bool) -> Shapes:
             key = re.sub(r"\.(gamma\d)$", r".\1.weight", key)
         shapes[key] = shape
     return shapes
+
+
+def _openmixup(variant: str, classes: int, headless: bool) -> Shapes:
+    """OpenMixup's names, which are those of its goldens; else the authors' with its prefixes."""
+    shapes = _authors(variant, classes, headless)
+    if any(key.startswith("backbone.") for key in shapes):
+        return shapes
+    return {
+        re.sub(r"^(?!head)", "backbone.", re.sub(r"^head\.", "head.fc.", key)): shape
+        for key, shape in shapes.items()
+    }
 
 
 def _timm(variant: str, classes: int, headless: bool) -> Shapes:

@@ -47,6 +47,7 @@ CARRIED_OVER = (
     "unireplknet_n",
     "hornet_tiny_gf",
     "overlock_xt",
+    "moganet_tiny",
 )
 # Who writes files of another layout than the authors'.
 PUBLISHERS = {
@@ -55,6 +56,7 @@ PUBLISHERS = {
     "whyu/": "timm",
     "facebook/": "transformers",
     "https://download.openmmlab.com/": "mmpretrain",
+    "https://github.com/Westlake-AI/openmixup/": "openmixup",
 }
 PRESET = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "num_classes")
 # timm's models of these families that no variant of ours is; test_* are for its own tests.

@@ -5,19 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers import Head
+from backbones.layers import Head, VectorBatchNorm
 
-__all__ = ["DistilledHead", "VectorBatchNorm"]
-
-
-class VectorBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the last axis of (..., C), so that feature maps may be left unpooled."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any number of axes."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(-1, 1)).movedim(1, -1)  # over B C ..., then B ... C
+__all__ = ["DistilledHead"]
 
 
 class DistilledHead(Head):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from backbones.errors import CheckpointError, UnsupportedError
 from backbones.families.lsnet.attention import DistanceAttention, resize_tables
-from backbones.families.lsnet.head import DistilledHead, VectorBatchNorm
+from backbones.families.lsnet.head import DistilledHead
 from backbones.families.lsnet.large_small_conv import LargeSmallConv
-from backbones.layers import BranchedConv, Chain, Head, conv_norm
+from backbones.layers import BranchedConv, Chain, Head, VectorBatchNorm, conv_norm
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors
 
 TABLE = re.compile(r"\.attention_biases$")
