@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.formats import Conversion, Format, FormatConfig, intermediate_folder
 from backbones.engines.opsets import EXPORTED, OLDEST, lower_opset
 from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
@@ -57,11 +57,10 @@ def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
     if conversion.precision != "int8":
         write_onnx(conversion, config, path)
         return
-    plain = path.with_name(f"fp32-{path.name}")
-    write_onnx(conversion, config, plain)
-    _quantize(plain, path, conversion)
-    for file in path.parent.glob(f"{plain.name}*"):
-        file.unlink()
+    with intermediate_folder(path) as folder:
+        write_onnx(conversion, config, folder / path.name)
+        with explained(f"{path.name}: ONNX Runtime cannot quantize it"):
+            _quantize(folder / path.name, path, conversion)
 
 
 def write_onnx(
@@ -130,7 +129,6 @@ def _quantize(source: Path, path: Path, conversion: Conversion) -> None:
         # 8 bits in the weights would overflow the 16-bit sums of processors without VNNI.
         reduce_range=not _has_vnni(),
     )
-    prepared.unlink()
 
 
 def _has_vnni() -> bool:
