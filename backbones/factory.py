@@ -369,6 +369,8 @@ def _create_remote(
             ) from error
     variant = registry.find(architecture)
     arguments = {**(saved or {}), **arguments}
+    known = PretrainedCfg.__dataclass_fields__  # transformers writes fields of its own beside them
+    described = {key: value for key, value in described.items() if key in known}
     if variant is not None:
         return build(
             variant,

@@ -1,6 +1,9 @@
 """What a format is: a typed config, and what converts to it and runs it."""
 
+import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ from torch import Tensor, nn
 from backbones.engines.runners import Runner, explained
 from backbones.errors import ConfigError
 
-__all__ = ["Conversion", "Format", "FormatConfig", "Notes", "traced"]
+__all__ = ["Conversion", "Format", "FormatConfig", "Notes", "intermediate_folder", "traced"]
 
 Notes = Mapping[str, Any]
 _AXES = {"batch": 0, "height": 2, "width": 3}
 _CALIBRATION_BATCH = 8
+FEW = 32  # images for calibration
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,14 @@ class Conversion:
         if self.calibration is None:
             raise ConfigError("int8 needs images to calibrate on (calibration=FOLDER or a tensor)")
         size = _CALIBRATION_BATCH if "batch" in self.dynamic else self.example.shape[0]
+        if len(self.calibration) < FEW:
+            _logger.warning(
+                "int8 is calibrated on %d images only; 100 and more, of all kinds that the model"
+                " will see, are usual",
+                len(self.calibration),
+            )
         for part in self.calibration.split(size):
-            if len(part) == size:
-                yield part.contiguous().numpy()
+            yield part.contiguous().numpy()
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,13 @@ class Format:
     """(path, threads=None) -> the file, ready to run."""
     precisions: tuple[str, ...] = ("fp32",)
     dynamic: tuple[str, ...] = ("batch", "height", "width")
+
+
+@contextmanager
+def intermediate_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside a file, for what is made on the way to it; it goes with its files."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        yield Path(folder)
 
 
 def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:

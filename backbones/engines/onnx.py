@@ -16,22 +16,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.formats import Conversion, Format, FormatConfig, intermediate_folder
+from backbones.engines.opsets import EXPORTED, OLDEST, lower_opset
 from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
+from backbones.errors import ConfigError
 from backbones.optional import optional_import
 
 __all__ = ["ENGINE", "FORMAT", "OnnxConfig", "OnnxRuntimeRunner", "write_onnx"]
 
 LARGEST = 2**31 - 2**20  # protobuf's limit for one file, with room for the graph itself
+QUANTIZABLE = 13  # the first opset with a scale for each channel
 QUANTIZED = ("Conv", "Gemm", "MatMul")  # norms, spectra and pooled statistics stay in float32
 
 
 @dataclass(frozen=True)
 class OnnxConfig(FormatConfig):
-    """ONNX by PyTorch's exporter over `torch.export`; `opset` None is the exporter's own choice."""
+    """ONNX by PyTorch's exporter over `torch.export`.
+
+    `opset` is the file's, 11 (in int8: 13) or later; None is the exporter's own choice. An opset
+    without a form of the model is refused.
+    """
 
     opset: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.opset is not None and (not isinstance(self.opset, int) or self.opset < OLDEST):
+            raise ConfigError(f"no opset {self.opset!r} can be written; give {OLDEST} or later")
 
 
 def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
@@ -41,14 +52,15 @@ def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
     weights and activations of convolutions and products are quantized, with QuantizeLinear and
     DequantizeLinear around them.
     """
+    if conversion.precision == "int8" and (config.opset or EXPORTED) < QUANTIZABLE:
+        raise ConfigError(f"int8 needs opset {QUANTIZABLE} or later, got {config.opset}")
     if conversion.precision != "int8":
         write_onnx(conversion, config, path)
         return
-    plain = path.with_name(f"fp32-{path.name}")
-    write_onnx(conversion, config, plain)
-    _quantize(plain, path, conversion)
-    for file in path.parent.glob(f"{plain.name}*"):
-        file.unlink()
+    with intermediate_folder(path) as folder:
+        write_onnx(conversion, config, folder / path.name)
+        with explained(f"{path.name}: ONNX Runtime cannot quantize it"):
+            _quantize(folder / path.name, path, conversion)
 
 
 def write_onnx(
@@ -59,6 +71,7 @@ def write_onnx(
     optional_import("onnxscript", "onnx")
     model = rewrite_for_graphs(conversion.model, decompose=decompose)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    asked = config.opset
     shapes = {axis: torch.export.Dim(name, max=2**31 - 1) for axis, name in conversion.axes.items()}
     with explained(f"{path.name}: PyTorch's ONNX exporter failed"):
         program = torch.onnx.export(
@@ -68,13 +81,20 @@ def write_onnx(
             dynamic_shapes=(shapes,) if shapes else None,
             input_names=["input"],
             output_names=list(conversion.outputs),
-            opset_version=config.opset,
+            opset_version=None if asked is None else max(asked, EXPORTED),
             verbose=False,
         )
         assert program is not None  # it is None with the exporter of old only
         facts = json.dumps(conversion.metadata, allow_nan=False)
         program.model.metadata_props["backbones"] = facts
         program.save(path, external_data=size > LARGEST)
+        written = program.model.opset_imports[""]
+    if asked is None or asked == written:
+        return
+    if asked > written:
+        raise ConfigError(f"{path.name}: no opset {asked}; PyTorch's exporter wrote {written}")
+    with explained(f"{path.name}: opset {asked} cannot hold this model, {EXPORTED} and later can"):
+        lower_opset(path, asked)
 
 
 class _Batches:
@@ -109,7 +129,6 @@ def _quantize(source: Path, path: Path, conversion: Conversion) -> None:
         # 8 bits in the weights would overflow the 16-bit sums of processors without VNNI.
         reduce_range=not _has_vnni(),
     )
-    prepared.unlink()
 
 
 def _has_vnni() -> bool:

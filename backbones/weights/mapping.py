@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.errors import CheckpointError
-from backbones.weights.prefixes import likeness, prefixes, without_inner_words
+from backbones.weights.prefixes import overlap, prefixes, without_inner_words
 from backbones.weights.target import Layout, Target
 from backbones.weights.untrusted import Checkpoint
 from backbones.weights.values import check_values
@@ -95,7 +95,7 @@ def map_file(checkpoint: Checkpoint, target: Target, **options: Any) -> Mapped:
     target.require_arguments(checkpoint)
     tensors, beside = checkpoint.tensors, checkpoint.beside
     place: dict[str, Any] = {"wrapper": checkpoint.wrapper}
-    if beside and 2 * likeness(tensors, target.present) < likeness(beside, target.present):
+    if beside and 2 * overlap(tensors, target.present) < overlap(beside, target.present):
         tensors, place = beside, {}
     elif checkpoint.passed_over:
         place["passed_over"] = checkpoint.passed_over
@@ -159,7 +159,7 @@ def map_checkpoint(
     if best is None:
         raise CheckpointError(f"holds nothing that could fit {target.name}")
     if strict or best.error or best.mismatched or not best.tensors:
-        shapes_fit = not best.mismatched and likeness(tensors, target.present)
+        shapes_fit = not best.mismatched and overlap(tensors, target.present)
         raise CheckpointError(_explain(best, target, strict, shapes_fit)) from best.error
     return _finish(best, target)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-__all__ = ["likeness", "prefixes", "without_inner_words"]
+__all__ = ["overlap", "prefixes", "without_inner_words"]
 
 _MAX_WORDS = 10  # of a prefix
 _MAX_LENGTH = 200
@@ -16,7 +16,7 @@ _MAX_NODES = 64  # whose shapes are looked at
 _MAX_PREFIXES = 8  # each costs a look at every key in every layout
 
 
-def likeness(tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> int:
+def overlap(tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> int:
     """Return how many of a model's entries have a shape that some tensor has, each used once."""
     return (Counter(map(_shape, tensors.values())) & Counter(map(_shape, present.values()))).total()
 

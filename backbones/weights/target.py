@@ -80,7 +80,9 @@ class Target:
             CheckpointError: it was saved with another value of an argument that no shape shows.
         """
         saved = checkpoint.description.get("arguments")
-        for name in getattr(self.module, "invisible_arguments", ()) if saved else ():
+        if not isinstance(saved, Mapping):
+            return
+        for name in getattr(self.module, "invisible_arguments", ()):
             default = inspect.signature(type(self.module)).parameters[name].default
             given, own = saved.get(name, default), getattr(self.module, name)
             if given != own:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+import torch.nn.functional as F
 from randomized import randomize
 from tiers import families_by_default, shallow, smallest_size
+from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import backbones
@@ -65,3 +69,44 @@ def test_second_derivatives(name):
     (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
     (found,) = torch.autograd.grad((first * along).sum(), x)
     assert_same(found, jvp(grad(loss), (x.detach(),), (along,))[1])
+
+
+class WholeWeight(torch.Tensor):
+    """A weight that only ``F.linear`` may read, as weight-only quantization makes them."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not F.linear and func.__name__ != "__get__":
+            raise NotImplementedError(f"{func.__name__} of a quantized weight")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@FAMILIES
+@torch.no_grad()
+def test_quantized_weights_of_linear_layers_are_taken_whole(name):
+    model = build(name)
+    x = images(model, 1)
+    expected = model(x)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight.detach().as_subclass(WholeWeight)
+            del layer.weight
+            layer.weight = weight
+    assert_same(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("axes", [None, {"x": {0: "batch"}}], ids=["fixed", "dynamic"])
+def test_the_older_onnx_exporter_takes_lsnet(axes):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build("lsnet_t")
+    file = io.BytesIO()
+    torch.onnx.export(
+        model, (images(model, 2),), file, dynamo=False, input_names=["x"], dynamic_axes=axes
+    )
+    session = onnxruntime.InferenceSession(file.getvalue())
+    x = images(model, 3 if axes else 2)
+    (found,) = session.run(None, {"x": x.numpy()})
+    assert_same(torch.from_numpy(found), model(x).detach())

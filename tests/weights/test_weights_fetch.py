@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import safetensors.torch
 from loopback_hub import COMMIT, serve
 
 import backbones
@@ -44,7 +46,14 @@ def run(hub, cache, program, **environment):
     )
 
 
-WRAPPER = '{"architecture": "convnext_atto", "model_args": null, "model_type": "timm_wrapper"}'
+WRAPPER = json.dumps(
+    {
+        "architecture": "convnext_atto",
+        "model_args": None,
+        "model_type": "timm_wrapper",
+        "num_classes": 5,
+    }
+)
 LOAD = f"""
     import backbones, timm, torch
     from pathlib import Path
@@ -101,13 +110,19 @@ def test_hub_models_of_ours_and_of_timm(hub, tmp_path):
     assert float(result.stdout) == pytest.approx(model.stem[0].weight.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("config", ['{"model_type": "convnext"}', WRAPPER])
-def test_a_repository_that_transformers_wrote_is_refused_with_the_reason(hub, tmp_path, config):
-    repo = hub.folder / "me" / "theirs"
-    repo.mkdir(parents=True, exist_ok=True)
-    (repo / "config.json").write_text(config)
+def test_repositories_that_transformers_wrote(hub, tmp_path):
+    """timm's models in transformers' wrapper load; what is no model of timm is refused."""
+    model = backbones.create_model("convnext_atto", num_classes=5)
+    for name, config in (("theirs", '{"model_type": "convnext"}'), ("wrapped", WRAPPER)):
+        repo = hub.folder / "me" / name
+        repo.mkdir(parents=True)
+        (repo / "config.json").write_text(config)
+        state = {f"timm_model.{key}": value for key, value in model.state_dict().items()}
+        safetensors.torch.save_file(state, repo / "model.safetensors")
     program = """
         import backbones
+        model = backbones.create_model("hf-hub:me/wrapped", pretrained=True)
+        print(float(model.stem[0].weight.sum()))
         backbones.create_model("hf-hub:me/theirs", pretrained=True)
     """
     result = run(hub, tmp_path, program)
@@ -115,6 +130,7 @@ def test_a_repository_that_transformers_wrote_is_refused_with_the_reason(hub, tm
         result.stderr
     )
     assert "use local-dir:FOLDER" in result.stderr
+    assert float(result.stdout) == pytest.approx(float(model.stem[0].weight.sum()), rel=1e-4)
 
 
 CONTENT = b"weights" * 1000

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.formats import Conversion, Format, FormatConfig, intermediate_folder
 from backbones.engines.onnx import OnnxConfig, write_onnx
 from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights, widen_depthwise
 from backbones.engines.preparation import PRECISIONS
@@ -41,24 +41,25 @@ def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> 
     opened. In int8 NNCF quantizes weights and activations.
     """
     ov = optional_import("openvino", "openvino")
-    between = path.with_suffix(".onnx")
     # In int8 norms stay whole operations: NNCF would quantize the statistics of decomposed ones.
-    write_onnx(conversion, OnnxConfig(), between, decompose=conversion.precision != "int8")
-    with explained(f"{path.name}: OpenVINO cannot convert it"):
-        model = ov.Core().read_model(str(between))
-        if conversion.precision == "int8":
-            model = _quantized(model, conversion)
-        model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
-        ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
-    for file in path.parent.glob(f"{between.name}*"):
-        file.unlink()
+    whole = conversion.precision == "int8"
+    with intermediate_folder(path) as folder:
+        between = folder / path.with_suffix(".onnx").name
+        write_onnx(conversion, OnnxConfig(), between, decompose=not whole)
+        with explained(f"{path.name}: OpenVINO cannot convert it"):
+            model = ov.Core().read_model(str(between))
+            if conversion.precision == "int8":
+                model = _quantized(model, conversion)
+            model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
+            ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
+            del model  # some systems do not remove a file that is open
 
 
 def _quantized(model: Any, conversion: Conversion) -> Any:
     """Return the int8 form of an OpenVINO model."""
+    given = list(conversion.calibration_batches())
     nncf = optional_import("nncf", "openvino")
     nncf.set_log_level(logging.ERROR)
-    given = list(conversion.calibration_batches())
     return nncf.quantize(
         model,
         nncf.Dataset(given),

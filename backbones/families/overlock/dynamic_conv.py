@@ -59,15 +59,18 @@ def _mix(
     kernels = [(table.shape[-1] + 1) // 2 for table in tables]
     taps = [k * k for k in kernels]
     mixed = []
-    for value, weight, bias, table, k in zip(
+    weight, biases = kernel
+    # Being linear, the layer acts on the keys of the regions, once for all queries. Its weight is
+    # taken whole, as quantized ones cannot be split.
+    keys = F.linear(key, weight).unflatten(1, (groups, -1))  # B G c T
+    for value, own_keys, bias, table, k in zip(
         values.unflatten(1, (2, groups, -1)).unbind(1),
-        *(part.split(taps) for part in kernel),
+        keys.split(taps, dim=-1),
+        biases.split(taps),
         tables,
         kernels,
     ):
-        # Being linear, the layer acts on the keys of the regions, once for all queries.
-        keys = F.linear(key, weight).unflatten(1, (groups, -1))  # B G c K
-        logits = (query @ keys.to(dtype)).unflatten(2, size)  # B G H W K
+        logits = (query @ own_keys.to(dtype)).unflatten(2, size)  # B G H W K
         weights = (logits + (neighborhood_bias(table, (size[0], size[1])) + bias)).softmax(-1)
         mixed.append(neighborhood_aggregation(value, weights.to(value.dtype), k))
     return torch.cat(mixed, dim=1).flatten(1, 2)  # B C H W

@@ -1,0 +1,42 @@
+"""int8 counts every image of calibration, and leaves one file of any name."""
+
+import logging
+
+import pytest
+import torch
+from small_models import small
+
+from backbones.engines import export, open_exported
+from backbones.engines.formats import Conversion
+
+SIZE = (3, 32, 32)
+SUFFIXES = {".onnx": ["onnxruntime"], ".xml": ["openvino", "nncf"]}
+
+
+@pytest.fixture(params=SUFFIXES)
+def suffix(request):
+    for package in ["onnx", *SUFFIXES[request.param]]:
+        pytest.importorskip(package)
+    return request.param
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_few_images_suffice_with_a_warning(suffix, count, tmp_path, caplog):
+    images = torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path / "a [1] *#% ü"
+    folder.mkdir()
+    path = folder / f"m[1] ?#%é{suffix}"
+    with caplog.at_level(logging.WARNING):
+        export(small(), path, input_size=SIZE, precision="int8", calibration=images)
+    assert f"calibrated on {count} images only" in caplog.text
+    companions = [f"m[1] ?#%é{end}" for end in ((".bin", ".xml") if suffix == ".xml" else [suffix])]
+    assert sorted(p.name for p in folder.iterdir()) == companions
+    assert open_exported(path)(images).shape == (count, 3)
+
+
+def test_every_image_counts(caplog):
+    images = torch.arange(35.0).reshape(-1, 1, 1, 1)
+    conversion = Conversion(torch.nn.Identity(), images[:2], calibration=images)
+    batches = [torch.from_numpy(batch) for batch in conversion.calibration_batches()]
+    assert torch.equal(torch.cat(batches), images)
+    assert not caplog.text
