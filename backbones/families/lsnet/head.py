@@ -7,23 +7,7 @@ from torch import Tensor, nn
 from backbones import merge
 from backbones.layers import Head, VectorBatchNorm
 
-<<<<<<< HEAD
 __all__ = ["DistilledHead"]
-=======
-__all__ = ["DistilledHead", "VectorBatchNorm"]
-
-
-class VectorBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the last axis of (..., C), so that feature maps may be left unpooled."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any number of axes."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.ndim == 2:  # the older ONNX exporter makes a wrong transposition of moving nothing
-            return super().forward(input)
-        return super().forward(input.movedim(-1, 1)).movedim(1, -1)  # over B C ..., then B ... C
->>>>>>> main
 
 
 class DistilledHead(Head):
