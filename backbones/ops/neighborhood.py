@@ -82,7 +82,8 @@ def neighborhood_bias(table: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     _check_map(height, width, k)
     rows, cols = (_first_offsets(length, k, table.device) for length in size)
-    if reference_active() or is_transformed(table):  # mapped gradients of `unfold` take a loop
+    # Mapped, the gradient of `unfold` takes a loop; compilers cannot be asked, and need not be.
+    if reference_active() or (not is_recorded() and is_transformed(table)):
         taps = torch.arange(k, device=table.device)
         row = (rows[:, None] + taps)[:, None, :, None]
         col = (cols[:, None] + taps)[None, :, None, :]
