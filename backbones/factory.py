@@ -17,6 +17,7 @@ from torch import nn
 from backbones import weights
 from backbones.config import Variant, check_arguments, read_family
 from backbones.errors import ConfigError, UnknownModelError, WeightsUnavailableError, nearest
+from backbones.images import fit_channels
 from backbones.manifest import load_manifest
 from backbones.registry import PLACEMENT, build, build_with_report, registry, unknown
 from backbones.reparameterization import reparameterize
@@ -332,6 +333,9 @@ def _create_with_timm(
         model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **arguments)
     except OSError as error:
         raise WeightsUnavailableError(f"{name}: its weights cannot be had: {error}") from error
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if arguments.get("in_chans") and {"input_size", "mean", "std"} <= cfg.keys():
+        cfg.update(fit_channels(cfg, arguments["in_chans"]))
     report = None
     if checkpoint is not None:
         report = weights.load_pretrained(model, checkpoint, new_classifier=new_classifier)

@@ -100,9 +100,10 @@ def test_too_large_is_not_damaged_and_can_be_allowed(tmp_path, monkeypatch):
         open_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_the_input_of_a_model_has_a_mean_and_std_a_channel(channels):
-    config = resolve_model_data_config(backbones.create_model("convnext_atto", in_chans=channels))
+def test_the_input_of_a_model_has_a_mean_and_std_a_channel(name, channels):
+    config = resolve_model_data_config(backbones.create_model(name, in_chans=channels))
     assert config["input_size"][0] == channels
     assert len(config["mean"]) == len(config["std"]) == channels
 
