@@ -167,18 +167,28 @@ _ALL_SPLITS = {name for names in _SPLITS for name in names}
 def _open_tar(path: Path) -> tuple[list[str], _Archive]:
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [member for member in tar if member.isfile()]
+            spans = dict(_spans(tar))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: neither a folder nor a whole, uncompressed tar archive ({error}); unpack it"
         ) from error
-    if members and members[-1].offset_data + members[-1].size > path.stat().st_size:
+    if any(offset + size > path.stat().st_size for offset, size in list(spans.values())[-1:]):
         raise DataError(f"{path}: the archive is cut short; fetch it again")
-    spans = {
-        member.name.lstrip("/").removeprefix("./"): (member.offset_data, member.size)
-        for member in members
-    }
     return list(spans), _Archive(path, spans)
+
+
+def _spans(
+    tar: tarfile.TarFile, start: int = 0, folder: str = ""
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield name, place and size of each file; an archive inside counts as a folder."""
+    for member in tar:
+        name = folder + member.name.lstrip("/").removeprefix("./")
+        inner = tar.extractfile(member) if member.isfile() else None
+        if inner is not None and name.endswith(".tar"):
+            with tarfile.open(fileobj=inner, mode="r:") as within:
+                yield from _spans(within, start + member.offset_data, name[: -len(".tar")] + "/")
+        elif inner is not None:
+            yield name, (start + member.offset_data, member.size)
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -65,7 +65,7 @@ def open_image(
         raise DataError(f"{name}: {error}") from None
     except Image.UnidentifiedImageError:
         raise DataError(f"{name}: not an image that Pillow can read") from None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name}: {_too_large(error)}") from None
     # Pillow's decoders raise what they like on damaged files (struct.error, SyntaxError, ...).
     except Exception as error:

@@ -37,7 +37,9 @@ class TrainConfig:
     dataset: str = _option("", "another of timm's dataset readers, such as 'torch/cifar10'")
     train_split: str = _option("train", "name of the training split")
     val_split: str = _option("validation", "name of the validation split; '' for no validation")
-    val_fraction: float = _option(0.2, "share of each class held out where there is no such split")
+    val_fraction: float = _option(
+        0.2, "share of each class held out where there is no such split; 0 for no validation"
+    )
     dataset_download: bool = _option(False, "let the dataset reader download")
     class_map: str = _option("", "file that maps class names to indices")
     input_key: str | None = _option(None, "the reader's key of the images")

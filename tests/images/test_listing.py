@@ -201,6 +201,20 @@ def test_the_splits_of_an_archive_are_used(tmp_path):
         train.validate(lambda x: x, tmp_path / "f.tar", {"input_size": (3, 8, 8)}, split="tset")
 
 
+def test_archives_in_an_archive_are_folders(tmp_path):
+    write(tmp_path / "f", *numbered("a"), *numbered("b", 4))
+    (tmp_path / "g").mkdir()
+    for name in "ab":
+        with tarfile.open(tmp_path / "g" / f"{name}.tar", "w") as tar:
+            for path in sorted((tmp_path / "f" / name).iterdir()):
+                tar.add(path, arcname=path.name)
+    found = splits(archive(tmp_path / "g", tmp_path / "g.tar"), val_fraction=0)
+    assert found.classes == ["a", "b"]
+    assert found.val is None
+    assert [label for _, label in found.train.samples] == [0] * 3 + [1] * 4
+    assert found.train[6][0].size == (6, 4)
+
+
 def test_archives_that_cannot_be_used(tmp_path):
     write(tmp_path / "f", *numbered("a"), *numbered("b"))
     with tarfile.open(tmp_path / "f.tar.gz", "w:gz") as tar:

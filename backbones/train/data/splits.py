@@ -58,7 +58,7 @@ def open_splits(config: TrainConfig, progress: Callable[[int, int], None] | None
     val = None
     if held_back is not None:
         val = open_folder(held_back, classes=train.classes, in_chans=channels)
-    elif config.val_split:
+    elif config.val_split and config.val_fraction:
         val = hold_out(train, config.val_fraction)
         notes.append(
             f"no validation images in {files.place}: {len(val)} of {len(train) + len(val)} are"
