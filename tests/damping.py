@@ -28,7 +28,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.mixer\.(norm|large\.norm|branches\.k1_d1\.norm|proj\.norm)\.weight$", 0.2),
         (r"\.mlp\.fc2\.norm\.weight$", 0.2),
     ],
-    "moganet": [(r"\.(gamma\d|sigma)$", 0.2)],
+    "moganet": [(r"\.(gamma\d|sigma)$", 0.2), (r"\.(attn\.proj_2|mlp\.fc2)\.", 0.2)],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
     "unireplknet": [(r"blocks\.\d+\.gamma$", 0.2)],
     "overlock": [
