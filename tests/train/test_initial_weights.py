@@ -152,7 +152,7 @@ def test_a_model_of_ones_own_is_rebuilt_without_its_yaml(fit, tmp_path, images, 
     assert (loaded.config["name"], loaded.num_classes) == ("tiny", 4)
     image = next(images.rglob("*.png"))
     capsys.readouterr()
-    assert main(["predict", str(image), "--checkpoint", str(best)]) == 0
+    assert main(["predict", str(best), str(image)]) == 0
     assert any(name in capsys.readouterr().out for name in report.classes)
-    assert main(["validate", str(images), "--checkpoint", str(best)]) == 0
+    assert main(["validate", str(best), str(images)]) == 0
     assert main(["export", str(best), str(tmp_path / "m.onnx")]) == 0
