@@ -180,7 +180,9 @@ class Block(nn.Module):
 
 def from_openmixup(tensors: Tensors, model: Any) -> Tensors:
     """Rename OpenMixup's keys; say so where the model has one SiLU and its files want two."""
-    if any(key.startswith("backbone.patch_embed1.") for key in tensors) and not model.silu_twice:
+    if not any(key.startswith("backbone.patch_embed1.") for key in tensors):
+        return tensors
+    if not model.silu_twice:
         _logger.warning(
             "This checkpoint has OpenMixup's names. All of its files but"
             " moga_small_ema_sz224_8xb128_no_forcefp32_ep300.pth were trained with two SiLUs in the"

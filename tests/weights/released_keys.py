@@ -210,9 +210,17 @@ def _pairs(variant: str) -> list[tuple[str, str, tuple[int, ...], torch.Size]]:
 
 
 def siblings(variant: str) -> list[str]:
-    """Return the family's other variants that have goldens, but for the few of most entries."""
-    family = registry.variants[variant].family
-    names = [name for name, other in registry.variants.items() if other.family == family]
+    """Return the family's other variants that have goldens, but for the few of most entries.
+
+    Variants that differ in what no shape shows come from other sources, with other names.
+    """
+
+    def source(name: str) -> tuple[str, list[object]]:
+        found = registry.variants[name]
+        hidden = registry.classes[found.family].invisible_arguments
+        return found.family, [found.arguments.get(argument) for argument in hidden]
+
+    names = [name for name in registry.variants if source(name) == source(variant)]
     sizes = {name: len(golden_shapes(name) or ()) for name in names if name != variant}
     return [name for name, size in sizes.items() if 0 < size < MANY]
 
