@@ -53,6 +53,4 @@ class VectorBatchNorm(nn.BatchNorm1d):
         """Accept any number of axes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.ndim == 2:  # the older ONNX exporter makes a wrong transposition of moving nothing
-            return super().forward(input)
-        return super().forward(input.movedim(-1, 1)).movedim(1, -1)  # over B C ..., then B ... C
+        return super().forward(input.flatten(0, -2)).reshape(input.shape)  # N C, then ... C
