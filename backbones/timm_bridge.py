@@ -53,8 +53,7 @@ def register_family(config_path: str | Path, module: str | Path | None = None) -
 
 def register_shipped_families() -> None:
     """Register every family of ``configs/``."""
-    # What is read creates many small objects; one collection over all of torch's costs ten times the
-    # reading.
+    # Reading makes many small objects, and one collection over all of torch's costs more than it.
     collecting = gc.isenabled()
     gc.disable()
     try:
