@@ -181,23 +181,22 @@ class TrainConfig:
     def _check_size(self) -> None:
         """Let `input_size` of timm's script say what `img_size` and `in_chans` do."""
         if self.input_size is not None:
-            channels, *size = (*self.input_size,) if len(self.input_size) == 3 else (0,)
-            if min(channels, *size, 1) < 1:
+            channels, *sides = (*self.input_size,) if len(self.input_size) == 3 else (0,)
+            if min(channels, *sides, 1) < 1:
                 raise ConfigError(f"input_size must be channels, height, width: {self.input_size}")
             if self.img_size is not None or self.in_chans not in (None, channels):
                 raise ConfigError("input_size says img_size and in_chans; leave these out")
             object.__setattr__(self, "input_size", None)
-            object.__setattr__(self, "img_size", tuple(size))
+            object.__setattr__(self, "img_size", tuple(sides))
             object.__setattr__(self, "in_chans", channels)
-        if self.img_size is None or isinstance(self.img_size, int):
-            sides: Sequence[int] = (self.img_size or 1,) if self.img_size != 0 else (0,)
-        else:
-            sides = self.img_size
-            object.__setattr__(self, "img_size", sides[0] if len(sides) == 1 else tuple(sides))
-        if len(sides) not in (1, 2) or min(sides) < 1:
+        size: Any = self.img_size
+        shape = (1,) if size is None else (size,) if isinstance(size, int) else tuple(size)
+        if len(shape) not in (1, 2) or min(shape) < 1:
             raise ConfigError(
                 f"img_size must be at least 1, a side or height and width, got {self.img_size}"
             )
+        if size is not None:
+            object.__setattr__(self, "img_size", shape[0] if len(shape) == 1 else shape)
 
     @property
     def mixes(self) -> bool:
