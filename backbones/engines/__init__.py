@@ -1,6 +1,6 @@
 """Export to deployment formats, each file compared with the model, and runners for the files."""
 
-from backbones.engines.caching import processor, versions
+from backbones.engines.caching import content_key, processor, versions
 from backbones.engines.deploying import Candidate, DeployReport, deploy
 from backbones.engines.executorch import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
@@ -17,6 +17,7 @@ from backbones.engines.targets import (
     file_suffixes,
     open_exported,
 )
+from backbones.engines.throughput import Setting, ThroughputRunner, deploy_for_throughput
 from backbones.engines.timing import settle, take_turns, timed, timed_for, torch_threads
 from backbones.engines.verification import Agreement, compare
 
@@ -35,11 +36,15 @@ __all__ = [
     "OpenVinoConfig",
     "Pt2Config",
     "Runner",
+    "Setting",
+    "ThroughputRunner",
     "available_engines",
     "available_formats",
     "check_input_size",
     "compare",
+    "content_key",
     "deploy",
+    "deploy_for_throughput",
     "export",
     "file_suffixes",
     "input_size_of",

@@ -31,7 +31,7 @@ from backbones.errors import BackbonesError, ConfigError
 from backbones.images import fit_channels
 from backbones.wrappers import unwrapped
 
-__all__ = ["Candidate", "DeployReport", "deploy"]
+__all__ = ["Candidate", "DeployReport", "deploy", "request_of"]
 
 LEAST_AGREEMENT = 0.99  # of the top-1 classes, for a lower precision to be chosen by itself
 TIME_LIMIT = 180.0
@@ -133,6 +133,59 @@ def deploy(
             engine.
         ExportError: the model cannot be converted, or does not compute the same there.
     """
+    names, deployment = request_of(
+        model, engine, precision, threads, input_size, batch_size, calibration, cache_dir
+    )
+    request = {
+        "engines": names,
+        "precision": precision,
+        "threads": deployment.threads,
+        "batch_size": batch_size,
+    }
+    several = len(names) > 1 or precision == "auto"
+    earlier = read_choice(deployment.folder, request) if several else None
+    if earlier is not None:
+        chosen, report = _as_before(deployment, earlier)
+    else:
+        precisions = PRECISIONS if precision == "auto" else (precision,)
+        wanted = {
+            (name, p): dataclasses.replace(deployment, precision=p)
+            for p in precisions
+            for name in names
+        }
+        say = progress or (lambda line: None)
+        runners, not_started = _started(wanted, several, say, time_limit)
+        say(f"measuring {len(runners)} candidates")
+        candidates = _measured(runners, deployment, several)
+        best = _fastest(candidates, several)
+        chosen = runners[best.engine, best.precision]
+        report = DeployReport(
+            engine=best.engine,
+            precision=best.precision,
+            candidates=(*candidates, *not_started),
+            folder=deployment.folder,
+            remembered=False,
+            real_images=deployment.images is not None,
+        )
+        if several:
+            write_choice(deployment.folder, request, report.as_dict())
+    chosen.report = report
+    for _ in range(3):
+        chosen(deployment.example)
+    return chosen
+
+
+def request_of(
+    model: nn.Module,
+    engine: str | Sequence[str],
+    precision: str,
+    threads: int | None,
+    input_size: Sequence[int] | None,
+    batch_size: int,
+    calibration: Images | None,
+    cache_dir: str | PathLike[str] | None,
+) -> tuple[list[str], Deployment]:
+    """Return the engines asked for, and what they are to start; arguments are those of `deploy`."""
     if precision not in (*PRECISIONS, "auto"):
         raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}, auto")
     if engine == "auto":
@@ -166,43 +219,7 @@ def deploy(
         images=images,
     )
     deployment.folder.mkdir(parents=True, exist_ok=True)
-    request = {
-        "engines": names,
-        "precision": precision,
-        "threads": deployment.threads,
-        "batch_size": batch_size,
-    }
-    several = len(names) > 1 or precision == "auto"
-    earlier = read_choice(deployment.folder, request) if several else None
-    if earlier is not None:
-        chosen, report = _as_before(deployment, earlier)
-    else:
-        precisions = PRECISIONS if precision == "auto" else (precision,)
-        wanted = {
-            (name, p): dataclasses.replace(deployment, precision=p)
-            for p in precisions
-            for name in names
-        }
-        say = progress or (lambda line: None)
-        runners, not_started = _started(wanted, several, say, time_limit)
-        say(f"measuring {len(runners)} candidates")
-        candidates = _measured(runners, deployment, several)
-        best = _fastest(candidates, several)
-        chosen = runners[best.engine, best.precision]
-        report = DeployReport(
-            engine=best.engine,
-            precision=best.precision,
-            candidates=(*candidates, *not_started),
-            folder=deployment.folder,
-            remembered=False,
-            real_images=images is not None,
-        )
-        if several:
-            write_choice(deployment.folder, request, report.as_dict())
-    chosen.report = report
-    for _ in range(3):
-        chosen(deployment.example)
-    return chosen
+    return names, deployment
 
 
 Runners = dict[tuple[str, str], Runner]  # by engine and precision

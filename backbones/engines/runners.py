@@ -132,7 +132,8 @@ class Deployment:
     """What an engine starts: a re-parameterized model in eval mode on the CPU, for which inputs.
 
     `folder` is where files stay, those of an earlier time included; `images` are real ones,
-    normalized (N, C, H, W); `export` writes a file.
+    normalized (N, C, H, W); `export` writes a file; `streams` calls are made side by side, each
+    with `threads`.
     """
 
     model: nn.Module
@@ -143,6 +144,7 @@ class Deployment:
     folder: Path
     export: Callable[..., Any]
     images: Tensor | None = None
+    streams: int = 1
 
     @property
     def example(self) -> Tensor:

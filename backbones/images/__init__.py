@@ -2,10 +2,11 @@
 
 from backbones.images.channels import fit_channels, image_mode
 from backbones.images.files import ImageFiles, list_images, some
-from backbones.images.opening import find_bad_images, open_image
+from backbones.images.opening import convert_image, find_bad_images, open_image
 
 __all__ = [
     "ImageFiles",
+    "convert_image",
     "find_bad_images",
     "fit_channels",
     "image_mode",

@@ -53,11 +53,12 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, path: str, mode: str = "RGB") -> Image.Image:
-        """Decode one of the images; see `open_image`."""
+    def open(self, path: str, mode: str = "RGB", **options: Any) -> Image.Image:
+        """Decode one of the images; arguments are those of `open_image`."""
         if self.archive is None:
-            return open_image(self.place / path, mode)
-        return open_image(self.archive.read(self.inner + path), mode, name=self.place / path)
+            return open_image(self.place / path, mode, **options)
+        content = self.archive.read(self.inner + path)
+        return open_image(content, mode, name=self.place / path, **options)
 
     def below(self, folder: str) -> "ImageFiles":
         """Return what is in one of the folders."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from backbones.errors import ConfigError, DataError
 
-__all__ = ["find_bad_images", "open_image"]
+__all__ = ["convert_image", "find_bad_images", "open_image"]
 
 Item = TypeVar("Item")
 _MOST_THREADS = 8
@@ -31,6 +31,7 @@ def open_image(
     mode: str = "RGB",
     *,
     name: str | PathLike[str] | None = None,
+    reduce_to: tuple[int, int] | None = None,
 ) -> Image.Image:
     """Read and decode an image, upright as its EXIF data say.
 
@@ -44,6 +45,8 @@ def open_image(
         source: path, or a binary stream.
         mode: Pillow's, such as L, RGB or RGBA.
         name: what messages call a stream.
+        reduce_to: (height, width); a JPEG that is twice as large or more may be decoded at a half,
+            a quarter or an eighth of its size that still reaches this on both sides.
 
     Raises:
         DataError: no such file, no image, a damaged or too large one, or values with no range.
@@ -54,13 +57,9 @@ def open_image(
     _set_limit()
     try:
         with Image.open(source) as image:  # type: ignore[arg-type]
-            halved = any(";16" in str(part[-1]) for part in getattr(image, "tile", ()))
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I") or upright.mode == "F":
-                upright = _in_8_bits(upright)
-            elif halved and 0 < np.asarray(upright.convert("RGB")).max() < _DARK:
-                raise DataError("16-bit colors that use 14 bits or fewer; convert it to 8 bits")
-            return upright.convert(mode)
+            if reduce_to is not None:
+                image.draft(None, (max(reduce_to), max(reduce_to)))  # type: ignore[arg-type]
+            return convert_image(image, mode)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     except Image.UnidentifiedImageError:
@@ -70,6 +69,21 @@ def open_image(
     # Pillow's decoders raise what they like on damaged files (struct.error, SyntaxError, ...).
     except Exception as error:
         raise DataError(f"{name}: damaged or cut short ({error}); fetch it again") from error
+
+
+def convert_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Return an image upright and in 8 bits a channel, as `open_image` does.
+
+    Raises:
+        DataError: values of which it is not known what is black and white.
+    """
+    halved = any(";16" in str(part[-1]) for part in getattr(image, "tile", ()))
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I") or upright.mode == "F":
+        upright = _in_8_bits(upright)
+    elif halved and 0 < np.asarray(upright.convert("RGB")).max() < _DARK:
+        raise DataError("16-bit colors that use 14 bits or fewer; convert it to 8 bits")
+    return upright.convert(mode)
 
 
 def find_bad_images(

@@ -82,6 +82,7 @@ class OpenVinoRunner(Runner):
             and is faster; calls with another number get one compiled of their own.
         precision: what to compute in; None for the precision that the file was written for, where
             this processor has it, else fp32.
+        streams: calls that are computed side by side, each by `threads`.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -99,6 +100,7 @@ class OpenVinoRunner(Runner):
         threads: int | None = None,
         batch_size: int | None = None,
         precision: str | None = None,
+        streams: int = 1,
     ) -> None:
         ov = optional_import("openvino", "openvino")
         self.path = existing(path)
@@ -109,9 +111,12 @@ class OpenVinoRunner(Runner):
         precision = _possible(precision, facts.get("precision", "fp32"))
         self._options = {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": (threads or torch.get_num_threads()) * streams,
             "PERFORMANCE_HINT": "LATENCY",
         }
+        if streams > 1:
+            # Threads that are bound to cores would wait there for what else runs, such as decoding.
+            self._options |= {"NUM_STREAMS": streams, "ENABLE_CPU_PINNING": False}
         taken = model.inputs[0]
         shape = [d.get_length() if d.is_static else None for d in taken.get_partial_shape()]
         raw = taken.get_element_type() == ov.Type.u8
@@ -227,6 +232,7 @@ def _start(deployment: Deployment) -> Runner:
         threads=deployment.threads,
         batch_size=deployment.batch_size,
         precision=deployment.precision,
+        streams=deployment.streams,
     )
 
 

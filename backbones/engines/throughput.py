@@ -1,0 +1,199 @@
+"""The setting of an engine that gives the most images a second, rather than the soonest answer."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+
+from torch import nn
+
+from backbones.engines.caching import read_choice, write_choice
+from backbones.engines.deploying import request_of
+from backbones.engines.preparation import DTYPES, PRECISIONS, Images, random_input
+from backbones.engines.runners import Deployment, Runner
+from backbones.engines.targets import ENGINES
+from backbones.engines.verification import TOLERANCE, compare, run_model
+from backbones.errors import BackbonesError, ConfigError, ExportError
+
+__all__ = ["Setting", "ThroughputRunner", "deploy_for_throughput"]
+
+_FIRST_BATCH = 8  # engines and streams are compared at it
+_BATCHES = (1, 2, 4, 16, 32)
+_SECONDS = 0.5  # of a measurement
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an engine runs: `streams` calls side by side, of `threads` and `batch_size` images each.
+
+    `images_per_second` is what was measured here, None if it was not.
+    """
+
+    engine: str
+    precision: str
+    batch_size: int
+    streams: int
+    threads: int
+    images_per_second: float | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.engine} {self.precision}, batches of {self.batch_size},"
+            f" {self.streams} x {self.threads} threads"
+        )
+
+
+@dataclass(frozen=True)
+class ThroughputRunner:
+    """A runner, to be called from as many threads as the setting has streams.
+
+    `key` is a digest of the model's weights, structure and code.
+    """
+
+    runner: Runner
+    setting: Setting
+    key: str
+
+
+def deploy_for_throughput(
+    model: nn.Module,
+    *,
+    engine: str | Sequence[str] = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+    batch_size: int | None = None,
+    measure: bool = True,
+    setting: Setting | None = None,
+    input_size: Sequence[int] | None = None,
+    calibration: Images | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ThroughputRunner:
+    """Return a model in the engine, batch size, streams and threads that do most images a second.
+
+    Engines and streams are compared by a short measurement at one batch size, then batch sizes in
+    the best of them; the choice is remembered. ``auto`` leaves out engines that take minutes.
+
+    Args:
+        model: images (B, C, H, W) to an output; stays as it is.
+        engine: as for `deploy`.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        threads: of all streams together; None for PyTorch's number.
+        batch_size: images of a call; None for the best.
+        measure: False takes what is remembered, or else runs the model in PyTorch at once.
+        setting: to be taken as it is, such as one of another process.
+        input_size, calibration, cache_dir, progress: as for `deploy`.
+
+    Raises:
+        BackbonesError: as for `deploy`.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    if setting is not None:
+        engine, precision = setting.engine, setting.precision
+    first = batch_size or _FIRST_BATCH
+    names, deployment = request_of(
+        model, engine, precision, threads, input_size, first, calibration, cache_dir
+    )
+    key = deployment.folder.name
+    names = [name for name in names if not ENGINES[name].slow] or names
+    request = {
+        "throughput": names,
+        "precision": precision,
+        "threads": deployment.threads,
+        "batch_size": batch_size,
+    }
+    if setting is None and (found := read_choice(deployment.folder, request)):
+        setting = Setting(**found)
+    if setting is None and not measure and engine == "auto" and precision in DTYPES:
+        setting = Setting("eager", precision, first, 1, deployment.threads)
+    if setting is not None:
+        return ThroughputRunner(_start(deployment, setting), setting, key)
+    runner, setting = _search(deployment, names, batch_size, progress or (lambda line: None))
+    write_choice(deployment.folder, request, dataclasses.asdict(setting))
+    return ThroughputRunner(runner, setting, key)
+
+
+def _search(
+    deployment: Deployment, names: Sequence[str], batch_size: int | None, say: Callable[[str], None]
+) -> tuple[Runner, Setting]:
+    cores, precision = deployment.threads, deployment.precision
+    first = [
+        Setting(name, precision, deployment.batch_size, streams, cores // streams)
+        for name in names
+        for streams in ((cores, 1) if name != "eager" and cores > 1 else (1,))
+    ]
+    problems: list[str] = []
+    best = _best(deployment, first, say, problems)
+    if best is None:
+        raise ConfigError(f"no engine can run this model: {'; '.join(problems)}")
+    if batch_size is None:
+        others = [dataclasses.replace(best[1], batch_size=size) for size in _BATCHES]
+        best = _best(deployment, others, say, problems, best)
+        assert best is not None
+    return best
+
+
+def _best(
+    deployment: Deployment,
+    settings: Sequence[Setting],
+    say: Callable[[str], None],
+    problems: list[str],
+    best: tuple[Runner, Setting] | None = None,
+) -> tuple[Runner, Setting] | None:
+    """Return the fastest setting that computes what the model computes, and its runner."""
+    for setting in settings:
+        say(f"measuring {setting}")
+        try:
+            runner = _start(deployment, setting)
+            _check(deployment, runner, setting)
+        except BackbonesError as error:
+            problems.append(f"{setting.engine}: {error}")
+            continue
+        setting = dataclasses.replace(
+            setting, images_per_second=_measured(runner, deployment, setting)
+        )
+        if best is None or setting.images_per_second > (best[1].images_per_second or 0):  # type: ignore[operator]
+            best = runner, setting
+    return best
+
+
+def _start(deployment: Deployment, setting: Setting) -> Runner:
+    return ENGINES[setting.engine].start(
+        dataclasses.replace(
+            deployment,
+            precision=setting.precision,
+            batch_size=setting.batch_size,
+            streams=setting.streams,
+            threads=setting.threads,
+        )
+    )
+
+
+def _check(deployment: Deployment, runner: Runner, setting: Setting) -> None:
+    """Refuse a runner that does not give what the model gives."""
+    x = deployment.images
+    x = random_input((_FIRST_BATCH, *deployment.size)) if x is None else x
+    error = compare(run_model(deployment.model, x), runner(x)).relative_error
+    if error > TOLERANCE[setting.precision]:
+        raise ExportError(f"does not compute what the model computes (relative error {error:.1e})")
+
+
+def _measured(runner: Runner, deployment: Deployment, setting: Setting) -> float:
+    """Return the images a second of a setting, after one call of each stream."""
+    x = random_input((setting.batch_size, *deployment.size))
+
+    def calls(seconds: float) -> int:
+        end, count = time.perf_counter() + seconds, 0
+        while count == 0 or time.perf_counter() < end:
+            runner(x)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(setting.streams) as pool:
+        list(pool.map(calls, [0.0] * setting.streams))
+        began = time.perf_counter()
+        done = sum(pool.map(calls, [_SECONDS] * setting.streams))
+        return done * setting.batch_size / (time.perf_counter() - began)

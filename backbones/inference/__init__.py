@@ -1,0 +1,21 @@
+"""A model over a collection of images, in any engine: predictions and embeddings, row by row."""
+
+from backbones.inference.formats import FORMATS
+from backbones.inference.models import OpenModel
+from backbones.inference.prediction import Summary, embed, predict, save_predictions
+from backbones.inference.rows import Prediction, Row
+from backbones.inference.sources import Item, Source, open_source
+
+__all__ = [
+    "FORMATS",
+    "Item",
+    "OpenModel",
+    "Prediction",
+    "Row",
+    "Source",
+    "Summary",
+    "embed",
+    "open_source",
+    "predict",
+    "save_predictions",
+]
