@@ -8,6 +8,7 @@ from backbones.bench import BenchReport, benchmark
 from backbones.engines import DeployReport, ExportReport, deploy, export
 from backbones.errors import BackbonesError
 from backbones.factory import create_model, list_families, list_models, load_model
+from backbones.inference import embed, predict
 from backbones.info import ModelInfo, model_info
 from backbones.reparameterization import reparameterize
 from backbones.timm_bridge import register_family, register_shipped_families
@@ -30,12 +31,14 @@ __all__ = [
     "benchmark",
     "create_model",
     "deploy",
+    "embed",
     "export",
     "list_families",
     "list_models",
     "load_checkpoint",
     "load_model",
     "model_info",
+    "predict",
     "push_to_hub",
     "register_family",
     "reparameterize",

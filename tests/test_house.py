@@ -19,7 +19,7 @@ PACKAGE = Path(backbones.__file__).parent
 ROOMS = (
     "errors schema files optional images config manifest wrappers merge ops layers stages skeleton "
     "families reparameterization weights registry timm_bridge factory info conversion engines "
-    "bench train quickstart cli"
+    "inference bench train quickstart cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_MODULES = (

@@ -35,7 +35,18 @@ class Parser(argparse.ArgumentParser):
         self, *flags: str, accepts: Callable[[str], bool] | None = None, **options: Any
     ) -> argparse.Action:
         """Add an argument, of which `accepts` tells whether a word can be a value."""
-        action = super().add_argument(*flags, **options)
+        return self._noted(super().add_argument(*flags, **options), accepts)
+
+    def add_argument_group(self, *titles: Any, **options: Any) -> Any:
+        """Add a group, whose arguments are this parser's."""
+        group = super().add_argument_group(*titles, **options)
+        add = group.add_argument
+        group.add_argument = lambda *flags, **kinds: self._noted(add(*flags, **kinds))  # type: ignore[method-assign]
+        return group
+
+    def _noted(
+        self, action: argparse.Action, accepts: Callable[[str], bool] | None = None
+    ) -> argparse.Action:
         self._options |= dict.fromkeys(action.option_strings, action)
         if accepts is not None:
             self._accepts[action.dest] = accepts

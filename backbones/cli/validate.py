@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
+from tqdm import tqdm
 
 from backbones.cli.opening import (
     add_model,
@@ -20,7 +21,7 @@ from backbones.cli.opening import (
 from backbones.cli.parsing import command, device, folder, natural, positive, share, tell
 from backbones.engines import file_suffixes, open_exported
 from backbones.errors import ConfigError
-from backbones.train import set_input, validate, write_validation
+from backbones.train import probe, set_input, validate, write_validation
 
 __all__ = ["add_parser"]
 
@@ -35,6 +36,7 @@ def add_parser(commands: Any) -> None:
         "backbones validate model_best.safetensors --data-dir flowers",
         "backbones validate model.onnx --data-dir flowers",
         "backbones validate lsnet_t --data-dir imagenet --reparam",
+        "backbones validate lsnet_t --data-dir flowers --probe",
     )
     add_model(parser, also=f"; or an exported file ({', '.join(file_suffixes())})")
     parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
@@ -44,6 +46,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-b", "--batch-size", type=positive, default=64, help="(default: 64)")
     parser.add_argument(
         "-j", "--workers", type=natural, default=0, help="processes that load images"
+    )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="fit a logistic regression to embeddings of the training images, and measure it",
     )
     add_size(parser)
     parser.add_argument("--crop-pct", type=share, help="share of the image that is kept")
@@ -62,6 +69,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("name the folder of images (--data-dir FOLDER)")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.probe:
+        return _probe(args, images)
     exported = Path(args.model).suffix in file_suffixes()
     model, data_config, classes, num_classes = (_exported if exported else _module)(args)
     result = validate(
@@ -79,6 +88,30 @@ def _run(args: argparse.Namespace) -> int:
     written = write_validation(result, args.output) if args.output else []
     files = [f"{args.output} holds {', '.join(path.name for path in written)}"] if written else []
     tell(args, result.as_dict(), result, *files)
+    return 0
+
+
+def _probe(args: argparse.Namespace, images: str) -> int:
+    """Print the accuracy of a linear probe."""
+    if args.output or args.class_names or args.crop_pct or args.device.type != "cpu":
+        raise ConfigError(
+            "--probe measures embeddings on the CPU; leave out --output, --class-names, --crop-pct"
+            " and --device"
+        )
+    model = open_model(args)
+    set_size(model, args)
+    with tqdm(unit="image", leave=False, disable=None) as bar:
+        found = probe(
+            model,
+            images,
+            val_split=args.split or "validation",
+            skip_bad=args.skip_bad,
+            progress=bar.update,
+            batch_size=args.batch_size,
+            workers=args.workers or None,
+            threads=args.threads,
+        )
+    tell(args, found.as_dict(), found)
     return 0
 
 

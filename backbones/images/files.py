@@ -169,11 +169,16 @@ def _open_tar(path: Path) -> tuple[list[str], _Archive]:
     try:
         with tarfile.open(path, "r:") as tar:
             spans = dict(_spans(tar))
+            end = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: neither a folder nor a whole, uncompressed tar archive ({error}); unpack it"
         ) from error
-    if any(offset + size > path.stat().st_size for offset, size in list(spans.values())[-1:]):
+    with path.open("rb") as stream:
+        stream.seek(end)
+        # An archive ends with blocks of zeros; one that was cut between two files does not.
+        whole = stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    if not whole:
         raise DataError(f"{path}: the archive is cut short; fetch it again")
     return list(spans), _Archive(path, spans)
 

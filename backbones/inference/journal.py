@@ -165,10 +165,14 @@ class Journal:
                 at = end
         with new_file(self.output) as file:
             self.format.join(chosen, file)
+        self.discard()
+        return True
+
+    def discard(self) -> None:
+        """Remove the parts, all at once."""
         trash = self.folder.with_name(f".{secrets.token_hex(8)}.tmp")
         self.folder.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
-        return True
 
     def _part(self, first: int, end: int) -> Path:
         return self.folder / f"{first:012d}-{end:012d}{self.format.suffix}"

@@ -26,7 +26,7 @@ from backbones.factory import create_model, is_checkpoint, load_model
 from backbones.images import fit_channels
 from backbones.wrappers import unwrapped
 
-__all__ = ["ModelLike", "OpenModel", "open_inference_model"]
+__all__ = ["ModelLike", "OpenModel", "class_names", "open_inference_model"]
 
 ModelLike = Union[str, "PathLike[str]", nn.Module, Runner]
 _BATCH = 8  # where none is measured
@@ -96,7 +96,7 @@ def open_inference_model(
     channels = getattr(module, "in_chans", None) or known["input_size"][0]
     height, width = (input_size or known["input_size"])[-2:]
     data_config = fit_channels({**known, "input_size": (channels, height, width)}, channels)
-    classes = _class_names(module)
+    classes = class_names(module)
     if features:
         module = _without_classifier(module)
     few = count is not None and count < _MANY
@@ -181,7 +181,7 @@ def _without_classifier(module: nn.Module) -> nn.Module:
     return module
 
 
-def _class_names(module: nn.Module) -> list[str] | None:
+def class_names(module: nn.Module) -> list[str] | None:
     """Return the names of a model's classes, where they are known."""
     cfg: Any = getattr(module, "pretrained_cfg", None) or {}
     if names := cfg.get("label_names"):

@@ -41,9 +41,10 @@ def predict(
     calibration: Any = None,
     reduce: bool = False,
     strict: bool = False,
+    full_paths: bool = False,
     cache_dir: str | PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """Yield the likeliest classes of each image of a collection, in its order.
 
     Each image is decoded once. A few images are run by the model as it is; for more, or where an
@@ -68,6 +69,7 @@ def predict(
         reduce: decode large JPEGs at a half, a quarter or an eighth of their size, as long as that
             is twice what they are resized to; several times faster, and nearly the same.
         strict: an image that cannot be read is an error instead of a row with `error`.
+        full_paths: absolute paths.
         cache_dir: where engine files are kept, as for `deploy`.
         progress: takes a line before each step of the preparation.
 
@@ -91,12 +93,13 @@ def predict(
         calibration=calibration,
         reduce=reduce,
         strict=strict,
+        full_paths=full_paths,
         cache_dir=cache_dir,
         progress=progress,
     ).rows()
 
 
-def embed(source: SourceLike, model: ModelLike, **options: Any) -> Iterator[Row]:
+def embed(source: SourceLike, model: ModelLike, **options: Any) -> Generator[Row, None, None]:
     """Yield the embedding of each image: what goes into the classifier, (C,) in float32.
 
     Args:
@@ -161,11 +164,10 @@ def save_predictions(
     features: bool = False,
     top_k: int = 5,
     include_index: bool = False,
-    full_paths: bool = False,
     resume: bool = False,
     parts: bool = False,
     share: tuple[int, int] | None = None,
-    each: Callable[[Sequence[Row], int, int], None] | None = None,
+    each: Callable[[int, Sequence[Row], int], None] | None = None,
     **options: Any,
 ) -> Summary:
     """Write the rows of :func:`predict` (or :func:`embed`) to a file.
@@ -180,18 +182,19 @@ def save_predictions(
         output: ``.csv``, ``.jsonl``, ``.parquet`` or ``.npz``.
         features: embeddings instead of predictions.
         include_index: in CSV, also the index of each class.
-        full_paths: absolute paths.
         resume: go on after the rows that an earlier run left.
         parts: leave the parts as they are: the output is a folder of them.
         share: (number of this process from 0, number of processes); None for what the environment
             says.
-        each: takes rows, how many are done and how many there are, for a progress bar.
+        each: takes the number of a row, it and those after it, and how many are left after these.
 
     Raises:
         ConfigError: an earlier run left rows and `resume` is not said, or they are of another job.
         BackbonesError: as for `predict`.
     """
-    path = Path(output)
+    path, source = Path(output), open_source(source)
+    if not isinstance(source, Source):
+        raise ConfigError("an output needs a source whose length is known; give a list")
     rank, size = share or share_of(os.environ)
     journal = Journal(
         path,
@@ -199,23 +202,21 @@ def save_predictions(
         resume=resume,
         shared=size > 1,
     )
-    as_written = {"parts": parts, "include_index": include_index, "full_paths": full_paths}
+    as_written = {"parts": parts, "include_index": include_index}
     run = _Run(
         source,
         model,
         features=features,
         top_k=top_k,
-        full_paths=full_paths,
         job=journal.job,
         **options,
     )
-    if not isinstance(run.source, Source):
-        raise ConfigError("an output needs a source whose length is known; give a list")
     run.adopt(journal.begin(run.job | as_written))
-    whole, step = len(run.source), run.model.setting.batch_size
+    whole, step = len(source), run.model.setting.batch_size
     spans = _left(journal.done(), whole, step, rank, size)
     total = sum(end - first for first, end in spans)
-    bad = done = 0
+    bad: list[str] = []
+    done = 0
     began = time.perf_counter()
     try:
         # Closing them ends the threads, before what is waiting is written.
@@ -223,19 +224,20 @@ def save_predictions(
             for first, rows in batches:
                 journal.add(first, rows)
                 done += len(rows)
-                bad += sum(row.error is not None for row in rows)
+                bad += [row.error for row in rows if row.error is not None]
                 if each is not None:
-                    each(rows, done, total)
+                    each(first, rows, total - done)
     finally:
         journal.flush()
     seconds = time.perf_counter() - began
-    if bad == done == whole:
-        raise DataError(f"none of the {whole} images could be read; {journal.folder} says why")
+    if len(bad) == done == whole:
+        journal.discard()
+        raise DataError(f"none of the {whole} images could be read; the first: {bad[0]}")
     complete = journal.finish(whole, parts=parts)
     work = run.meter.decoding + run.meter.engine
     return Summary(
         images=done,
-        bad=bad,
+        bad=len(bad),
         missing=0 if complete else journal.missing(whole),
         seconds=seconds,
         decoding=run.meter.decoding / work if work else 0.0,
@@ -330,6 +332,7 @@ class _Run:
             "precision": self.model.setting.precision,
             "batch_size": batch_size,
             "reduce": self.reduce,
+            "full_paths": self.full_paths,
             "setting": asdict(self.model.setting),
         }
 
@@ -364,7 +367,7 @@ class _Run:
                     rows = [replace(row, path=os.path.abspath(row.path)) for row in rows]
                 yield next(firsts), rows
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Generator[Row, None, None]:
         """Yield all rows."""
         with closing(self.batches()) as batches:
             for _, rows in batches:

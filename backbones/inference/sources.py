@@ -20,7 +20,7 @@ from backbones.images import ImageFiles, convert_image, list_images, open_image
 
 __all__ = ["Item", "Source", "SourceLike", "open_source"]
 
-SourceLike = Union[str, Path, Image.Image, np.ndarray, Iterable[Any]]
+SourceLike = Union[str, Path, ImageFiles, Image.Image, np.ndarray, Iterable[Any]]
 _LISTS = (".txt", ".csv", ".tsv", ".lst")
 _COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -32,6 +32,7 @@ class _Group(Protocol):
     def __len__(self) -> int: ...
     def name(self, i: int) -> str: ...
     def folder(self, i: int) -> str | None: ...
+    def relative(self, i: int) -> str: ...
     def open(self, i: int, mode: str, **options: Any) -> Image.Image: ...
 
 
@@ -51,6 +52,11 @@ class Item:
     def folder(self) -> str | None:
         """The uppermost folder below the source."""
         return self.group.folder(self.number)
+
+    @property
+    def relative(self) -> str:
+        """Its path below the source, with forward slashes."""
+        return self.group.relative(self.number)
 
     def open(self, mode: str, **options: Any) -> Image.Image:
         """Decode it; arguments are those of `backbones.images.open_image`."""
@@ -94,9 +100,9 @@ def open_source(source: SourceLike) -> Source | Iterator[Item]:
         source: path of an image, folder (any depth), uncompressed tar archive, or list (``.txt``:
             a path a line; ``.csv``, ``.tsv``: a column of a usual name such as ``path``, else the
             first); ``-`` for a list on the standard input; a pattern (``photos/*/*.jpg``,
-            ``shards-{000..009}.tar``); an image or uint8 array (H, W) or (H, W, C); or an iterable
-            of any of these. Paths in a list are those of the working directory, or of the list's
-            folder where there are none.
+            ``shards-{000..009}.tar``); what `list_images` found; an image, or uint8 array (H, W) or
+            (H, W, C); or an iterable of any of these. Paths in a list are those of the working
+            directory, or of the list's folder where there are none.
 
     Returns:
         A sequence; or, for an iterable without a length, an iterator, which takes images and paths
@@ -105,7 +111,9 @@ def open_source(source: SourceLike) -> Source | Iterator[Item]:
     Raises:
         DataError: no such file, nothing found, or a list or archive that cannot be read.
     """
-    if isinstance(source, str | Path | Image.Image | np.ndarray):
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, str | Path | Image.Image | np.ndarray | ImageFiles):
         source = [source]
     if isinstance(source, Sequence):
         found = _groups(source)
@@ -129,6 +137,8 @@ def _groups(parts: Iterable[Any]) -> Source:
         try:
             if isinstance(part, Source):
                 new, lines = list(part.groups), part.left_out
+            elif isinstance(part, ImageFiles):
+                new, lines = [_Files(part)], part.left_out()
             elif isinstance(part, str | Path):
                 new, lines = _from_path(part)
             else:
@@ -225,6 +235,9 @@ class _Files:
         first, slash, _ = self.files.paths[i].partition("/")
         return first if slash else None
 
+    def relative(self, i: int) -> str:
+        return self.files.paths[i]
+
     def open(self, i: int, mode: str, **options: Any) -> Image.Image:
         return self.files.open(self.files.paths[i], mode, **options)
 
@@ -241,6 +254,10 @@ class _Paths:
 
     def folder(self, i: int) -> str | None:
         return Path(self.paths[i]).parent.name or None
+
+    def relative(self, i: int) -> str:
+        path = Path(self.paths[i])
+        return "/".join([*([path.parent.name] if path.parent.name else []), path.name])
 
     def open(self, i: int, mode: str, **options: Any) -> Image.Image:
         return open_image(self.paths[i], mode, **options)
@@ -259,6 +276,9 @@ class _InMemory:
 
     def folder(self, i: int) -> str | None:
         return None
+
+    def relative(self, i: int) -> str:
+        return self.name(i)
 
     def open(self, i: int, mode: str, **options: Any) -> Image.Image:
         image = self.images[i]

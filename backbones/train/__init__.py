@@ -15,6 +15,7 @@ from backbones.train.data import (
 from backbones.train.fine_tuning import run
 from backbones.train.initial_weights import InitialWeights
 from backbones.train.plots import draw_predictions
+from backbones.train.probing import Probe, probe
 from backbones.train.recipes import list_recipes, read_options
 from backbones.train.trainer import EpochReport, TrainingError, Update
 from backbones.train.training_run import BEST, CURVES, TrainReport
@@ -34,6 +35,7 @@ __all__ = [
     "Evaluation",
     "ImageFolder",
     "InitialWeights",
+    "Probe",
     "TrainConfig",
     "TrainReport",
     "TrainingError",
@@ -47,6 +49,7 @@ __all__ = [
     "list_recipes",
     "open_image",
     "open_splits",
+    "probe",
     "read_options",
     "run",
     "set_input",
