@@ -52,7 +52,7 @@ class Decoder:
         image = item.open(self.mode, **self._options)
         if self.raw:
             return np.array(image)
-        return self._transform(image)
+        return self._transform(image).numpy()
 
     def batch(self, images: Sequence[np.ndarray | None], size: int) -> Tensor:
         """Return normalized images (size, C, H, W); zeros where there is none.

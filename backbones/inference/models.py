@@ -20,6 +20,7 @@ from backbones.engines import (
     deploy_for_throughput,
     file_suffixes,
     open_exported,
+    torch_threads,
 )
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.factory import create_model, is_checkpoint, load_model
@@ -104,7 +105,7 @@ def open_inference_model(
         size = min(batch_size or _BATCH, count or 1)
         return _as_it_is(module, data_config, classes, size, threads)
     if setting is not None and setting.engine == _PLAIN:
-        return _as_it_is(module, data_config, classes, setting.batch_size, threads)
+        return _as_it_is(module, data_config, classes, setting.batch_size, setting.threads)
     found = deploy_for_throughput(
         module,
         engine=engine,
@@ -135,12 +136,13 @@ def _as_it_is(
         module = copy.deepcopy(module).eval()
     first = next(module.parameters(), torch.empty(0))
     turn = threading.Lock()
+    setting = Setting(_PLAIN, "fp32", batch_size, 1, threads or torch.get_num_threads())
 
     def call(images: Tensor) -> Tensor:
-        with torch.inference_mode(), turn:
+        # Taking turns, as the number of threads is the process's.
+        with torch.inference_mode(), turn, torch_threads(setting.threads):
             return module(images.to(first.device, first.dtype)).float().cpu()
 
-    setting = Setting(_PLAIN, "fp32", batch_size, 1, threads or torch.get_num_threads())
     size = data_config["input_size"]
     return OpenModel(call, setting, data_config, classes, lambda: content_key(module, size))
 

@@ -108,7 +108,7 @@ def test_predict_needs_nothing_but_the_checkpoint(capsys, image, checkpoint):
         expected = model(transform(Image.open(image))[None]).softmax(1)[0]
     assert expected.max() > 0.4  # far from even, so that a wrong model or input would show
     top = expected.topk(2)
-    assert answer["image"] == image
+    assert answer["path"] == image
     assert [guess["class"] for guess in answer["predictions"]] == [CLASSES[i] for i in top.indices]
     found = [guess["probability"] for guess in answer["predictions"]]
     assert found == pytest.approx(top.values.tolist(), rel=1e-4)
@@ -143,10 +143,17 @@ def test_predict_names_every_bad_image(capsys, image, checkpoint, tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(image).read_bytes()[:2000])
-    bad = [str(tmp_path / "text.jpg"), str(cut), str(tmp_path / "nothing.png")]
-    message = fails(capsys, 2, "predict", checkpoint[1], bad[0], image, *bad[1:])
-    assert all(name in message for name in bad)
+    gone = [str(tmp_path / "nothing.png"), str(tmp_path / "nor.png")]
+    message = fails(capsys, 2, "predict", checkpoint[1], gone[0], image, gone[1])
+    assert all(name in message for name in gone)
     assert image not in message
+    bad = [str(tmp_path / "text.jpg"), str(cut)]
+    message = fails(capsys, 2, "predict", checkpoint[1], *bad)
+    assert all(name in message for name in bad)
+    assert main(["predict", checkpoint[1], bad[0], image, bad[1]]) == 2  # the good one is named
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == image
+    assert all(f"error: {name}" in captured.err for name in bad)
 
 
 def test_predict_with_bad_checkpoints(capsys, image, checkpoint, tmp_path):

@@ -48,7 +48,7 @@ def checkpoint(model, tmp_path_factory):
 def whole(checkpoint, photos, tmp_path_factory):
     """The rows of a run that nothing disturbs."""
     path = tmp_path_factory.mktemp("whole") / "rows.jsonl"
-    save_predictions(photos, checkpoint, path, top_k=2, batch_size=4)
+    save_predictions(photos, checkpoint, path, top_k=2, batch_size=4, threads=1)
     return path.read_bytes()
 
 
@@ -133,17 +133,6 @@ def test_parts_join_to_the_same_file(model, photos, tmp_path, suffix, features, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [one.name, several.name]
 
 
-def start(checkpoint, photos, output, *options, **environment):
-    argv = ["predict", checkpoint, photos, "--output", output, "--top-k", 2, "-b", 4, *options]
-    return subprocess.Popen(
-        [sys.executable, "-m", "backbones", *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 # Writes a part for every batch, and takes its time for it.
 SLOWLY = """
 import sys, time
@@ -161,7 +150,20 @@ sys.exit(main(sys.argv[1:]))
 
 
 def start_slowly(checkpoint, photos, output, *options):
-    argv = ["predict", checkpoint, photos, "--output", output, "--top-k", 2, "-b", 4, *options]
+    argv = [
+        "predict",
+        checkpoint,
+        photos,
+        "--output",
+        output,
+        "--top-k",
+        2,
+        "-b",
+        4,
+        "--threads",
+        1,
+        *options,
+    ]
     return subprocess.Popen(
         [sys.executable, "-c", SLOWLY, *map(str, argv)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -202,8 +204,10 @@ def test_killed_and_resumed(checkpoint, photos, whole, tmp_path):
         json.loads(line) for line in whole.splitlines()[: len(json_rows(part))]
     ]
     with pytest.raises(ConfigError, match="--resume goes on"):
-        save_predictions(photos, checkpoint, output, top_k=2, batch_size=4)
-    summary = save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, resume=True)
+        save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, threads=1)
+    summary = save_predictions(
+        photos, checkpoint, output, top_k=2, batch_size=4, threads=1, resume=True
+    )
     assert summary.images == COUNT - done[-1]
     assert output.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -215,7 +219,7 @@ def test_killed_many_times(checkpoint, photos, whole, tmp_path, seed):
     output = tmp_path / "rows.jsonl"
     kill_and_resume(checkpoint, photos, output, 3, seed)
     if not output.exists():
-        save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, resume=True)
+        save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, threads=1, resume=True)
     assert output.read_bytes() == whole
 
 
@@ -230,7 +234,7 @@ def test_interrupted(checkpoint, photos, whole, tmp_path):
     assert "rows.jsonl.partial holds what is done; --resume goes on" in text
     assert "Traceback" not in text
     assert main(["predict", str(checkpoint), str(photos), "--output", str(output), "--top-k", "2",
-                 "-b", "4", "--resume"]) == 0  # fmt: skip
+                 "-b", "4", "--threads", "1", "--resume"]) == 0  # fmt: skip
     assert output.read_bytes() == whole
 
 
@@ -245,9 +249,9 @@ def test_rows_of_something_else_are_refused(checkpoint, photos, tmp_path, change
         run["model"] = small_model(depths=[1, 1, 2, 1])
     if changes.get("source"):
         run["source"] = photos / "ant"
-    save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, share=(0, 2))
+    save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, threads=1, share=(0, 2))
     with pytest.raises(ConfigError, match="rows of something else"):
-        save_predictions(**run, output=output, batch_size=4, resume=True)
+        save_predictions(**run, output=output, batch_size=4, threads=1, resume=True)
     assert not output.exists()
 
 
@@ -267,16 +271,16 @@ def test_a_full_disk_leaves_whole_rows(checkpoint, photos, whole, tmp_path, monk
 
     monkeypatch.setattr(formats[".jsonl"], "write", full)
     with pytest.raises(OSError, match="No space"):
-        save_predictions(photos, checkpoint, output, top_k=2, batch_size=4)
+        save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, threads=1)
     monkeypatch.undo()
     assert not output.exists()
-    save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, resume=True)
+    save_predictions(photos, checkpoint, output, top_k=2, batch_size=4, threads=1, resume=True)
     assert output.read_bytes() == whole
 
 
 def test_two_processes_give_the_file_of_one(checkpoint, photos, whole, tmp_path):
     output = tmp_path / "rows.jsonl"
-    argv = [checkpoint, photos, "--output", output, "--top-k", 2, "-b", 4]
+    argv = [checkpoint, photos, "--output", output, "--top-k", 2, "-b", 4, "--threads", 1]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "backbones",
          "predict", *map(str, argv)],
@@ -291,7 +295,7 @@ def test_two_processes_give_the_file_of_one(checkpoint, photos, whole, tmp_path)
 
 
 def test_a_lost_share_is_run_again(checkpoint, photos, whole, tmp_path):
-    output, common = tmp_path / "rows.jsonl", {"top_k": 2, "batch_size": 4}
+    output, common = tmp_path / "rows.jsonl", {"top_k": 2, "batch_size": 4, "threads": 1}
     for share in ((2, 3), (0, 3)):
         summary = save_predictions(photos, checkpoint, output, share=share, **common)
         assert not summary.complete
@@ -307,7 +311,9 @@ def test_a_lost_share_is_run_again(checkpoint, photos, whole, tmp_path):
 def test_a_dataset_of_parts(checkpoint, photos, whole, tmp_path):
     output = tmp_path / "rows.jsonl"
     for share in ((0, 2), (1, 2)):
-        save_predictions(photos, checkpoint, output, share=share, parts=True, top_k=2, batch_size=4)
+        save_predictions(
+            photos, checkpoint, output, share=share, parts=True, top_k=2, batch_size=4, threads=1
+        )
     assert output.is_dir()
     assert b"".join(path.read_bytes() for path in sorted(output.iterdir())) == whole
 
