@@ -170,9 +170,18 @@ def deploy(
         if several:
             write_choice(deployment.folder, request, report.as_dict())
     chosen.report = report
+    chosen.metadata = _facts(deployment) | {k: v for k, v in chosen.metadata.items() if v}
     for _ in range(3):
         chosen(deployment.example)
     return chosen
+
+
+def _facts(deployment: Deployment) -> dict[str, Any]:
+    """Return what a runner says of its model, though no file of it does: input and classes."""
+    model, size = deployment.model, deployment.size
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    config = {**resolve_model_data_config(model), "input_size": size}
+    return {"input": fit_channels(config, size[0]), "classes": cfg.get("label_names")}
 
 
 def request_of(

@@ -22,6 +22,7 @@ __all__ = ["Setting", "ThroughputRunner", "deploy_for_throughput"]
 _FIRST_BATCH = 8  # engines and streams are compared at it
 _BATCHES = (1, 2, 4, 16, 32)
 _SECONDS = 0.5  # of a measurement
+_PASSED_OVER = ("executorch",)  # made for phones; its threads are the process's
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def deploy_for_throughput(
         model, engine, precision, threads, input_size, first, calibration, cache_dir
     )
     key = deployment.folder.name
-    names = [name for name in names if not ENGINES[name].slow] or names
+    if engine == "auto":
+        names = [n for n in names if not ENGINES[n].slow and n not in _PASSED_OVER]
     request = {
         "throughput": names,
         "precision": precision,

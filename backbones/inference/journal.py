@@ -11,7 +11,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,15 @@ from backbones.files import new_file
 from backbones.inference.formats import RowFormat
 from backbones.inference.rows import Row
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "partial_of"]
 
 _ROWS, _SECONDS = 4096, 5.0  # a part ends after so many
-_JOB = "job.json"
+_JOB, _LOCK = "job.json", ".lock"
+
+
+def partial_of(output: Path) -> Path:
+    """Return the folder of parts of an output that is not complete."""
+    return output.with_name(output.name + ".partial")
 
 
 class Journal:
@@ -43,7 +47,7 @@ class Journal:
 
     def __init__(self, output: Path, format: RowFormat, *, resume: bool, shared: bool) -> None:
         self.output, self.format = output, format
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = partial_of(output)
         if not output.parent.is_dir():
             raise DataError(f"{output.parent}: no such folder; make it, or name another output")
         if output.is_dir():
@@ -141,23 +145,24 @@ class Journal:
         With `parts` the folder of parts becomes the output. Where several processes end at once,
         one does it.
         """
-        with WeakFileLock(self.output.with_name(f".{self.output.name}.lock")) as lock:
-            complete = self._finish(count, parts)
-        with suppress(OSError):
-            os.unlink(lock.lock_file)
-        return complete
-
-    def _finish(self, count: int, parts: bool) -> bool:
-        if not self.folder.exists():  # another process has done it
-            return self.output.exists()
-        if self.missing(count):
-            return False
-        if parts:
-            if self.output.exists():
-                self.output.unlink()
-            (self.folder / _JOB).unlink(missing_ok=True)
-            self.folder.rename(self.output)
+        # The lock makes the folder again, where another process has finished meanwhile.
+        with WeakFileLock(self.folder / _LOCK):
+            if not (self.folder / _JOB).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return self.output.exists()
+            if self.missing(count):
+                return False
+            if parts:
+                self.output.unlink(missing_ok=True)
+                self.folder.rename(self.output)
+                for name in (_JOB, _LOCK):
+                    (self.output / name).unlink(missing_ok=True)
+            else:
+                self._join()
             return True
+
+    def _join(self) -> None:
+        """Make one file of the parts, and remove them."""
         at, chosen = 0, []
         for first, end in self.done():
             if first == at:  # two runs at once may have made a part twice
@@ -166,7 +171,6 @@ class Journal:
         with new_file(self.output) as file:
             self.format.join(chosen, file)
         self.discard()
-        return True
 
     def discard(self) -> None:
         """Remove the parts, all at once."""

@@ -31,7 +31,7 @@ __all__ = ["ModelLike", "OpenModel", "class_names", "open_inference_model"]
 
 ModelLike = Union[str, "PathLike[str]", nn.Module, Runner]
 _BATCH = 8  # where none is measured
-_MANY = 500  # images from which on it pays to convert a model and to measure
+_MANY = 2000  # images from which on it pays to convert a model and to measure
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,14 @@ def open_inference_model(
     classes = class_names(module)
     if features:
         module = _without_classifier(module)
-    few = count is not None and count < _MANY
-    if few and engine == "auto" and precision == "fp32" and setting is None:
-        size = min(batch_size or _BATCH, count or 1)
-        return _as_it_is(module, data_config, classes, size, threads)
+    if setting is None and count is not None and count < _MANY:
+        size, cores = min(batch_size or _BATCH, count), threads or torch.get_num_threads()
+        if engine != "auto":
+            setting = Setting(engine, precision, size, 1, cores)
+        elif precision == "fp32":
+            setting = Setting(_PLAIN, precision, size, 1, cores)
     if setting is not None and setting.engine == _PLAIN:
-        return _as_it_is(module, data_config, classes, setting.batch_size, setting.threads)
+        return _as_it_is(module, data_config, classes, setting)
     found = deploy_for_throughput(
         module,
         engine=engine,
@@ -128,15 +130,13 @@ def _as_it_is(
     module: nn.Module,
     data_config: Mapping[str, Any],
     classes: Sequence[str] | None,
-    batch_size: int,
-    threads: int | None,
+    setting: Setting,
 ) -> OpenModel:
     """Run a module without preparation, which is soonest for a few images."""
     if module.training:
         module = copy.deepcopy(module).eval()
     first = next(module.parameters(), torch.empty(0))
     turn = threading.Lock()
-    setting = Setting(_PLAIN, "fp32", batch_size, 1, threads or torch.get_num_threads())
 
     def call(images: Tensor) -> Tensor:
         # Taking turns, as the number of threads is the process's.

@@ -17,7 +17,7 @@ from backbones.engines import Setting
 from backbones.errors import ConfigError, DataError
 from backbones.inference.decoding import Decoder
 from backbones.inference.formats import row_format
-from backbones.inference.journal import Journal
+from backbones.inference.journal import Journal, partial_of
 from backbones.inference.models import ModelLike, OpenModel, open_inference_model
 from backbones.inference.rows import Row, embedding_rows, prediction_rows
 from backbones.inference.running import Meter, batches_of, run_batches
@@ -47,8 +47,8 @@ def predict(
 ) -> Generator[Row, None, None]:
     """Yield the likeliest classes of each image of a collection, in its order.
 
-    Each image is decoded once. A few images are run by the model as it is; for more, or where an
-    engine is named, the fastest engine, batch size, streams and threads are found by a short
+    Each image is decoded once. Below 2,000 images the model runs as it is, or in the engine that
+    is named; for more, the fastest engine, batch size, streams and threads are found by a short
     measurement, which is remembered. However many images there are, only a few batches are in
     memory.
 
@@ -128,7 +128,7 @@ class Summary:
     seconds: float
     decoding: float
     engine_busy: float
-    setting: Setting
+    setting: Setting | None
     output: Path
     complete: bool
 
@@ -143,6 +143,8 @@ class Summary:
         return facts | {"images_per_second": self.images_per_second}
 
     def __str__(self) -> str:
+        if self.setting is None:
+            return f"{self.output} is complete; nothing was left to do"
         lines = [
             f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.1f} images/s,"
             f" {self.decoding:.0%} of the work decoding ({self.setting})"
@@ -195,6 +197,8 @@ def save_predictions(
     path, source = Path(output), open_source(source)
     if not isinstance(source, Source):
         raise ConfigError("an output needs a source whose length is known; give a list")
+    if resume and path.is_file() and not partial_of(path).exists():
+        return Summary(0, 0, 0, 0.0, 0.0, 0.0, None, path, True)
     rank, size = share or share_of(os.environ)
     journal = Journal(
         path,

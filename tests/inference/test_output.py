@@ -211,6 +211,9 @@ def test_killed_and_resumed(checkpoint, photos, whole, tmp_path):
     assert summary.images == COUNT - done[-1]
     assert output.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    summary = save_predictions(photos, checkpoint, output, top_k=2, resume=True)
+    assert "nothing was left to do" in str(summary)
+    assert output.read_bytes() == whole
 
 
 @pytest.mark.slow

@@ -88,6 +88,17 @@ def test_exported_files(model, photos, tmp_path, preprocess):
         backbones.predict(folder, path, engine="openvino")
 
 
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+def test_a_deployed_model(photos, tmp_path, engine):
+    folder, paths = photos
+    named = small_model()
+    named.pretrained_cfg["label_names"] = CLASSES
+    runner = backbones.deploy(named, engine=engine, cache_dir=tmp_path)
+    rows = list(backbones.predict(folder, runner))
+    expected = [CLASSES[i] for i in by_hand(named, paths).argmax(1)]
+    assert [row.predictions[0].name for row in rows] == expected
+
+
 def test_a_file_for_one_image_a_call(model, photos, tmp_path):
     backbones.export(model, tmp_path / "m.onnx", dynamic=())
     rows = list(backbones.predict(photos[0], tmp_path / "m.onnx"))
