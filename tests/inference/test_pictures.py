@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from collections_of_images import CLASSES, picture, small_model, write_pictures
+from collections_of_images import CLASSES, small_model, write_pictures
 from PIL import Image
 from randomized import randomize
 from tiers import families_by_default
@@ -24,28 +24,28 @@ from backbones.train import probe
 
 
 @pytest.mark.parametrize("name", families_by_default())
-def test_every_family_can_be_explained(name, tmp_path):
-    """The map is the weighted feature map of the last stage."""
+def test_every_family_can_be_explained(name):
+    """The map is the feature map of the last stage, weighted by the gradients of the class."""
     model = randomize(backbones.create_model(name, num_classes=5)).eval()
-    config = resolve_model_data_config(model)
-    item = open_source([picture(0, (96, 96))])[0]
+    x = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    maps = model.forward_features(x).detach().requires_grad_()
+    logits = model.forward_head(maps)[0]
+    speaking = []
+    for logit in logits:
+        (gradient,) = torch.autograd.grad(logit, maps, retain_graph=True)
+        speaking.append((gradient.mean((2, 3), keepdim=True) * maps).sum(1)[0].detach())
+    index = max(range(5), key=lambda i: float(speaking[i].max()))  # for some nothing may speak
+    expected = speaking[index]
+    row, column = np.unravel_index(int(expected.argmax()), expected.shape)
     for method in Explainer.METHODS:
-        explainer = Explainer(model, config, method=method)
-        x = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-        heat = explainer.heat_map(x, [2])
-        assert heat.shape == (1, 96, 96)
-        assert 0 <= heat.min() <= heat.max() <= 1
-        assert heat.std() > 0
+        explainer = Explainer(model, resolve_model_data_config(model), method=method)
+        (heat,) = explainer.heat_map(x, [index])
+        assert heat.shape == (96, 96)
+        assert 0 <= heat.min() < heat.max() <= 1
         if method == "gradcam":
-            maps = model.forward_features(x).detach().requires_grad_()
-            model.forward_head(maps)[0, 2].backward()
-            weights = maps.grad.mean((2, 3), keepdim=True)
-            expected = (weights * maps).sum(1).relu()[0].detach()
-            place = np.unravel_index(int(expected.argmax()), expected.shape)
-            at = np.unravel_index(int(heat[0].argmax()), (96, 96))
-            step = 96 / expected.shape[0]
-            assert all(abs((a + 0.5) / step - 0.5 - b) <= 1 for a, b in zip(at, place))
-    assert item.relative == "0"
+            step = 96 // expected.shape[0]
+            around = heat[max(0, (row - 1) * step) :, max(0, (column - 1) * step) :]
+            assert around[: 3 * step, : 3 * step].max() == heat.max()
 
 
 def test_heat_maps_of_a_folder(tmp_path):
