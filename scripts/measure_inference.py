@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from timm.data import resolve_model_data_config
 
 import backbones
 from backbones.images import list_images
@@ -59,10 +59,15 @@ def checkpoint_of(name: str, classes: int, given: Path | None, folder: Path) -> 
 
 def run_timm(options: Any, name: str, checkpoint: Path, photos: Path, out: Path) -> float:
     """Run timm's script and return its images a second."""
-    classes = backbones.load_model(checkpoint).num_classes
+    model = backbones.load_model(checkpoint)
+    config = resolve_model_data_config(model)
     command = [sys.executable, "-m", "backbones.train.launch", str(options.timm), str(photos)]
     command += ["--model", name, "--checkpoint", str(checkpoint), "--device", "cpu"]
-    command += ["--num-classes", str(classes), "-b", str(options.batch_size), "--log-freq", "1"]
+    command += ["--num-classes", str(model.num_classes), "-b", str(options.batch_size)]
+    command += ["--img-size", str(config["input_size"][-1]), "--log-freq", "1"]
+    command += ["--crop-pct", str(config["crop_pct"]), "--interpolation", config["interpolation"]]
+    for key in ("mean", "std"):
+        command += [f"--{key}", *map(str, config[key])]
     command += ["--results-dir", str(out), "--results-file", "timm", "--results-format", "csv"]
     command += ["--include-index", "--fullname", "--split", "", "--no-console-results"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -87,10 +92,10 @@ def run_ours(options: Any, checkpoint: Path, photos: Path, out: Path, precision:
     return json.loads(done.stdout)
 
 
-def classes_in(path: Path, column: str, index: str) -> dict[str, str]:
+def classes_in(path: Path, column: str, root: Path) -> dict[str, str]:
     """Return the index of the likeliest class by the path of the image."""
     with path.open(encoding="utf-8", newline="") as stream:
-        return {os.path.abspath(row[column]): row[index] for row in csv.DictReader(stream)}
+        return {str(root / row[column]): row["index"] for row in csv.DictReader(stream)}
 
 
 def main() -> int:
@@ -121,14 +126,15 @@ def main() -> int:
             checkpoint = checkpoint_of(name, 10, options.checkpoints, folder)
             for precision in options.precisions:  # measures the setting, which is remembered
                 run_ours(options, checkpoint, photos, folder, precision)
-            timm, ours = [], {precision: [] for precision in options.precisions}
+            timm: list[float] = []
+            ours: dict[str, list[Any]] = {precision: [] for precision in options.precisions}
             for _ in range(options.rounds):
                 timm.append(run_timm(options, name, checkpoint, photos, folder))
                 for precision in options.precisions:
                     ours[precision].append(run_ours(options, checkpoint, photos, folder, precision))
-            expected = classes_in(folder / "timm.csv", "filename", "index")
+            expected = classes_in(folder / "timm.csv", "filename", photos)
             for precision, runs in ours.items():
-                found = classes_in(folder / f"{precision}.csv", "path", "index")
+                found = classes_in(folder / f"{precision}.csv", "path", photos)
                 same = sum(found[path] == index for path, index in expected.items())
                 ratio = statistics.median(
                     run["images_per_second"] / base for run, base in zip(runs, timm)
