@@ -12,6 +12,7 @@ import backbones
 from backbones.cli.parsing import Parser, positive
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint, open_checkpoint
+from backbones.images import read_names
 from backbones.train import set_input
 
 __all__ = [
@@ -110,19 +111,13 @@ def require_file(path: str) -> None:
 def read_class_names(path: str | None, count: int | None) -> list[str] | None:
     """Return the names in a file, one a line; None where no file is given.
 
-    A byte order mark, Windows line ends and empty lines at the end do not matter.
-
     Raises:
-        ConfigError: there is no such text file, a line is empty, or there are not `count` of them.
+        DataError: there is no such text file.
+        ConfigError: a line is empty, or there are not `count` of them.
     """
     if path is None:
         return None
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # and universal newlines
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
-        raise ConfigError(f"{path}: {reason}; give a file of class names, one a line") from error
-    names = [line.strip() for line in text.rstrip().split("\n")]
+    names = read_names(path)
     if "" in names:
         raise ConfigError(f"{path}, line {names.index('') + 1}: no name; give one a line")
     if count is not None and len(names) != count:

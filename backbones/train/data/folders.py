@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from backbones.errors import DataError
-from backbones.images import ImageFiles, find_bad_images, image_mode, list_images, some
+from backbones.images import ImageFiles, find_bad_images, image_mode, list_images, read_names, some
 
 __all__ = [
     "ImageFolder",
@@ -148,9 +148,9 @@ def open_folder(
 def read_class_map(
     path: str | Path, files: ImageFiles | None = None, folders: Sequence[str] = ()
 ) -> list[str]:
-    """Return the class names of a text file, one a line, in the order of their indices.
+    """Return the class names of a text file (`read_names`), in the order of their indices.
 
-    A byte order mark, Windows line ends and blank lines do not matter.
+    Blank lines do not matter.
 
     Raises:
         DataError: there is no such text file, a name stands there twice, or lines and `folders` (of
@@ -161,12 +161,7 @@ def read_class_map(
         path = next(
             (p for p in (files.place / path, files.place.parent / path) if p.exists()), path
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
-        raise DataError(f"{path}: {reason}; a class map is a text file, one class a line") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = [name for name in read_names(path) if name]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path}: {some(twice, SHOWN)} stands there twice")
