@@ -141,7 +141,7 @@ def create_model(
     name: str,
     *,
     pretrained: bool = False,
-    checkpoint_path: str | Path | None = None,
+    checkpoint_path: str | Path | weights.Checkpoint | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
     features_only: bool = False,
@@ -157,7 +157,7 @@ def create_model(
             YAML file of one's own (``./mine.yaml``, ``./mine.yaml#variant``),
             ``hf-hub:owner/repo@revision``, ``local-dir:path``, or any other model of timm.
         pretrained: load the released weights of the tag.
-        checkpoint_path: load a local checkpoint of any known layout.
+        checkpoint_path: load a local checkpoint of any known layout; or one that was read.
         num_classes: width of the classifier; None for that of the weights. Where these have
             another, or none, the model has a new classifier with random values.
         in_chans: channels of the input, to which the first convolution of weights is adapted; None
@@ -181,7 +181,9 @@ def create_model(
         arguments["features_only"] = True
     if deploy:
         arguments["deploy"] = True
-    checkpoint = None if checkpoint_path is None else weights.read_checkpoint(checkpoint_path)
+    checkpoint = checkpoint_path
+    if isinstance(checkpoint, str | Path):
+        checkpoint = weights.read_checkpoint(checkpoint)
     if name.startswith(REMOTE):
         return _create_remote(name, pretrained, checkpoint, cache_dir, arguments)
     variant, tag = find_variant(name)
@@ -334,7 +336,7 @@ def _create_with_timm(
     except OSError as error:
         raise WeightsUnavailableError(f"{name}: its weights cannot be had: {error}") from error
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    if arguments.get("in_chans") and {"input_size", "mean", "std"} <= cfg.keys():
+    if arguments.get("in_chans"):
         cfg.update(fit_channels(cfg, arguments["in_chans"]))
     report = None
     if checkpoint is not None:
