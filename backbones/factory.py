@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import timm
 import torch
 from huggingface_hub.errors import HFValidationError
 from timm.models import PretrainedCfg, load_model_config_from_hf, split_model_name_tag
+from timm.utils import natural_key
 from torch import nn
 
 from backbones import weights
@@ -70,7 +70,7 @@ def list_models(
         if (family is None or variant.family == family)
         and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
     ]
-    names.sort(key=_natural)
+    names.sort(key=natural_key)
     if not pretrained and license is None:
         return names
     by_variant = load_manifest().by_variant
@@ -80,11 +80,6 @@ def list_models(
         for entry in by_variant.get(name, {}).values()
         if entry.available and (license is None or fnmatch.fnmatch(entry.license, license.lower()))
     ]
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def find_variant(name: str) -> tuple[Variant | None, str | None]:

@@ -65,10 +65,7 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
-        return (
-            image if self.transform is None else self.transform(image),
-            self.samples[index][1],
-        )
+        return image if self.transform is None else self.transform(image), self.samples[index][1]
 
 
 def find_split(files: ImageFiles, split: str, *, required: bool = False) -> ImageFiles | None:
