@@ -196,11 +196,8 @@ def _create_from(
     tag: str | None,
     arguments: dict[str, Any],
 ) -> tuple[nn.Module, weights.LoadReport | None, Mapping[str, Any]]:
-    """Build the model of a checkpoint; arguments that are not given are the checkpoint's.
-
-    Returns:
-        The model, what was loaded, and what `save_checkpoint` wrote of this very model.
-    """
+    """Build the model of a checkpoint; arguments that are not given are the checkpoint's. Return
+    it with what was loaded, and what `save_checkpoint` wrote of this very model."""
     described = checkpoint.description
     own_name = variant.name if variant is not None else name
     saved = described if described.get("name") in (name, own_name) else {}
@@ -297,12 +294,8 @@ def open_checkpoint(
 
 
 def _named_in(checkpoint: weights.Checkpoint) -> str:
-    """Return the model's name that a training script wrote into a checkpoint of its own.
-
-    Raises:
-        ConfigError: it names none that is registered; what else such a name could be (a path, an
-            address) is not looked at, since the file is a stranger's.
-    """
+    """Return the model's name that a training script wrote into a checkpoint of its own."""
+    # What else such a name could be (a path, an address) is not looked at: it is a stranger's.
     for name in checkpoint.model_names:
         if registry.find(split_model_name_tag(name)[0]) is not None or timm.is_model(name):
             return name
@@ -394,11 +387,7 @@ def _create_remote(
 
 
 def _local_config(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of a folder that timm, transformers or `save_for_hf` wrote.
-
-    Raises:
-        ConfigError: there is none, or it describes no model of timm or of this package.
-    """
+    """Read the ``config.json`` of a folder that timm, transformers or `save_for_hf` wrote."""
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -106,11 +106,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of `Checkpoints` or of timm's training script.
-
-    Raises:
-        CheckpointError: it cannot be read safely, or no run can be continued from it.
-    """
+    """Read a checkpoint of `Checkpoints` or of timm's training script."""
     content = read_content(path)
     missing = [key for key in ("epoch", "optimizer", "state_dict") if key not in content]
     if missing or not isinstance(content["optimizer"], Mapping):
@@ -159,10 +155,7 @@ class SavedRun:
 
         Options in which the optimizer differs from that of the run so far hold over the saved ones.
         The average of the weights, if there is one, is taken from the checkpoint, or else begins
-        with the checkpoint's weights.
-
-        Raises:
-            CheckpointError: the state does not fit, or the optimizer does not know it.
+        with the checkpoint's weights. A state that does not fit is a CheckpointError.
         """
         content, task, optimizer = self.content, trainer.task, trainer.optimizer
         past = dataclasses.replace(trainer.config, **self.options)

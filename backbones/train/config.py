@@ -243,10 +243,9 @@ def option_types() -> dict[str, Any]:
 
 
 def check_options(options: Mapping[str, Any], where: str = "", *, also: Sequence[str] = ()) -> None:
-    """Check names and types of options; `where` names their source, `also` what else may be there.
+    """Refuse unknown options, and values of the wrong type, by ConfigError.
 
-    Raises:
-        ConfigError: an unknown option, or a value of the wrong type.
+    `where` names their source, `also` what else may be there.
     """
     start = f"{where}: " if where else ""
     names = [f.name for f in dataclasses.fields(TrainConfig)]

@@ -50,10 +50,6 @@ def create_initial_model(
     With ``pretrained=None`` released weights are taken where there are some and where the Hub
     answers within five seconds (or, offline, where its cache holds them). The classes of an
     `initial_checkpoint` must be those of the data, `classes`, where both are known.
-
-    Raises:
-        ConfigError: the model does not take one of the arguments.
-        BackbonesError: the weights asked for cannot be had or do not fit.
     """
     arguments: dict[str, Any] = {"num_classes": num_classes, **config.model_kwargs}
     given = {

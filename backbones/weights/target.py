@@ -64,11 +64,7 @@ class Target:
         return frozenset(shapes()) - self.present.keys()
 
     def require_form(self, checkpoint: Checkpoint) -> None:
-        """Refuse a file in deploy form for a model in training form.
-
-        Raises:
-            CheckpointError: it is one.
-        """
+        """Refuse a file in deploy form for a model in training form."""
         if checkpoint.deploy and not self.deployed:
             raise CheckpointError(
                 f"{checkpoint.source}: holds a re-parameterized model, whose norms and branches are"
@@ -76,11 +72,7 @@ class Target:
             )
 
     def require_arguments(self, checkpoint: Checkpoint) -> None:
-        """Refuse a file of ours whose weights fit and whose model computes something else.
-
-        Raises:
-            CheckpointError: it was saved with another value of an argument that no shape shows.
-        """
+        """Refuse a file of ours saved with another value of an argument that no shape shows."""
         saved = checkpoint.description.get("arguments")
         if not isinstance(saved, Mapping):
             return

@@ -9,11 +9,10 @@ __all__ = ["check_values"]
 
 
 def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Check kind, finiteness and agreement of `tensors` against the entries they will replace.
+    """Refuse tensors that the entries of their names cannot hold, by CheckpointError.
 
-    Raises:
-        CheckpointError: another kind of number, a value that is not finite or overflows the model's
-            type (rounding, also to zero, is no error), or different values of shared parameters.
+    These are of another kind of number, not finite, too large for the model's type (rounding, also
+    to zero, is no error), or differ where the model shares a parameter.
     """
     shared: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     for key, tensor in tensors.items():

@@ -71,10 +71,8 @@ class ImageFolder(Dataset):
 def find_split(files: ImageFiles, split: str, *, required: bool = False) -> ImageFiles | None:
     """Return the images of a split, under any of its usual names.
 
-    None where there are no splits at all, unless one is `required`.
-
-    Raises:
-        DataError: there are other splits; the message names them.
+    None where there are no splits at all, unless one is `required`; that there are only others is a
+    DataError.
     """
     found, there = files.split(split), files.split_folders
     if found is None and there:
@@ -147,11 +145,8 @@ def read_class_map(
 ) -> list[str]:
     """Return the class names of a text file (`read_names`), in the order of their indices.
 
-    Blank lines do not matter.
-
-    Raises:
-        DataError: there is no such text file, a name stands there twice, or lines and `folders` (of
-            `files`, where given) do not belong together; the message names both.
+    Blank lines do not matter. Each name stands there once, and for one of the `folders` of `files`
+    where these are given; otherwise it is a DataError.
     """
     path = Path(path)
     if files is not None and not path.exists():  # as timm looks for it
@@ -178,10 +173,7 @@ def hold_out(dataset: ImageFolder, fraction: float) -> ImageFolder:
     """Take a share of each class out of a dataset and return it as another one.
 
     The choice depends on the files' names alone, so that every run makes the same. A class with
-    one image keeps it.
-
-    Raises:
-        DataError: no class has two images.
+    one image keeps it; that all do is a DataError.
     """
     members = defaultdict(list)
     for sample in dataset.samples:
@@ -209,10 +201,8 @@ def exclude_bad(
     """Decode every image once, leave bad ones out, and return what is wrong with each.
 
     More than 50,000 images are read through only with `skip`; `progress` is called with how many
-    are done, and of how many.
-
-    Raises:
-        DataError: bad images without `skip`, all named, or a split of nothing but bad images.
+    are done, and of how many. Bad images without `skip`, all named, or a class of nothing else, are
+    a DataError.
     """
     items = [(dataset, path) for dataset in datasets for path, _ in dataset.samples]
     if not skip and len(items) > MOST_CHECKED:
