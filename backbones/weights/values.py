@@ -9,11 +9,9 @@ __all__ = ["check_values"]
 
 
 def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Refuse tensors that the entries of their names cannot hold, by CheckpointError.
-
-    These are of another kind of number, not finite, too large for the model's type (rounding, also
-    to zero, is no error), or differ where the model shares a parameter.
-    """
+    """Refuse tensors that the model's `own` of the same names cannot hold, by CheckpointError:
+    of another kind of number, not finite, too large for the model's type (rounding, also to zero,
+    is no error), or different where the model shares one parameter."""
     shared: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     for key, tensor in tensors.items():
         mine = own[key]

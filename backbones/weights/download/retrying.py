@@ -40,8 +40,9 @@ def is_transient_status(code: int) -> bool:
 def is_out_of_reach(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that there is no way to the server from here.
 
-    To wait helps with none of these, and without a network each attempt meets one. A server that
-    refuses, resets or does not answer in time may be restarting.
+    That is an unknown name, no route, or a certificate that does not hold: to wait helps with none
+    of them, and without a network each attempt meets one. A server that refuses, resets or does not
+    answer in time may be restarting.
     """
     for _ in range(_MOST_CAUSES):
         if isinstance(error, _OUT_OF_REACH) or getattr(error, "errno", None) in _NO_ROUTE:

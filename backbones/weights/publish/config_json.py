@@ -82,7 +82,7 @@ def is_own_name(architecture: str) -> bool:
 
 
 def check_rebuilt(model: nn.Module, folder: Path) -> None:
-    """Refuse a folder of whose ``config.json`` timm makes no model that takes `model`'s weights."""
+    """Refuse a ``config.json`` of which timm makes a model that does not take `model`'s weights."""
     body: Any = inner_module(model)
     with torch.device("meta"):
         twin: Any = timm.create_model(f"local-dir:{folder}")

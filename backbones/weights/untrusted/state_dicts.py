@@ -163,11 +163,11 @@ def _is_by_decay(content: Mapping[Any, Any]) -> bool:
 
 def _holds_tensors(obj: Any) -> bool:
     """Whether there are tensors in `obj`, at most `_MAX_DEPTH` mappings further in."""
-    # A few mappings that hold each other a thousand times over make more paths than can be walked.
     level = [obj]
     for _ in range(_MAX_DEPTH + 2):
         if any(isinstance(value, Tensor) for value in level):
             return True
+        # Each once: a few that hold each other a thousand times make more paths than can be walked.
         mappings = {id(m): m for m in level if isinstance(m, Mapping)}
         level = [value for mapping in mappings.values() for value in mapping.values()]
     return False
