@@ -57,8 +57,7 @@ def read_for_release(
     checkpoint = weights.read_checkpoint(path)
     opened = open_checkpoint(checkpoint, name, ours_only=True, dtype=dtype or _widest(checkpoint))
     for key, size in sizes.items():
-        if size is not None and size != getattr(opened.model, key):
-            found = getattr(opened.model, key)
+        if size not in (None, found := getattr(opened.model, key)):
             raise CheckpointError(f"{path}: {key}={size} was asked for, the file has {found}")
     entry = None
     if opened.variant is not None and opened.tag:

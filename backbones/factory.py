@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import timm
 import torch
 from huggingface_hub.errors import HFValidationError
 from timm.models import PretrainedCfg, load_model_config_from_hf, split_model_name_tag
+from timm.utils import natural_key
 from torch import nn
 
 from backbones import weights
@@ -70,7 +70,7 @@ def list_models(
         if (family is None or variant.family == family)
         and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
     ]
-    names.sort(key=_natural)
+    names.sort(key=natural_key)
     if not pretrained and license is None:
         return names
     by_variant = load_manifest().by_variant
@@ -80,11 +80,6 @@ def list_models(
         for entry in by_variant.get(name, {}).values()
         if entry.available and (license is None or fnmatch.fnmatch(entry.license, license.lower()))
     ]
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def find_variant(name: str) -> tuple[Variant | None, str | None]:
@@ -141,7 +136,7 @@ def create_model(
     name: str,
     *,
     pretrained: bool = False,
-    checkpoint_path: str | Path | None = None,
+    checkpoint_path: str | Path | weights.Checkpoint | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
     features_only: bool = False,
@@ -157,7 +152,7 @@ def create_model(
             YAML file of one's own (``./mine.yaml``, ``./mine.yaml#variant``),
             ``hf-hub:owner/repo@revision``, ``local-dir:path``, or any other model of timm.
         pretrained: load the released weights of the tag.
-        checkpoint_path: load a local checkpoint of any known layout.
+        checkpoint_path: load a local checkpoint of any known layout; or one that was read.
         num_classes: width of the classifier; None for that of the weights. Where these have
             another, or none, the model has a new classifier with random values.
         in_chans: channels of the input, to which the first convolution of weights is adapted; None
@@ -181,7 +176,9 @@ def create_model(
         arguments["features_only"] = True
     if deploy:
         arguments["deploy"] = True
-    checkpoint = None if checkpoint_path is None else weights.read_checkpoint(checkpoint_path)
+    checkpoint = checkpoint_path
+    if isinstance(checkpoint, str | Path):
+        checkpoint = weights.read_checkpoint(checkpoint)
     if name.startswith(REMOTE):
         return _create_remote(name, pretrained, checkpoint, cache_dir, arguments)
     variant, tag = find_variant(name)
@@ -199,11 +196,8 @@ def _create_from(
     tag: str | None,
     arguments: dict[str, Any],
 ) -> tuple[nn.Module, weights.LoadReport | None, Mapping[str, Any]]:
-    """Build the model of a checkpoint; arguments that are not given are the checkpoint's.
-
-    Returns:
-        The model, what was loaded, and what `save_checkpoint` wrote of this very model.
-    """
+    """Build the model of a checkpoint; arguments that are not given are the checkpoint's. Return
+    it with what was loaded, and what `save_checkpoint` wrote of this very model."""
     described = checkpoint.description
     own_name = variant.name if variant is not None else name
     saved = described if described.get("name") in (name, own_name) else {}
@@ -300,12 +294,8 @@ def open_checkpoint(
 
 
 def _named_in(checkpoint: weights.Checkpoint) -> str:
-    """Return the model's name that a training script wrote into a checkpoint of its own.
-
-    Raises:
-        ConfigError: it names none that is registered; what else such a name could be (a path, an
-            address) is not looked at, since the file is a stranger's.
-    """
+    """Return the model's name that a training script wrote into a checkpoint of its own."""
+    # What else such a name could be (a path, an address) is not looked at: it is a stranger's.
     for name in checkpoint.model_names:
         if registry.find(split_model_name_tag(name)[0]) is not None or timm.is_model(name):
             return name
@@ -334,7 +324,7 @@ def _create_with_timm(
     except OSError as error:
         raise WeightsUnavailableError(f"{name}: its weights cannot be had: {error}") from error
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    if arguments.get("in_chans") and {"input_size", "mean", "std"} <= cfg.keys():
+    if arguments.get("in_chans"):
         cfg.update(fit_channels(cfg, arguments["in_chans"]))
     report = None
     if checkpoint is not None:
@@ -397,11 +387,7 @@ def _create_remote(
 
 
 def _local_config(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of a folder that timm, transformers or `save_for_hf` wrote.
-
-    Raises:
-        ConfigError: there is none, or it describes no model of timm or of this package.
-    """
+    """Read the ``config.json`` of a folder that timm, transformers or `save_for_hf` wrote."""
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -4,17 +4,18 @@ What is written goes to a hidden folder on the same disk first, is flushed, and 
 place. If anything fails, what was there before is there again and nothing else is left behind.
 """
 
+import csv
 import errno
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["new_file", "new_folder", "write_json", "write_text"]
+__all__ = ["new_file", "new_folder", "write_csv", "write_json", "write_text"]
 
 
 @contextmanager
@@ -74,6 +75,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a value as indented JSON and return the file's path."""
     return write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: str | os.PathLike[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Write rows of cells as CSV, the heads first, and return the file's path."""
+    with new_file(path) as file, file.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(rows)
+    return Path(path)
 
 
 @contextmanager

@@ -81,9 +81,7 @@ def is_linear_layer(module: object) -> bool:
 def _is_unpadded(module: object) -> bool:
     """Whether outputs of a linear layer see inputs only, no zeros from beyond the border."""
     if type(module) is nn.Conv2d:
-        return module.padding == "valid" or (
-            not isinstance(module.padding, str) and not any(module.padding)
-        )
+        return module.padding in ("valid", (0, 0))
     return type(module) is nn.Linear
 
 
@@ -124,9 +122,8 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
     if not batch and norm.weight is None and norm.bias is None:
         return norm
     scale, shift = _affine(norm)
-    by_input = _weight(linear)
-    moved = (by_input * _input_values(linear, shift)).flatten(1).sum(1)
-    _store(linear, by_input * _input_values(linear, scale), _bias(linear) + moved)
+    _shift_inputs(linear, shift)
+    _store(linear, _weight(linear) * _input_values(linear, scale), None)
     record("norm into the linear layer after")
     if batch:
         return nn.Identity()
@@ -164,11 +161,11 @@ def fold_chain(owner: nn.Module, names: Sequence[str] | None = None) -> None:
         owner: the module that holds the chain.
         names: its children that form the chain, in order; all of them for None.
     """
-    chain = [place for place in _places(owner, names) if not isinstance(_at(place), nn.Identity)]
+    chain = list(_places(owner, names))
     for i, (parent, name) in enumerate(chain):
-        module = _at(chain[i])
-        before = _at(chain[i - 1]) if i else None
-        after = _at(chain[i + 1]) if i + 1 < len(chain) else None
+        module = getattr(*chain[i])
+        before = getattr(*chain[i - 1]) if i else None
+        after = getattr(*chain[i + 1]) if i + 1 < len(chain) else None
         fresh = norm_into_next(module, after) if after is not None else module
         if fresh is module and before is not None:
             fresh = norm_into_previous(before, module)
@@ -200,13 +197,7 @@ def scale_into_previous(linear: nn.Module, scale: Tensor | None, rows: slice = E
     """
     if scale is None:
         return
-    weight = _weight(linear)
-    weight[rows] *= _column(_wide(scale).flatten(), weight.ndim)
-    bias = None
-    if linear.bias is not None:
-        bias = _bias(linear)
-        bias[rows] *= _wide(scale).flatten()
-    _store(linear, weight, bias)
+    _scale_outputs(linear, _wide(scale).flatten(), rows)
     record("layer scale into the linear layer before")
 
 
@@ -228,13 +219,7 @@ def shift_together(offset: Tensor | None, other: Tensor | None) -> None:
 def factor_into_outputs(linear: nn.Module, factor: float, rows: Rows = EVERY) -> float:
     """Fold a constant factor on some outputs into their rows. Returns 1.0, its replacement."""
     if factor != 1.0:
-        weight = _weight(linear)
-        weight[rows] *= factor
-        bias = None
-        if linear.bias is not None:
-            bias = _bias(linear)
-            bias[rows] *= factor
-        _store(linear, weight, bias)
+        _scale_outputs(linear, _bias(linear).new_full((1,), factor), rows)
         record("constant factor into the linear layer before")
     return 1.0
 
@@ -275,8 +260,7 @@ def shift_into_next(shift: Tensor | None, linear: nn.Module) -> None:
         return
     if not _is_unpadded(linear):
         raise ValueError(f"an offset cannot move through {linear}: it is no unpadded linear layer")
-    moved = _weight(linear) * _input_values(linear, _wide(shift).flatten())
-    _store(linear, None, _bias(linear) + moved.flatten(1).sum(1))
+    _shift_inputs(linear, _wide(shift).flatten())
     record("offset into a bias")
 
 
@@ -285,14 +269,8 @@ def drop_softmax_bias(linear: nn.Module, rows: Rows) -> None:
 
     It adds ``q . b`` to all logits of a query alike, which the softmax over keys takes out.
     """
-    if linear.bias is None:
-        return
-    bias = _bias(linear)
-    if not bias.is_meta and not bias[rows].any():
-        return
-    bias[rows] = 0
-    _store(linear, None, bias)
-    record("bias that softmax ignores")
+    if _take_bias(linear, rows) is not None:
+        record("bias that softmax ignores")
 
 
 def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> None:
@@ -301,16 +279,9 @@ def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> N
     The weights of an attention sum to one, so that a constant passes through unchanged. The layer
     after it must not be padded.
     """
-    if linear.bias is None or not _is_unpadded(after):
-        return
-    bias = _bias(linear)
-    if not bias.is_meta and not bias[rows].any():
-        return
-    moved = _weight(after) * _input_values(after, bias[rows].flatten())
-    _store(after, None, _bias(after) + moved.flatten(1).sum(1))
-    bias[rows] = 0
-    _store(linear, None, bias)
-    record("bias of attention values into the linear layer after")
+    if _is_unpadded(after) and (taken := _take_bias(linear, rows)) is not None:
+        _shift_inputs(after, taken)
+        record("bias of attention values into the linear layer after")
 
 
 def biases_into_next(
@@ -327,12 +298,8 @@ def biases_into_next(
     parts = (linear, *others)
     if not _is_unpadded(after) or any(part.bias is None for part in parts):
         return
-    bias = _bias(linear)
-    shift = torch.cat((bias[rows], *(_bias(part) for part in others)))
-    moved = _weight(after) * _input_values(after, shift)
-    _store(after, None, _bias(after) + moved.flatten(1).sum(1))
-    bias[rows] = 0
-    _store(linear, None, bias)
+    _shift_inputs(after, torch.cat((_bias(linear)[rows], *map(_bias, others))))
+    _take_bias(linear, rows)
     for part in others:
         part.register_parameter("bias", None)
     record("biases into the linear layer after")
@@ -377,7 +344,7 @@ def pass_outputs_into_kernel(conv: nn.Conv2d, passed: int) -> nn.Conv2d:
     kernel = weight.new_zeros(dim, *weight.shape[1:])
     kernel[:passed, :, weight.shape[-2] // 2, weight.shape[-1] // 2] = 1
     kernel[passed:] = weight
-    full = _like(conv, dim, dim, groups=dim, bias=conv.bias is not None)
+    full = _like(conv, dim, dim, groups=dim)
     offset = None if conv.bias is None else torch.cat((bias.new_zeros(passed), bias))
     _store(full, kernel, offset)
     record("identity into a kernel")
@@ -395,7 +362,7 @@ def split_contrast(conv: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
     """
     wide = _wide(gain).flatten().view(-1, 1, 1, 1)
     weight = _weight(conv)
-    mean = _like(conv, conv.in_channels, conv.out_channels, conv.groups, bias=False)
+    mean = _like(conv, conv.in_channels, conv.out_channels, conv.groups)
     _store(mean, -wide * weight, None)
     _store(conv, (1 + wide) * weight, None)
     record("contrast with the mean into linear layers")
@@ -468,7 +435,7 @@ def rotation_into_next(rotation: Tensor, conv: nn.Conv2d) -> nn.Conv2d:
     r, s = (part.view(groups, 1, -1, 1, 1) for part in (real, imaginary))
     a, b = pairs.unbind(3)
     turned = torch.stack((a * r + b * s, b * r - a * s), 3).view(weight.shape)
-    full = _like(conv, conv.in_channels, conv.out_channels, groups, bias=conv.bias is not None)
+    full = _like(conv, conv.in_channels, conv.out_channels, groups)
     _store(full, turned, None if conv.bias is None else _bias(conv))
     record("rotation into the linear layer after")
     return full
@@ -496,6 +463,31 @@ def _bias(linear: nn.Module) -> Tensor:
 def _column(values: Tensor, ndim: int) -> Tensor:
     """`values` as a factor on the first of `ndim` dimensions."""
     return values.view(-1, *[1] * (ndim - 1))
+
+
+def _scale_outputs(linear: nn.Module, scale: Tensor, rows: Rows) -> None:
+    """Multiply some outputs by a factor each, or by one for all of them."""
+    weight, bias = _weight(linear), _bias(linear)
+    weight[rows] *= _column(scale, weight.ndim)
+    bias[rows] *= scale
+    _store(linear, weight, None if linear.bias is None else bias)
+
+
+def _shift_inputs(linear: nn.Module, shift: Tensor) -> None:
+    """Add to the bias what an offset on the inputs, (inputs,), comes to behind the weight."""
+    moved = _weight(linear) * _input_values(linear, shift)
+    _store(linear, None, _bias(linear) + moved.flatten(1).sum(1))
+
+
+def _take_bias(linear: nn.Module, rows: Rows) -> Tensor | None:
+    """Set some biases to zero; return what they were, (rows,), or None where they were zero."""
+    bias = _bias(linear)
+    taken = bias[rows].clone()
+    if linear.bias is None or not (taken.is_meta or taken.any()):
+        return None
+    bias[rows] = 0
+    _store(linear, None, bias)
+    return taken
 
 
 def _input_values(linear: nn.Module, values: Tensor) -> Tensor:
@@ -554,10 +546,8 @@ def _store(linear: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Non
         linear.register_parameter(name, nn.Parameter(fresh, other.requires_grad))
 
 
-def _like(
-    conv: nn.Conv2d, in_channels: int, out_channels: int, groups: int, bias: bool = True
-) -> nn.Conv2d:
-    """A convolution with `conv`'s geometry, type and device and other channels, uninitialized."""
+def _like(conv: nn.Conv2d, in_channels: int, out_channels: int, groups: int) -> nn.Conv2d:
+    """A convolution without bias, uninitialized, otherwise like `conv` but for its channels."""
     with torch.device("meta"):
         fresh = nn.Conv2d(
             in_channels,
@@ -567,7 +557,7 @@ def _like(
             conv.padding,  # type: ignore[arg-type]
             conv.dilation,  # type: ignore[arg-type]
             groups,
-            bias=bias,
+            bias=False,
             padding_mode=conv.padding_mode,
         )
     fresh = fresh.to_empty(device=conv.weight.device).to(conv.weight.dtype).train(conv.training)
@@ -578,25 +568,18 @@ def _like(
 
 # Chains.
 
-Place = tuple[nn.Module, str]
 
-
-def _places(owner: nn.Module, names: Sequence[str] | None) -> Iterator[Place]:
-    """The single modules of a chain, by their parent and name."""
+def _places(owner: nn.Module, names: Sequence[str] | None) -> Iterator[tuple[nn.Module, str]]:
+    """The single modules of a chain but identities, by their parent and name."""
     if names is None:  # every child, also one that is there twice
         every = owner.named_modules(remove_duplicate=False)
         names = [name for name, _ in every if name and "." not in name]
     for name in names:
         child = getattr(owner, name)
-        merged = getattr(child, "merged", None)
-        if callable(merged):
-            setattr(owner, name, merged())
-            yield owner, name
-        elif isinstance(child, nn.Sequential) and type(child).forward is nn.Sequential.forward:
+        if callable(merged := getattr(child, "merged", None)):
+            child = merged()
+            setattr(owner, name, child)
+        if isinstance(child, nn.Sequential) and type(child).forward is nn.Sequential.forward:
             yield from _places(child, None)
-        else:
+        elif not isinstance(child, nn.Identity):
             yield owner, name
-
-
-def _at(place: Place) -> nn.Module:
-    return getattr(place[0], place[1])

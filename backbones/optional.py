@@ -1,12 +1,15 @@
 """Packages that only some features need."""
 
 import importlib
-import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from backbones.errors import MissingDependencyError
+from backbones.files import new_file
 
-__all__ = ["is_installed", "optional_import"]
+__all__ = ["new_figure", "optional_import"]
 
 
 def optional_import(name: str, extra: str) -> Any:
@@ -24,6 +27,12 @@ def optional_import(name: str, extra: str) -> Any:
         ) from error
 
 
-def is_installed(name: str) -> bool:
-    """Whether a package is there, without importing it."""
-    return importlib.util.find_spec(name) is not None
+@contextmanager
+def new_figure(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Any]:
+    """Give a matplotlib figure, of inches, to draw on; it is at `path` when the block ends."""
+    # Made without pyplot it needs no display, and leaves pyplot's state alone.
+    make = optional_import("matplotlib.figure", "plot").Figure
+    figure = make(figsize=(width, height), layout="constrained")
+    yield figure
+    with new_file(path) as file:
+        figure.savefig(file, dpi=110, format=file.suffix[1:] or "png")

@@ -42,9 +42,8 @@ from backbones.train import (
 from backbones.train import run as train
 from backbones.weights import save_checkpoint
 
-__all__ = ["DEFAULT_MODEL", "RESULTS", "QuickstartConfig", "run"]
+__all__ = ["RESULTS", "QuickstartConfig", "run"]
 
-DEFAULT_MODEL = "cpubone_nano"
 TRAINING = "training"  # the folder of the run's checkpoints
 RESULTS = ("model.safetensors", "model.onnx", "report.json", "predictions.png")
 LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxscript")
@@ -59,7 +58,7 @@ class QuickstartConfig:
     `threads` None means PyTorch's default.
     """
 
-    model: str = DEFAULT_MODEL
+    model: str = "cpubone_nano"
     output: Path = Path("quickstart-output")
     epochs: int = 12
     size: int = 64

@@ -46,11 +46,7 @@ class Conditions:
     warmup_s: float = 0.3
 
     def check(self, precisions: Sequence[str], seconds: float) -> None:
-        """Refuse what no process can measure.
-
-        Raises:
-            ConfigError: a number out of range, an unknown precision, or no images for int8.
-        """
+        """Refuse what no process can measure, by ConfigError."""
         for name, value in (("batch_size", self.batch_size), ("threads", self.threads)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -101,10 +97,6 @@ def list_configurations(
     """Return what to compare: the published form first, then each engine at each precision.
 
     Engines are those installed where none are given; ``published`` among them adds nothing.
-
-    Raises:
-        ConfigError: an unknown engine, or none.
-        MissingDependencyError: an engine that was named is not installed.
     """
     if isinstance(engines, str) or isinstance(precisions, str):
         raise ConfigError("engines and precisions are lists: engines=['eager']")

@@ -73,11 +73,7 @@ def examine(
     limit_s: float = 600.0,
     command: Sequence[str] = WORKER,
 ) -> Machine:
-    """Describe this machine and measure its matrix products, in a process of their own.
-
-    Raises:
-        ChildError: the process died or did not reply.
-    """
+    """Describe this machine and measure its matrix products, in a process of their own."""
     with Child("matrix products", threads=threads, limit_s=limit_s, command=command) as child:
         found = child.request({"do": "matmul", "threads": threads, "kinds": list(kinds)})
         child.request({"do": "end"})

@@ -46,15 +46,9 @@ def specify_model(
     checkpoint: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> ModelSpec:
-    """Find out what is to be measured; arguments are those of `benchmark`.
+    """Find out what is to be measured; arguments and errors are those of `benchmark`.
 
     A module's weights are put into `folder`, for the workers to read.
-
-    Raises:
-        UnsupportedError: a module of another kind.
-        UnknownModelError: no such model.
-        ConfigError: no such file, a file that does not say which model it is of, or overrides for a
-            module.
     """
     if model is not None and not isinstance(model, str | Path):
         if overrides or checkpoint:

@@ -70,7 +70,8 @@ def _serve(channel: Channel, job: dict[str, Any]) -> None:
         job["batch_size"], *facts["input_size"], generator=torch.Generator().manual_seed(0)
     )
     with context, torch.inference_mode():
-        facts["warmup_ms"] = _warm_up(call, images, job["warmup_s"])
+        call(images)
+        facts["warmup_ms"] = min(timed_for(call, images, job["warmup_s"], 2))
         facts["threads"] = torch.get_num_threads()
         facts["cpus"] = usable_cpus()
         channel.send(facts)
@@ -124,12 +125,6 @@ def _macs(model: nn.Module, size: tuple[int, ...]) -> int | None:
     except (NotImplementedError, RuntimeError):
         traceback.print_exc()
         return None
-
-
-def _warm_up(call: Call, images: Tensor, seconds: float) -> float:
-    """Call at least three times; return the milliseconds of the quickest call but the first."""
-    call(images)
-    return min(timed_for(call, images, seconds, 2))
 
 
 def _turn(call: Call, images: Tensor, seconds: float, calls: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import backbones
 from backbones.cli.parsing import Parser, positive
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint, open_checkpoint
+from backbones.images import read_names
 from backbones.train import set_input
 
 __all__ = [
@@ -31,11 +32,7 @@ __all__ = [
 def add_model(parser: Parser, *, also: str = "", names: bool = True, **options: Any) -> None:
     """Add ``MODEL`` and what a checkpoint does not say itself.
 
-    Args:
-        parser: of the command.
-        also: what else the command takes as a model.
-        names: whether the names of classes matter to it.
-        options: further arguments of `add_argument`.
+    `also` says what else the command takes as a model, `names` whether those of classes matter.
     """
     parser.add_argument(
         "model",
@@ -59,11 +56,7 @@ def add_model(parser: Parser, *, also: str = "", names: bool = True, **options: 
 
 
 def open_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
-    """Return ``MODEL`` in evaluation mode: a checkpoint's, or a name's with released weights.
-
-    Raises:
-        ConfigError: no such file, or it has another number of classes than was said.
-    """
+    """Return ``MODEL`` in evaluation mode: a checkpoint's, or a name's with released weights."""
     return open_with_facts(args, **overrides)[0]
 
 
@@ -108,21 +101,10 @@ def require_file(path: str) -> None:
 
 
 def read_class_names(path: str | None, count: int | None) -> list[str] | None:
-    """Return the names in a file, one a line; None where no file is given.
-
-    A byte order mark, Windows line ends and empty lines at the end do not matter.
-
-    Raises:
-        ConfigError: there is no such text file, a line is empty, or there are not `count` of them.
-    """
+    """Return the `count` names in a file, one a line; None where no file is given."""
     if path is None:
         return None
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # and universal newlines
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
-        raise ConfigError(f"{path}: {reason}; give a file of class names, one a line") from error
-    names = [line.strip() for line in text.rstrip().split("\n")]
+    names = read_names(path)
     if "" in names:
         raise ConfigError(f"{path}, line {names.index('') + 1}: no name; give one a line")
     if count is not None and len(names) != count:
@@ -155,11 +137,7 @@ def add_size(parser: Parser) -> None:
 
 
 def asked_size(args: argparse.Namespace) -> tuple[int, ...] | None:
-    """Return ([channels,] height, width), where an option says them.
-
-    Raises:
-        ConfigError: both options, or a wrong count of numbers.
-    """
+    """Return ([channels,] height, width), where an option says them."""
     if args.img_size is None:
         return None if args.input_size is None else tuple(args.input_size)
     if args.input_size is not None:

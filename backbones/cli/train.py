@@ -6,7 +6,6 @@ import os
 import shlex
 import types
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,8 @@ def add_parser(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Train; exit code 0 when all epochs are done."""
-    given = {key: value for key, value in vars(args).items() if key in _names()}
+    fields = TrainConfig.__dataclass_fields__
+    given = {key: value for key, value in vars(args).items() if key in fields}
     if args.data:
         given.setdefault("data_dir", args.data)
     options = {**(train.read_options(args.config) if args.config else {}), **given}
@@ -58,10 +58,6 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _names() -> set[str]:
-    return {field.name for field in dataclasses.fields(TrainConfig)}
-
-
 def _add_option(parser: Parser, field: Any, hint: Any) -> None:
     flags = [*SHORT.get(field.name, ()), "--" + field.name.replace("_", "-")]
     shown = "" if field.default in (None, "", dataclasses.MISSING) else f" ({field.default})"
@@ -71,7 +67,8 @@ def _add_option(parser: Parser, field: Any, hint: Any) -> None:
         "help": (field.metadata["help"] + shown).replace("%", "%%"),
         "dest": field.name,
     }
-    parts = [part for part in _alternatives(hint) if part is not type(None)]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts = [p for p in typing.get_args(hint) if p is not type(None)] if union else [hint]
     kind = parts[-1]  # of a number or numbers, several may be given
     if kind is bool:
         switch = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
@@ -102,9 +99,3 @@ class _KeyValues(ParseKwargs):
             if "=" not in value:
                 raise argparse.ArgumentError(self, f"write KEY=VALUE, got {value!r}")
         super().__call__(parser, namespace, values, option_string)
-
-
-def _alternatives(hint: Any) -> Sequence[Any]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (hint,)

@@ -82,8 +82,7 @@ def _code_digest(model: nn.Module, package: Path) -> str:
 def _sources(model: nn.Module) -> dict[str, str]:
     """Return the code of the classes that a user's model is made of, by name.
 
-    The packages' own are known by their versions. A class whose code cannot be read, as one typed
-    into a session, gets a name that no other has, so that its files are never taken for another's.
+    The packages' own are known by their versions.
     """
     found = {}
     for kind in {type(module) for module in model.modules()}:
@@ -92,7 +91,7 @@ def _sources(model: nn.Module) -> dict[str, str]:
         name = f"{kind.__module__}.{kind.__qualname__}"
         try:
             found[name] = inspect.getsource(kind)
-        except (OSError, TypeError):
+        except (OSError, TypeError):  # typed into a session: never to be taken for another's
             found[name] = secrets.token_hex(16)
     return found
 

@@ -275,11 +275,10 @@ def _shapes(conversion: Conversion) -> list[tuple[int, ...]]:
     """Return input shapes (B, C, H, W) that differ from the example's in every free dimension."""
     channels, height, width = conversion.metadata["input"]["input_size"]
     free = conversion.dynamic
-    other_height = height + 32 if "height" in free else height
-    other_width = width + 64 if "width" in free else width
     found: list[tuple[int, ...]] = [(1, channels, height, width)]
     if "batch" in free:
         found.append((5, channels, height, width))
-    if (other_height, other_width) != (height, width):
-        found.append((1, channels, other_height, other_width))
+    if {"height", "width"} & {*free}:
+        sizes = (height + 32 * ("height" in free), width + 64 * ("width" in free))
+        found.append((1, channels, *sizes))
     return found

@@ -1,9 +1,7 @@
 """What a format is: a typed config, and what converts to it and runs it."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from backbones.engines.runners import Runner, explained
 from backbones.errors import ConfigError
 
-__all__ = ["Conversion", "Format", "FormatConfig", "Notes", "intermediate_folder", "traced"]
+__all__ = ["Conversion", "Format", "FormatConfig", "Notes", "traced"]
 
 Notes = Mapping[str, Any]
 _AXES = {"batch": 0, "height": 2, "width": 3}
@@ -82,13 +80,6 @@ class Format:
     """(path, threads=None) -> the file, ready to run."""
     precisions: tuple[str, ...] = ("fp32",)
     dynamic: tuple[str, ...] = ("batch", "height", "width")
-
-
-@contextmanager
-def intermediate_folder(path: Path) -> Iterator[Path]:
-    """Give a folder beside a file, for what is made on the way to it; it goes with its files."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        yield Path(folder)
 
 
 def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:

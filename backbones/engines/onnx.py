@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig, intermediate_folder
+from backbones.engines.formats import Conversion, Format, FormatConfig
 from backbones.engines.opsets import EXPORTED, OLDEST, lower_opset
 from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
@@ -57,10 +58,11 @@ def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
     if conversion.precision != "int8":
         write_onnx(conversion, config, path)
         return
-    with intermediate_folder(path) as folder:
-        write_onnx(conversion, config, folder / path.name)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        between = Path(folder, path.name)
+        write_onnx(conversion, config, between)
         with explained(f"{path.name}: ONNX Runtime cannot quantize it"):
-            _quantize(folder / path.name, path, conversion)
+            _quantize(between, path, conversion)
 
 
 def write_onnx(

@@ -31,11 +31,8 @@ _FLOAT = 1
 
 
 def lower_opset(path: Path, opset: int) -> None:
-    """Rewrite an ONNX file for an older opset, in place.
-
-    Raises:
-        ValueError, or what ONNX's checker raises: the graph has no form in that opset.
-    """
+    """Rewrite an ONNX file for an older opset, in place; ValueError, or what ONNX's checker raises,
+    where the graph has no form in it."""
     onnx = optional_import("onnx", "onnx")
     model = onnx.load(str(path), load_external_data=False)
     lowering = _Lowering(onnx, model.graph, opset)

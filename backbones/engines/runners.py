@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from backbones.errors import (
     WeightsUnavailableError,
     first_line,
 )
-from backbones.optional import is_installed
 
 __all__ = ["Deployment", "Engine", "Runner", "existing", "explained"]
 
@@ -181,7 +181,7 @@ class Engine:
     @property
     def installed(self) -> bool:
         """Whether the packages are there; they are not imported for it."""
-        return all(is_installed(name) for name in self.packages)
+        return all(find_spec(name) for name in self.packages)
 
     def start(self, deployment: Deployment) -> Runner:
         """Start a model, or refuse a precision that the engine does not compute in."""

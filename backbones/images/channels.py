@@ -1,6 +1,5 @@
 """From a model's number of channels to a kind of image and its normalization."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from backbones.errors import ConfigError
@@ -25,14 +24,15 @@ def image_mode(channels: int) -> str:
 
 
 def fit_channels(config: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Return an input configuration of timm's for another number of channels.
+    """Return an input configuration of timm's, as far as it is one, for a number of channels.
 
     Where mean and std are not of so many channels, each is the average of those there.
     """
-    fitted = {**config, "input_size": (channels, *config["input_size"][1:])}
-    for key in ("mean", "std"):
-        values: Sequence[float] = tuple(config[key])
-        if len(values) != channels:
-            values = (sum(values) / len(values),) * channels
-        fitted[key] = values
+    fitted = dict(config)
+    for key, values in config.items():
+        if values and key in ("input_size", "test_input_size"):
+            fitted[key] = (channels, *values[1:])
+        elif values and key in ("mean", "std"):
+            average = (sum(values) / len(values),) * channels
+            fitted[key] = tuple(values) if len(values) == channels else average
     return fitted

@@ -16,7 +16,7 @@ from PIL import Image
 from backbones.errors import DataError
 from backbones.images.opening import open_image
 
-__all__ = ["ImageFiles", "list_images", "some"]
+__all__ = ["ImageFiles", "list_images", "read_names", "some"]
 
 # Made by synchronizing disks, archives and desktops; compared in lower case.
 _MACHINE_MADE = {
@@ -140,6 +140,22 @@ def list_images(place: str | PathLike[str]) -> ImageFiles:
             break
         files = files.below(files.folders[0])
     return files
+
+
+def read_names(path: str | PathLike[str]) -> list[str]:
+    """Return the lines of a text file of class names, one a line.
+
+    A byte order mark, Windows line ends and empty lines at the end do not matter.
+
+    Raises:
+        DataError: there is no such text file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # and universal newlines
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        raise DataError(f"{path}: {reason}; give a text file, one class a line") from error
+    return [line.strip() for line in text.rstrip().split("\n")]
 
 
 def some(names: Sequence[str], most: int) -> str:

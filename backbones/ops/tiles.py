@@ -47,57 +47,21 @@ class Span:
         return [piece for piece in clipped if piece[0] < piece[1]]
 
 
-@dataclass(frozen=True)
 class Tile:
     """The product of two spans. Weights are (N, H, W, k, k), keys (N, c, H, W)."""
 
-    vertical: Span
-    horizontal: Span
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.vertical.first, self.vertical.stop)
-
-    @property
-    def cols(self) -> slice:
-        return slice(self.horizontal.first, self.horizontal.stop)
-
-    @property
-    def key_rows(self) -> slice:
-        return self.vertical.keys
-
-    @property
-    def key_cols(self) -> slice:
-        return self.horizontal.keys
-
-    @property
-    def height(self) -> int:
-        return self.vertical.stop - self.vertical.first
-
-    @property
-    def width(self) -> int:
-        return self.horizontal.stop - self.horizontal.first
-
-    @property
-    def key_height(self) -> int:
-        return self.key_rows.stop - self.key_rows.start
-
-    @property
-    def key_width(self) -> int:
-        return self.key_cols.stop - self.key_cols.start
-
-    @property
-    def queries(self) -> int:
-        return self.height * self.width
-
-    @property
-    def keys(self) -> int:
-        return self.key_height * self.key_width
-
-    @property
-    def shared(self) -> bool:
-        """Whether all queries have the same window: then their weights are the matrix."""
-        return self.keys == self.vertical.k * self.horizontal.k
+    def __init__(self, vertical: Span, horizontal: Span) -> None:
+        self.vertical, self.horizontal = vertical, horizontal
+        self.rows = slice(vertical.first, vertical.stop)
+        self.cols = slice(horizontal.first, horizontal.stop)
+        self.key_rows, self.key_cols = vertical.keys, horizontal.keys
+        self.height = self.rows.stop - self.rows.start
+        self.width = self.cols.stop - self.cols.start
+        self.key_height = self.key_rows.stop - self.key_rows.start
+        self.key_width = self.key_cols.stop - self.key_cols.start
+        self.queries, self.keys = self.height * self.width, self.key_height * self.key_width
+        # Whether all queries have the same window: then their weights are the matrix.
+        self.shared = self.keys == vertical.k * horizontal.k
 
     def flat_keys(self, keys: Tensor) -> Tensor:
         """(N, c, keys)."""

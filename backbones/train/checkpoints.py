@@ -6,7 +6,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,15 @@ from backbones.errors import CheckpointError, first_line
 from backbones.files import new_file
 from backbones.schema import fits
 from backbones.train.config import TrainConfig, option_types
-from backbones.train.trainer import TrainingError
+from backbones.train.setup import create_optimizer
+from backbones.train.trainer import Trainer, TrainingError
 from backbones.weights import read_content
 
 __all__ = [
     "LAST",
     "Checkpoints",
-    "check_classes",
-    "check_optimizer",
-    "options_of",
+    "SavedRun",
     "read_training_checkpoint",
-    "restore",
-    "resumed_options",
     "uninterrupted",
 ]
 
@@ -109,11 +106,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of `Checkpoints` or of timm's training script.
-
-    Raises:
-        CheckpointError: it cannot be read safely, or no run can be continued from it.
-    """
+    """Read a checkpoint of `Checkpoints` or of timm's training script."""
     content = read_content(path)
     missing = [key for key in ("epoch", "optimizer", "state_dict") if key not in content]
     if missing or not isinstance(content["optimizer"], Mapping):
@@ -124,79 +117,91 @@ def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(content)
 
 
-def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options and facts that a training checkpoint holds."""
-    args = content.get("args")
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+class SavedRun:
+    """The checkpoint of a run to go on with, ours or that of timm's training script.
 
-
-def resumed_options(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the options of the run, ours or timm's, that wrote a checkpoint; its folder stays.
+    `options` are those of the run, whose folder stays; `facts` also hold what else is known of it.
 
     Raises:
-        CheckpointError: it does not hold them.
+        CheckpointError: it cannot be read safely, no run can be continued from it, or it does not
+            say which run it is of.
     """
-    # timm's script writes more options than ours, and '' where ours have None.
-    hints = option_types()
-    options = options_of(content).items()
-    saved = {key: value for key, value in options if key in hints and fits(value, hints[key])}
-    if not saved.get("model"):
-        raise CheckpointError(f"{path}: does not say which run it is of (it holds no args)")
-    return {**saved, "output": str(path.parent.parent), "experiment": path.parent.name}
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path, self.content = Path(path), read_training_checkpoint(path)
+        args = self.content.get("args")
+        self.facts: dict[str, Any] = {**vars(args)} if isinstance(args, argparse.Namespace) else {}
+        # timm's script writes more options than ours, and '' where ours have None.
+        hints, facts = option_types(), self.facts.items()
+        self.options = {
+            key: value for key, value in facts if key in hints and fits(value, hints[key])
+        }
+        if not self.options.get("model"):
+            raise CheckpointError(f"{path}: does not say which run it is of (it holds no args)")
+        folder = self.path.parent
+        self.options |= {"output": str(folder.parent), "experiment": folder.name}
 
-def check_classes(content: Mapping[str, Any], classes: list[str] | None, data_dir: str) -> None:
-    """Refuse to go on with other classes.
+    def check_classes(self, classes: list[str] | None, data_dir: str) -> None:
+        """Refuse to go on with other classes, by CheckpointError."""
+        before = self.facts.get("classes")
+        if before and classes and list(before) != classes:
+            raise CheckpointError(
+                f"the run was on other classes ({len(before)}: {', '.join(before[:5])}, ...) than"
+                f" {data_dir} holds now ({len(classes)}: {', '.join(classes[:5])}, ...)"
+            )
 
-    Raises:
-        CheckpointError: the run was on others than `classes`.
-    """
-    before = options_of(content).get("classes")
-    if before and classes and list(before) != classes:
-        raise CheckpointError(
-            f"the run was on other classes ({len(before)}: {', '.join(before[:5])}, ...) than"
-            f" {data_dir} holds now ({len(classes)}: {', '.join(classes[:5])}, ...)"
-        )
+    def restore(self, trainer: Trainer) -> int:
+        """Put the state in place and return the epoch to go on with.
 
+        Options in which the optimizer differs from that of the run so far hold over the saved ones.
+        The average of the weights, if there is one, is taken from the checkpoint, or else begins
+        with the checkpoint's weights. A state that does not fit is a CheckpointError.
+        """
+        content, task, optimizer = self.content, trainer.task, trainer.optimizer
+        past = dataclasses.replace(trainer.config, **self.options)
+        lr = optimizer.param_groups[0]["lr"]
+        before = create_optimizer(task.get_trainable_module(), past, lr)
+        self._check_optimizer(before, optimizer, trainer.config)
+        try:
+            task.load_checkpoint_state(content["state_dict"], content.get("task_state"))
+            rates = [{k: g[k] for k in _RATES if k in g} for g in optimizer.param_groups]
+            olds, news = _hyperparameters(before), _hyperparameters(optimizer)
+            optimizer.load_state_dict(content["optimizer"])
+            for group, rate, old, new in zip(optimizer.param_groups, rates, olds, news):
+                group |= rate | {key: value for key, value in new.items() if old.get(key) != value}
+            scaler = trainer.scaler
+            if scaler is not None and scaler.state_dict_key in content:
+                scaler.load_state_dict(content[scaler.state_dict_key])
+            if task.has_ema():
+                average = content.get("state_dict_ema") or content["state_dict"]
+                task.load_checkpoint_state(average, content.get("task_state_ema"), ema=True)
+        except (KeyError, RuntimeError, ValueError) as error:
+            message = f"{self.path}: does not fit this run ({first_line(error)})"
+            raise CheckpointError(message) from error
+        return int(content["epoch"]) + 1
 
-def check_optimizer(
-    content: Mapping[str, Any],
-    path: str | os.PathLike[str],
-    before: Optimizer,
-    now: Optimizer,
-    probe: Callable[[nn.Module], Optimizer],
-) -> None:
-    """Refuse to go on with an optimizer that does not know the state of the run's own.
-
-    Args:
-        content: that of the checkpoint at `path`.
-        before: an optimizer by the options of the run so far.
-        now: the one to go on with.
-        probe: gives one like `now` for another module, on which it may take a step.
-
-    Raises:
-        CheckpointError: it is of another kind, or misses a part of its state.
-    """
-    way_out = f"start a new run from its weights (--initial-checkpoint {path})"
-    kinds = [type(optimizer).__name__ for optimizer in (before, now)]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"{path}: the state of {kinds[0]} is of no use to {kinds[1]}; leave --opt out or"
-            f" {way_out}"
-        )
-    saved = {key for state in content["optimizer"]["state"].values() for key in state}
-    if not saved or _hyperparameters(before) == _hyperparameters(now):
-        return
-    module = nn.Linear(2, 2)
-    optimizer = probe(module)
-    module(torch.ones(2, 2)).sum().backward()
-    optimizer.step()
-    missing = {key for state in optimizer.state.values() for key in state} - saved
-    if missing:
-        raise CheckpointError(
-            f"{path}: the optimizer's state lacks {', '.join(sorted(missing))}, which these"
-            f" options need; leave them out or {way_out}"
-        )
+    def _check_optimizer(self, before: Optimizer, now: Optimizer, config: TrainConfig) -> None:
+        """Refuse an optimizer of another kind than `before`, or that misses a part of its state."""
+        way_out = f"start a new run from its weights (--initial-checkpoint {self.path})"
+        kinds = [type(optimizer).__name__ for optimizer in (before, now)]
+        if kinds[0] != kinds[1]:
+            raise CheckpointError(
+                f"{self.path}: the state of {kinds[0]} is of no use to {kinds[1]}; leave --opt out"
+                f" or {way_out}"
+            )
+        saved = {key for state in self.content["optimizer"]["state"].values() for key in state}
+        if not saved or _hyperparameters(before) == _hyperparameters(now):
+            return
+        module = nn.Linear(2, 2)  # after one step, its optimizer's state has all parts
+        probe = create_optimizer(module, config, now.param_groups[0]["lr"])
+        module(torch.ones(2, 2)).sum().backward()
+        probe.step()
+        missing = {key for state in probe.state.values() for key in state} - saved
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: the optimizer's state lacks {', '.join(sorted(missing))}, which"
+                f" these options need; leave them out or {way_out}"
+            )
 
 
 def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -204,40 +209,3 @@ def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     others = ("params", *_RATES)
     groups = optimizer.param_groups
     return [{key: value for key, value in group.items() if key not in others} for group in groups]
-
-
-def restore(
-    content: Mapping[str, Any],
-    path: str | os.PathLike[str],
-    task: TrainingTask,
-    optimizer: Optimizer,
-    scaler: NativeScaler | None,
-    *,
-    before: Optimizer,
-) -> int:
-    """Put a checkpoint's state into a task and its optimizer; return the epoch to go on with.
-
-    Options in which the optimizer differs from `before`, one by the options of the run so far,
-    hold over the saved ones.
-
-    The average of the weights, if the task has one, is taken from the checkpoint, or else begins
-    with the checkpoint's weights.
-
-    Raises:
-        CheckpointError: the state does not fit.
-    """
-    try:
-        task.load_checkpoint_state(content["state_dict"], content.get("task_state"))
-        rates = [{k: group[k] for k in _RATES if k in group} for group in optimizer.param_groups]
-        olds, news = _hyperparameters(before), _hyperparameters(optimizer)
-        optimizer.load_state_dict(content["optimizer"])
-        for group, rate, old, new in zip(optimizer.param_groups, rates, olds, news):
-            group |= rate | {key: value for key, value in new.items() if old.get(key) != value}
-        if scaler is not None and scaler.state_dict_key in content:
-            scaler.load_state_dict(content[scaler.state_dict_key])
-        if task.has_ema():
-            average = content.get("state_dict_ema") or content["state_dict"]
-            task.load_checkpoint_state(average, content.get("task_state_ema"), ema=True)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not fit this run ({first_line(error)})") from error
-    return int(content["epoch"]) + 1

@@ -1,6 +1,5 @@
 """What a training run is made of; fields bear the names of timm's training script."""
 
-import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -243,22 +242,20 @@ def option_types() -> dict[str, Any]:
 
 
 def check_options(options: Mapping[str, Any], where: str = "", *, also: Sequence[str] = ()) -> None:
-    """Check names and types of options; `where` names their source, `also` what else may be there.
+    """Refuse unknown options, and values of the wrong type, by ConfigError.
 
-    Raises:
-        ConfigError: an unknown option, or a value of the wrong type.
+    `where` names their source, `also` what else may be there.
     """
     start = f"{where}: " if where else ""
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    hints = option_types()
     for key, value in options.items():
         place = options.where(key) + ": " if hasattr(options, "where") else start
         if key in also:
             continue
-        if key not in names:
+        if key not in hints:
             raise ConfigError(
-                f"{place}unknown option {key!r}{nearest(key, names)} (timm's other options work in"
+                f"{place}unknown option {key!r}{nearest(key, hints)} (timm's other options work in"
                 " timm's own script: python -m backbones.train.launch train.py ...)"
             )
-        if not fits(value, option_types()[key]):
-            words = in_words(option_types()[key])
-            raise ConfigError(f"{place}{key} must be {words}, got {value!r}")
+        if not fits(value, hints[key]):
+            raise ConfigError(f"{place}{key} must be {in_words(hints[key])}, got {value!r}")

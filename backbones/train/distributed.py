@@ -50,9 +50,6 @@ def join_process_group(device: str | None) -> Iterator[ProcessGroup]:
     """Join the processes that torchrun (or SLURM) started; otherwise this one is alone.
 
     Gloo connects processes on CPUs, NCCL those on GPUs; `device` None takes a GPU if there is one.
-
-    Raises:
-        ConfigError: there is no such device.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,12 +9,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from backbones.errors import ConfigError
-from backbones.train.checkpoints import (
-    check_classes,
-    options_of,
-    read_training_checkpoint,
-    resumed_options,
-)
+from backbones.train.checkpoints import SavedRun
 from backbones.train.config import TrainConfig, check_options
 from backbones.train.data import Splits, open_splits
 from backbones.train.distributed import join_process_group
@@ -56,16 +51,16 @@ def run(
         CheckpointError: a checkpoint cannot be read or does not fit.
         KeyboardInterrupt: Ctrl-C; ``last.pth.tar`` holds the last whole epoch.
     """
-    content = None if resume is None else read_training_checkpoint(resume)
-    if content is not None:
-        options = {**resumed_options(content, Path(str(resume))), **options}
+    saved = None if resume is None else SavedRun(resume)
+    if saved is not None:
+        options = {**saved.options, **options}
     check_options(options)
     if not options.get("model"):
         raise ConfigError("model is missing; name one (--model NAME; backbones list shows them)")
     # The options of a resumed run hold the recipe's.
-    recipe_name = options.get("recipe") if content is None else "none"
+    recipe_name = options.get("recipe") if saved is None else "none"
     recipe, variant = find_recipe(recipe_name, options["model"])
-    if content is None:
+    if saved is None:
         options["recipe"] = recipe.name
     config = _with_recipe(recipe.for_model(variant), options)
     with join_process_group(config.device) as group:
@@ -76,14 +71,14 @@ def run(
         num_classes = _count_classes(config, splits)
         for note in splits.notes:
             say(note)
-        if content is None:
+        if saved is None:
             config, model, initial = _begin(config, recipe, variant, options, splits, num_classes)
             say(str(initial))
         else:
-            model, initial = _as_it_was(config, content, splits, num_classes)
+            model, initial = _as_it_was(config, saved, splits, num_classes)
         check_options_together(config, group)
         started = TrainingRun(config, group, splits, model, num_classes, initial, say)
-        return started.train(content, resume, progress)
+        return started.train(saved, progress)
 
 
 def _begin(
@@ -104,16 +99,16 @@ def _begin(
 
 
 def _as_it_was(
-    config: TrainConfig, content: Mapping[str, Any], splits: Splits, num_classes: int
+    config: TrainConfig, saved: SavedRun, splits: Splits, num_classes: int
 ) -> tuple[nn.Module, InitialWeights]:
     """Return the model of a resumed run, whose weights are still to be restored."""
-    check_classes(content, splits.classes, config.data_dir)
+    saved.check_classes(splits.classes, config.data_dir)
     fresh = dataclasses.replace(
         config, pretrained=False, pretrained_path=None, initial_checkpoint=None
     )
     model, _ = create_initial_model(fresh, num_classes)
-    saved = options_of(content)
-    return model, InitialWeights(saved.get("start"), saved.get("license"), "resumed")
+    facts = saved.facts
+    return model, InitialWeights(facts.get("start"), facts.get("license"), "resumed")
 
 
 def _with_recipe(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> TrainConfig:

@@ -15,7 +15,7 @@ from backbones.factory import create_model, find_variant
 from backbones.manifest import load_manifest
 from backbones.train.config import TrainConfig
 from backbones.train.data import set_input
-from backbones.weights import load_checkpoint, read_checkpoint, read_description, sizes_in_file
+from backbones.weights import load_checkpoint, read_checkpoint, sizes_in_file
 
 __all__ = ["InitialWeights", "create_initial_model", "hub_responds"]
 
@@ -50,10 +50,6 @@ def create_initial_model(
     With ``pretrained=None`` released weights are taken where there are some and where the Hub
     answers within five seconds (or, offline, where its cache holds them). The classes of an
     `initial_checkpoint` must be those of the data, `classes`, where both are known.
-
-    Raises:
-        ConfigError: the model does not take one of the arguments.
-        BackbonesError: the weights asked for cannot be had or do not fit.
     """
     arguments: dict[str, Any] = {"num_classes": num_classes, **config.model_kwargs}
     given = {
@@ -86,10 +82,11 @@ def _create(
     if config.initial_checkpoint:
         return _of_whole_checkpoint(name, config.initial_checkpoint, arguments, classes)
     if path:
-        model = create_model(name, checkpoint_path=path, **arguments)
+        checkpoint = read_checkpoint(path)
+        model = create_model(name, checkpoint_path=checkpoint, **arguments)
         model.reset_classifier(arguments["num_classes"])  # type: ignore[operator]
         sentence = f"starting from {path}, with a new classifier"
-        return model, InitialWeights(path, read_description(path).get("license"), sentence)
+        return model, InitialWeights(path, checkpoint.description.get("license"), sentence)
     reason = "as asked" if config.pretrained is False else _unavailable(name, config.pretrained)
     if reason is None:
         try:

@@ -4,12 +4,10 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from backbones.files import new_file
-from backbones.optional import optional_import
+from backbones.optional import new_figure
 from backbones.train.data import ImageFolder
 
 __all__ = ["draw_confusion", "draw_curves", "draw_predictions"]
@@ -47,21 +45,20 @@ def draw_predictions(
     step = max(1, len(right) // max(1, count - len(wrong)))
     shown = (wrong + right[::step])[:count]
     rows = math.ceil(len(shown) / COLUMNS)
-    figure = _new_figure(COLUMNS * 1.1, rows * 1.4 + 0.6)
-    figure.suptitle(title)
-    for axes, index in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, shown):
-        predicted, target = int(predictions[index]), int(targets[index])
-        mistake = predicted != target
-        color = "crimson" if mistake else "darkgreen"
-        axes.imshow(dataset.image(index), **({"cmap": "gray"} if dataset.mode == "L" else {}))
-        label = f"predicted {classes[predicted]}\ntrue {classes[target]}"
-        axes.set_title(f"{label}  \u2717" if mistake else label, fontsize=8, color=color)
-        for spine in axes.spines.values():
-            spine.set(color=color, linewidth=3 if mistake else 0.5)
-        axes.set(xticks=[], yticks=[])
-    for axes in figure.axes[len(shown) :]:
-        axes.set_visible(False)
-    _save(figure, path)
+    with new_figure(path, COLUMNS * 1.1, rows * 1.4 + 0.6) as figure:
+        figure.suptitle(title)
+        for axes, index in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, shown):
+            predicted, target = int(predictions[index]), int(targets[index])
+            mistake = predicted != target
+            color = "crimson" if mistake else "darkgreen"
+            axes.imshow(dataset.image(index), **({"cmap": "gray"} if dataset.mode == "L" else {}))
+            label = f"predicted {classes[predicted]}\ntrue {classes[target]}"
+            axes.set_title(f"{label}  \u2717" if mistake else label, fontsize=8, color=color)
+            for spine in axes.spines.values():
+                spine.set(color=color, linewidth=3 if mistake else 0.5)
+            axes.set(xticks=[], yticks=[])
+        for axes in figure.axes[len(shown) :]:
+            axes.set_visible(False)
 
 
 def draw_curves(path: str | Path, summary: str | Path) -> None:
@@ -69,51 +66,38 @@ def draw_curves(path: str | Path, summary: str | Path) -> None:
     with Path(summary).open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     epochs = [int(row["epoch"]) + 1 for row in rows]
-    figure = _new_figure(9, 3.6)
-    losses, accuracies = figure.subplots(1, 2)
-    curves = (
-        (losses, "train_loss", "training"),
-        (losses, "eval_loss", "validation"),
-        (accuracies, "eval_top1", "top-1"),
-        (accuracies, "eval_top5", "top-5"),
-    )
-    for axes, key, label in curves:
-        values = [float(row[key]) for row in rows if row.get(key)]
-        if values:
-            axes.plot(epochs[-len(values) :], values, marker=".", label=label)
-    losses.set(xlabel="epoch", ylabel="loss")
-    accuracies.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    for axes in (losses, accuracies):
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    _save(figure, path)
+    with new_figure(path, 9, 3.6) as figure:
+        losses, accuracies = figure.subplots(1, 2)
+        curves = (
+            (losses, "train_loss", "training"),
+            (losses, "eval_loss", "validation"),
+            (accuracies, "eval_top1", "top-1"),
+            (accuracies, "eval_top5", "top-5"),
+        )
+        for axes, key, label in curves:
+            values = [float(row[key]) for row in rows if row.get(key)]
+            if values:
+                axes.plot(epochs[-len(values) :], values, marker=".", label=label)
+        losses.set(xlabel="epoch", ylabel="loss")
+        accuracies.set(xlabel="epoch", ylabel="validation accuracy (%)")
+        for axes in (losses, accuracies):
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
 
 
 def draw_confusion(path: str | Path, confusion: Tensor, classes: Sequence[str]) -> None:
     """Draw counts (classes, classes), rows are true classes, each as shares of its class."""
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(12.0, 3 + 0.35 * len(classes))
-    figure = _new_figure(side, side)
-    axes = figure.subplots()
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true")
-    if len(classes) <= NAMED_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-        for row, column in confusion.nonzero().tolist():
-            color = "white" if shares[row, column] > 0.5 else "black"
-            style = {"ha": "center", "va": "center", "color": color, "fontsize": 7}
-            axes.text(column, row, str(int(confusion[row, column])), **style)
-    _save(figure, path)
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """Return a matplotlib figure; made without pyplot it needs no display."""
-    figure = optional_import("matplotlib.figure", "plot").Figure
-    return figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    with new_file(path) as file:
-        figure.savefig(file, dpi=110)
+    with new_figure(path, side, side) as figure:
+        axes = figure.subplots()
+        axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set(xlabel="predicted", ylabel="true")
+        if len(classes) <= NAMED_CLASSES:
+            axes.set_xticks(range(len(classes)), classes, rotation=90)
+            axes.set_yticks(range(len(classes)), classes)
+            for row, column in confusion.nonzero().tolist():
+                color = "white" if shares[row, column] > 0.5 else "black"
+                style = {"ha": "center", "va": "center", "color": color, "fontsize": 7}
+                axes.text(column, row, str(int(confusion[row, column])), **style)

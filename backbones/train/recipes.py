@@ -45,10 +45,6 @@ def find_recipe(name: str | None, model: str) -> tuple[Recipe, str | None]:
     """Return the recipe asked for, and the model's variant.
 
     `name` is a recipe's, a YAML file, ``none``, or None for fine-tuning in the family's way.
-
-    Raises:
-        ConfigError: no such recipe, or one that is wrong.
-        UnknownModelError: no such model.
     """
     variant, _ = find_variant(model)
     known = variant.name if variant is not None else None
@@ -65,11 +61,7 @@ def find_recipe(name: str | None, model: str) -> tuple[Recipe, str | None]:
 
 @cache
 def read_recipe(name: str) -> Recipe:
-    """Read a recipe by name or from a YAML file.
-
-    Raises:
-        ConfigError: there is none, or it holds an unknown option or a value of the wrong type.
-    """
+    """Read a recipe by name or from a YAML file; ConfigError where it is none, or is wrong."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else _named(name)
     chain = [read_yaml(path)]
     while (parent := chain[-1].get("like")) is not None:

@@ -70,11 +70,7 @@ def assemble(
     progress: Callable[[Update], None] | None = None,
 ) -> Trainer:
     """Return what trains a model, which goes to the group's device; it is not yet compiled or
-    wrapped for several processes.
-
-    Raises:
-        ConfigError: an unknown optimizer, or what the model or teacher cannot do.
-    """
+    wrapped for several processes. What cannot be done is a ConfigError."""
     data_config = resolve_model_data_config(model)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model.to(device=group.device).to(memory_format=layout)  # type: ignore[call-overload]
@@ -203,10 +199,8 @@ def create_task(
 ) -> TrainingTask:
     """Return the task that a config describes: loss, distillation, auxiliary head.
 
-    A teacher of logits must share `num_classes`, and `classes` where both are known.
-
-    Raises:
-        ConfigError: what is asked for excludes itself, or the model or teacher cannot do it.
+    A teacher of logits must share `num_classes`, and `classes` where both are known. What cannot be
+    done is a ConfigError.
     """
     losses: dict[str, Any] = {
         "loss_type": "bce" if config.bce_loss else "ce",

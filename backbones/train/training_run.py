@@ -16,20 +16,13 @@ from torch import nn
 
 from backbones.errors import DataError, MissingDependencyError
 from backbones.files import write_text
-from backbones.train.checkpoints import (
-    LAST,
-    Checkpoints,
-    check_optimizer,
-    restore,
-    resumed_options,
-    uninterrupted,
-)
+from backbones.train.checkpoints import LAST, Checkpoints, SavedRun, uninterrupted
 from backbones.train.config import TrainConfig
 from backbones.train.data import Splits
 from backbones.train.distributed import ProcessGroup
 from backbones.train.initial_weights import InitialWeights
 from backbones.train.plots import draw_curves
-from backbones.train.setup import assemble, create_optimizer, distribute
+from backbones.train.setup import assemble, distribute
 from backbones.train.trainer import EpochReport, Trainer, Update, learning_rate
 from backbones.weights import load_checkpoint, save_checkpoint
 
@@ -85,20 +78,20 @@ class TrainingRun:
 
     def train(
         self,
-        content: Mapping[str, Any] | None,
-        resume: str | Path | None,
+        saved: SavedRun | None,
         progress: Callable[[Update], None] | None,
     ) -> TrainReport:
-        """Train, epoch by epoch, and return the best model; `content` is that of the checkpoint
-        to go on with, if any, `resume` its file."""
+        """Train, epoch by epoch, and return the best model; `saved` is the run to go on with."""
         begun = time.perf_counter()
         if self.group.primary:  # a new run gets a new folder, whatever its name
-            self.folder = Path(get_outdir(str(self.folder), inc=content is None))
+            self.folder = Path(get_outdir(str(self.folder), inc=saved is None))
         parts = self.config, self.group, self.splits, self.model
         trainer = assemble(*parts, num_classes=self.num_classes, progress=progress)
-        saver, first = self._restored(trainer, content, resume)
+        first = 0 if saved is None else saved.restore(trainer)
+        saver = self._saver(trainer, saved)
+        self.epochs_saved = first
         distribute(trainer)
-        self._begin_at(trainer, saver, first, new=content is None)
+        self._begin_at(trainer, saver, first, new=saved is None)
         history: list[EpochReport] = []
         try:
             for epoch in range(first, trainer.epochs):
@@ -125,13 +118,8 @@ class TrainingRun:
             time.perf_counter() - begun,
         )
 
-    def _restored(
-        self, trainer: Trainer, content: Mapping[str, Any] | None, resume: str | Path | None
-    ) -> tuple[Checkpoints, int]:
-        """Return what saves checkpoints, and the epoch to begin with; restore a resumed run."""
-        first = 0
-        if content is not None:
-            first = self._restore(trainer, content, str(resume))
+    def _saver(self, trainer: Trainer, saved: SavedRun | None) -> Checkpoints:
+        """Return what saves checkpoints, and knows those of the run to go on with."""
         facts = {
             "classes": self.splits.classes,
             "start": self.initial_weights.source,
@@ -140,22 +128,9 @@ class TrainingRun:
         saver = Checkpoints(
             self.folder, self.config, facts, trainer.task, trainer.optimizer, trainer.scaler
         )
-        if content is not None and isinstance(content.get("saver"), Mapping):
-            saver.load_state_dict(content["saver"])
-        self.epochs_saved = first
-        return saver, first
-
-    def _restore(self, trainer: Trainer, content: Mapping[str, Any], path: str) -> int:
-        """Put a checkpoint's state in place, so that options given now hold; return the epoch."""
-        saved = resumed_options(content, Path(path))
-        past = dataclasses.replace(self.config, **saved)
-        module, now = trainer.task.get_trainable_module(), trainer.optimizer
-        lr = now.param_groups[0]["lr"]
-        before = create_optimizer(module, past, lr)
-        check_optimizer(
-            content, path, before, now, lambda part: create_optimizer(part, self.config, lr)
-        )
-        return restore(content, path, trainer.task, now, trainer.scaler, before=before)
+        if saved is not None and isinstance(saved.content.get("saver"), Mapping):
+            saver.load_state_dict(saved.content["saver"])
+        return saver
 
     def _begin_at(self, trainer: Trainer, saver: Checkpoints, first: int, *, new: bool) -> None:
         """Bring schedule and files to the first epoch."""

@@ -1,6 +1,5 @@
 """Accuracy of a model, or of an engine's runner: on batches, and on a folder with its classes."""
 
-import csv
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from backbones.errors import DataError, MissingDependencyError
-from backbones.files import new_file, write_json
+from backbones.files import write_csv, write_json
 from backbones.images import list_images
 from backbones.train.data import ImageFolder, eval_loader, exclude_bad, find_split, open_folder
 from backbones.train.distributed import ProcessGroup
@@ -219,17 +218,12 @@ def write_validation(result: Validation, folder: str | Path) -> list[Path]:
     metrics, per_class, confusion, picture = (folder / name for name in RESULTS)
     picture.unlink(missing_ok=True)
     write_json(metrics, result.as_dict())
-    _write_csv(per_class, [COLUMNS, *(list(row.values()) for row in result.per_class)])
+    write_csv(per_class, [COLUMNS, *(list(row.values()) for row in result.per_class)])
     counts = zip(result.classes, result.confusion.tolist())
     head = ["true \\ predicted", *result.classes]
-    _write_csv(confusion, [head, *([name, *row] for name, row in counts)])
+    write_csv(confusion, [head, *([name, *row] for name, row in counts)])
     try:
         draw_confusion(picture, result.confusion, result.classes)
     except MissingDependencyError:
         return [metrics, per_class, confusion]
     return [metrics, per_class, confusion, picture]
-
-
-def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    with new_file(path) as file, file.open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows(rows)

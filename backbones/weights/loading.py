@@ -260,12 +260,7 @@ def sizes_in_file(checkpoint: Checkpoint, twin: nn.Module) -> dict[str, int]:
 def _checkpoint(source: Any, label: str = "the given dict") -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
-    if isinstance(source, str | PathLike):
-        return read_checkpoint(source)
-    try:
-        return opened(source, label)
-    except CheckpointError as error:
-        raise CheckpointError(f"{label}: {error}") from error
+    return read_checkpoint(source) if isinstance(source, str | PathLike) else opened(source, label)
 
 
 def _map_to_deploy_form(checkpoint: Checkpoint, target: Target, **options: Any) -> Mapped:

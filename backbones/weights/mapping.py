@@ -84,12 +84,9 @@ class _Attempt:
 
 
 def map_file(checkpoint: Checkpoint, target: Target, **options: Any) -> Mapped:
-    """Map what was read of a file, with the options of `map_checkpoint`.
+    """Map what was read of a file, with the options and errors of `map_checkpoint`.
 
     What lies beside the state dict that was opened is taken where the model fits there only.
-
-    Raises:
-        CheckpointError: as `map_checkpoint`, and where values are missing; with the file's name.
     """
     target.require_form(checkpoint)
     target.require_arguments(checkpoint)
@@ -171,11 +168,7 @@ def _readings(
     target: Target,
     *options: Any,
 ) -> Iterator[_Attempt]:
-    """Yield the best reading below a prefix: with what lies outside of it, then without.
-
-    Raises:
-        CheckpointError: several layouts fit with different results.
-    """
+    """Yield the best reading below a prefix: with what lies outside of it, then without."""
     below = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     outside = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
     for kept in (outside, {}) if outside else ({},):

@@ -13,6 +13,7 @@ from torch import nn
 
 from backbones.errors import CheckpointError
 from backbones.files import new_file
+from backbones.images import fit_channels
 from backbones.weights.target import inner_module
 
 __all__ = ["input_config", "save_checkpoint"]
@@ -110,21 +111,14 @@ def _sort_metadata(stream: BinaryIO) -> None:
 def input_config(model: nn.Module) -> dict[str, Any]:
     """Return what a model's preprocessing and outputs are, in timm's spelling.
 
-    A model's own channels and classes count, not those of the weights it was created from; where
-    these have another number of channels, mean and deviation are their average, as timm has it.
+    A model's own channels and classes count, not those of the weights it was created from.
     """
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     facts = {key: cfg[key] for key in _INPUT_KEYS if key in cfg}
     if "num_classes" in facts:
         facts["num_classes"] = getattr(model, "num_classes", facts["num_classes"])
     channels = getattr(model, "in_chans", None)
-    for key in ("input_size", "test_input_size"):
-        if facts.get(key) and channels:
-            facts[key] = (channels, *facts[key][1:])
-    for key in ("mean", "std"):
-        if channels and len(facts.get(key) or (0,)) not in (1, channels):
-            facts[key] = (sum(facts[key]) / len(facts[key]),)
-    return facts
+    return fit_channels(facts, channels) if channels else facts
 
 
 def _description_of(

@@ -35,9 +35,11 @@ class Target:
         self._cfg: Mapping[str, Any] = getattr(self.module, "pretrained_cfg", None) or {}
         names = getattr(self.module, "classifier_names", None) or self._cfg.get("classifier") or ()
         self.classifiers: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names)
-        self._derived = _any_of(getattr(self.module, "derived_keys", ()))
-        self._auxiliary = _any_of(getattr(self.module, "auxiliary_keys", ()))
-        self._resizable = _any_of(getattr(self.module, "resizable_keys", ()))
+        self.is_derived = _any_of(getattr(self.module, "derived_keys", ()))
+        """Whether the model computes an entry itself."""
+        self._is_auxiliary = _any_of(getattr(self.module, "auxiliary_keys", ()))
+        self.is_resizable = _any_of(getattr(self.module, "resizable_keys", ()))
+        """Whether the model takes an entry's last dimension from a checkpoint."""
 
     @property
     def first_convs(self) -> tuple[str, ...]:
@@ -62,11 +64,7 @@ class Target:
         return frozenset(shapes()) - self.present.keys()
 
     def require_form(self, checkpoint: Checkpoint) -> None:
-        """Refuse a file in deploy form for a model in training form.
-
-        Raises:
-            CheckpointError: it is one.
-        """
+        """Refuse a file in deploy form for a model in training form."""
         if checkpoint.deploy and not self.deployed:
             raise CheckpointError(
                 f"{checkpoint.source}: holds a re-parameterized model, whose norms and branches are"
@@ -74,11 +72,7 @@ class Target:
             )
 
     def require_arguments(self, checkpoint: Checkpoint) -> None:
-        """Refuse a file of ours whose weights fit and whose model computes something else.
-
-        Raises:
-            CheckpointError: it was saved with another value of an argument that no shape shows.
-        """
+        """Refuse a file of ours saved with another value of an argument that no shape shows."""
         saved = checkpoint.description.get("arguments")
         if not isinstance(saved, Mapping):
             return
@@ -93,17 +87,9 @@ class Target:
                     f" {name}={given}"
                 )
 
-    def is_derived(self, key: str) -> bool:
-        """Whether the model computes this entry itself."""
-        return bool(self._derived and self._derived.search(key))
-
     def is_absent_auxiliary(self, key: str) -> bool:
         """Whether the entry belongs to an auxiliary head that this model was built without."""
-        return key not in self.present and bool(self._auxiliary and self._auxiliary.search(key))
-
-    def is_resizable(self, key: str) -> bool:
-        """Whether the model takes the entry's last dimension from a checkpoint."""
-        return bool(self._resizable and self._resizable.search(key))
+        return key not in self.present and self._is_auxiliary(key)
 
     def is_classifier(self, key: str) -> bool:
         """Whether the entry belongs to a final classifier layer."""
@@ -111,14 +97,12 @@ class Target:
 
     def is_absent_part(self, key: str) -> bool:
         """Whether the entry belongs to a part this model has not: pruned, or no classifier."""
-        if key in self.present:
-            return False
-        if any(
-            key.startswith(f"{name}.") and not any(k.startswith(f"{name}.") for k in self.present)
+        absent = (
+            f"{name}."
             for name in self.classifiers
-        ):
-            return True
-        return key in self.pruned
+            if not any(own.startswith(f"{name}.") for own in self.present)
+        )
+        return key not in self.present and (key.startswith(tuple(absent)) or key in self.pruned)
 
     def complete(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Let the model fill in or convert what its own layout allows to be absent."""
@@ -134,6 +118,7 @@ def inner_module(model: nn.Module) -> nn.Module:
     return model
 
 
-def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
-    return re.compile(joined) if joined else None
+def _any_of(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Return what tells whether a key matches any of some patterns."""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return lambda key: any(pattern.search(key) for pattern in compiled)

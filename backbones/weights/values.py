@@ -9,40 +9,15 @@ __all__ = ["check_values"]
 
 
 def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Check kind, finiteness and agreement of `tensors` against the entries they will replace.
-
-    Raises:
-        CheckpointError: another kind of number, a value that is not finite or overflows the model's
-            type (rounding, also to zero, is no error), or different values of shared parameters.
-    """
+    """Refuse tensors that the model's `own` of the same names cannot hold, by CheckpointError:
+    of another kind of number, not finite, too large for the model's type (rounding, also to zero,
+    is no error), or different where the model shares one parameter."""
     shared: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     for key, tensor in tensors.items():
         mine = own[key]
-        if _kind(tensor) != _kind(mine):
-            raise CheckpointError(
-                f"entry {key!r} holds {tensor.dtype}, the model needs {mine.dtype}; "
-                "the file is damaged or of another model"
-            )
-        if tensor.is_meta:
-            continue
-        if _kind(tensor) == "integer":
-            if mine.dtype != tensor.dtype and not _survives(tensor, mine.dtype):
-                raise CheckpointError(
-                    f"entry {key!r} holds numbers too large for {mine.dtype}; "
-                    "the file is damaged or of another model"
-                )
-            continue
-        if not _is_finite(tensor):
-            raise CheckpointError(
-                f"entry {key!r} holds values that are not finite; the training that made the "
-                "file diverged, or it is damaged: take another checkpoint"
-            )
-        if mine.dtype != tensor.dtype and not _is_finite(tensor.to(mine.dtype)):
-            raise CheckpointError(
-                f"entry {key!r} holds values too large for {mine.dtype}; load it into a float32 "
-                "model"
-            )
-        if mine.numel() and not mine.is_meta:
+        if problem := _problem(tensor, mine):
+            raise CheckpointError(f"entry {key!r} holds {problem}")
+        if mine.numel() and not (mine.is_meta or tensor.is_meta) and _kind(mine) != "integer":
             place = (mine.data_ptr(), mine.shape, mine.stride())
             first = shared.setdefault(place, key)
             if first != key and not torch.equal(tensor, tensors[first]):
@@ -50,6 +25,26 @@ def check_values(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
                     f"entries {first!r} and {key!r} differ, but the model shares one parameter "
                     "between them; the file is of another model"
                 )
+
+
+def _problem(tensor: Tensor, mine: Tensor) -> str | None:
+    """Return what is wrong with a tensor that an entry is to hold."""
+    damaged = "the file is damaged or of another model"
+    if _kind(tensor) != _kind(mine):
+        return f"{tensor.dtype}, the model needs {mine.dtype}; {damaged}"
+    if tensor.is_meta:
+        return None
+    if _kind(tensor) == "integer":
+        fits = mine.dtype == tensor.dtype or _survives(tensor, mine.dtype)
+        return None if fits else f"numbers too large for {mine.dtype}; {damaged}"
+    if not _is_finite(tensor):
+        return (
+            "values that are not finite; the training that made the file diverged, or it is"
+            " damaged: take another checkpoint"
+        )
+    if mine.dtype != tensor.dtype and not _is_finite(tensor.to(mine.dtype)):
+        return f"values too large for {mine.dtype}; load it into a float32 model"
+    return None
 
 
 def _kind(tensor: Tensor) -> str:

@@ -1,16 +1,14 @@
 """A Pareto front as JSON, CSV and picture."""
 
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
 from backbones.bench.machine import n_threads
 from backbones.bench.pareto.rows import BudgetChoice, ParetoFront, ParetoRow
 from backbones.errors import MissingDependencyError
-from backbones.files import new_file, write_json, write_text
-from backbones.optional import optional_import
+from backbones.files import new_file, write_csv, write_json
+from backbones.optional import new_figure, optional_import
 
 __all__ = ["draw_front", "front_as_dict", "write_front"]
 
@@ -39,7 +37,9 @@ def write_front(
     folder.mkdir(parents=True, exist_ok=True)
     picture.unlink(missing_ok=True)
     write_json(facts, front_as_dict(front, choice))
-    write_text(table, _csv(front))
+    names = [field.name for field in dataclasses.fields(ParetoRow)]
+    cells = ([_cell(getattr(row, name)) for name in names] for row in front.rows)
+    write_csv(table, [names, *cells])
     try:
         with new_file(picture) as file:
             draw_front(front, file, choice)
@@ -54,46 +54,33 @@ def draw_front(front: ParetoFront, path: str | Path, choice: BudgetChoice | None
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    # A Figure of its own needs no display and leaves pyplot's state alone.
-    figure = optional_import("matplotlib.figure", "plot").Figure((9, 6), layout="constrained")
-    axes = figure.subplots()
     rows = [row for row in front.rows if row.counts]
     best = [row for row in rows if row.on_front]
-    axes.scatter([r.median_ms for r in rows], [r.top1 for r in rows], s=16, color="0.6")
-    axes.step([r.median_ms for r in best], [r.top1 for r in best], "o-", where="post", ms=5)
-    for row in rows if len(rows) <= NAMED else best:
-        at = (row.median_ms, row.top1)
-        axes.annotate(row.model, at, xytext=(4, -9), textcoords="offset points", fontsize=7)
-    if choice is not None:
-        axes.axvline(choice.budget_ms, color="tab:red", lw=1, label=f"{choice.budget_ms:g} ms")
-        axes.legend()
-    machine = front.machine
-    state = "" if front.complete else " (incomplete)"
-    axes.set(
-        xscale="log",
-        xlabel=f"median latency here, ms (batch of {front.batch_size}, {front.engine},"
-        f" {front.precision}, {n_threads(machine.threads)})",
-        ylabel="published ImageNet top-1, %",
-        title=f"{machine.processor}{state}",
-    )
+    machine, state = front.machine, "" if front.complete else " (incomplete)"
     plain = optional_import("matplotlib.ticker", "plot").LogFormatter(minor_thresholds=(2, 0.4))
-    axes.xaxis.set_major_formatter(plain)
-    axes.xaxis.set_minor_formatter(plain)
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110, format="png")
+    with new_figure(path, 9, 6) as figure:
+        axes = figure.subplots()
+        axes.scatter([r.median_ms for r in rows], [r.top1 for r in rows], s=16, color="0.6")
+        axes.step([r.median_ms for r in best], [r.top1 for r in best], "o-", where="post", ms=5)
+        for row in rows if len(rows) <= NAMED else best:
+            at = (row.median_ms, row.top1)
+            axes.annotate(row.model, at, xytext=(4, -9), textcoords="offset points", fontsize=7)
+        if choice is not None:
+            axes.axvline(choice.budget_ms, color="tab:red", lw=1, label=f"{choice.budget_ms:g} ms")
+            axes.legend()
+        axes.set(
+            xscale="log",
+            xlabel=f"median latency here, ms (batch of {front.batch_size}, {front.engine},"
+            f" {front.precision}, {n_threads(machine.threads)})",
+            ylabel="published ImageNet top-1, %",
+            title=f"{machine.processor}{state}",
+        )
+        axes.xaxis.set_major_formatter(plain)
+        axes.xaxis.set_minor_formatter(plain)
+        axes.grid(alpha=0.3, which="both")
 
 
-def _csv(front: ParetoFront) -> str:
-    stream = io.StringIO()
-    names = [field.name for field in dataclasses.fields(ParetoRow)]
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(names)
-    for row in front.rows:
-        writer.writerow([_plain(getattr(row, name)) for name in names])
-    return stream.getvalue()
-
-
-def _plain(value: Any) -> Any:
+def _cell(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     return ("; " if value and isinstance(value[0], str) else "x").join(map(str, value))

@@ -171,7 +171,8 @@ def within(rows: Sequence[ParetoRow], budget_ms: float) -> BudgetChoice:
         budget_ms: milliseconds that the median call may take.
     """
     known = sorted((row for row in rows if row.counts), key=lambda row: row.scores)
-    inside = sorted((row for row in known if row.scores[0] <= budget_ms), key=_by_accuracy)
+    inside = [row for row in known if row.scores[0] <= budget_ms]
+    inside.sort(key=lambda row: row.scores[::-1])  # by accuracy
     best = inside[0] if inside else None
     return BudgetChoice(
         budget_ms=budget_ms,
@@ -180,10 +181,6 @@ def within(rows: Sequence[ParetoRow], budget_ms: float) -> BudgetChoice:
         fastest=known[0] if known else None,
         doubts=_doubts(best, known, budget_ms),
     )
-
-
-def _by_accuracy(row: ParetoRow) -> tuple[float, float]:
-    return row.scores[::-1]
 
 
 def _doubts(

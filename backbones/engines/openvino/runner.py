@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig, intermediate_folder
+from backbones.engines.formats import Conversion, Format, FormatConfig
 from backbones.engines.onnx import OnnxConfig, write_onnx
 from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights, widen_depthwise
 from backbones.engines.preparation import PRECISIONS
@@ -43,8 +44,8 @@ def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> 
     ov = optional_import("openvino", "openvino")
     # In int8 norms stay whole operations: NNCF would quantize the statistics of decomposed ones.
     whole = conversion.precision == "int8"
-    with intermediate_folder(path) as folder:
-        between = folder / path.with_suffix(".onnx").name
+    with TemporaryDirectory(dir=path.parent) as folder:
+        between = Path(folder, path.with_suffix(".onnx").name)
         write_onnx(conversion, OnnxConfig(), between, decompose=not whole)
         with explained(f"{path.name}: OpenVINO cannot convert it"):
             model = ov.Core().read_model(str(between))

@@ -71,10 +71,14 @@ def load_images(images: Images, data_config: Mapping[str, Any], most: int = _MOS
     count = min(most, len(files))
     chosen = [files.paths[i * len(files) // count] for i in range(count)]
     mode, transform = image_mode(data_config["input_size"][0]), create_transform(**data_config)
-    bad = find_bad_images(chosen, opener=lambda path: files.open(path, mode))
-    if bad:
+    tensors: dict[str, Tensor] = {}
+
+    def take(path: str) -> None:
+        tensors[path] = transform(files.open(path, mode))
+
+    if bad := find_bad_images(chosen, opener=take):
         raise DataError("\n       ".join(bad.values()))
-    return torch.stack([transform(files.open(path, mode)) for path in chosen])
+    return torch.stack([tensors[path] for path in chosen])
 
 
 def random_input(shape: Sequence[int], *, raw: bool = False) -> Tensor:

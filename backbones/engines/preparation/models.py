@@ -80,9 +80,6 @@ def prepared(
 
     With `precision` ``bf16`` or ``fp16`` it computes in that type; `preprocess` puts resizing and
     normalization by `data_config` before it; `features` returns the feature maps of the stages.
-
-    Raises:
-        UnsupportedError: the model has no stages, or its preprocessing cannot be put in.
     """
     if features:
         if not hasattr(model, "forward_intermediates"):

@@ -18,8 +18,7 @@ from backbones.errors import UnsupportedError
 
 __all__ = ["Preprocessed", "resize_matrix"]
 
-SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
-CROP_MODES = ("center", "squash")
+KNOWN = {"interpolation": ("bilinear", "bicubic"), "crop_mode": ("center", "squash")}
 
 
 class Preprocessed(nn.Module):
@@ -44,16 +43,12 @@ class Preprocessed(nn.Module):
         super().__init__()
         self.filter = str(config["interpolation"])
         self.crop_mode = str(config.get("crop_mode") or "center")
-        if self.filter not in SUPPORT:
-            raise UnsupportedError(
-                f"interpolation {self.filter!r} cannot be put into the graph; one of"
-                f" {', '.join(SUPPORT)} can (model.pretrained_cfg['interpolation'])"
-            )
-        if self.crop_mode not in CROP_MODES:
-            raise UnsupportedError(
-                f"crop_mode {self.crop_mode!r} cannot be put into the graph; one of"
-                f" {', '.join(CROP_MODES)} can"
-            )
+        for what, value in (("interpolation", self.filter), ("crop_mode", self.crop_mode)):
+            if value not in KNOWN[what]:
+                raise UnsupportedError(
+                    f"{what} {value!r} cannot be put into the graph; one of"
+                    f" {', '.join(KNOWN[what])} can (model.pretrained_cfg[{what!r}])"
+                )
         _, self.height, self.width = config["input_size"]
         self.crop_pct = float(config.get("crop_pct") or 1.0)
         mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])

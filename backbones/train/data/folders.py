@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from backbones.errors import DataError
-from backbones.images import ImageFiles, find_bad_images, image_mode, list_images, some
+from backbones.images import ImageFiles, find_bad_images, image_mode, list_images, read_names, some
 
 __all__ = [
     "ImageFolder",
@@ -65,19 +65,14 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
-        return (
-            image if self.transform is None else self.transform(image),
-            self.samples[index][1],
-        )
+        return image if self.transform is None else self.transform(image), self.samples[index][1]
 
 
 def find_split(files: ImageFiles, split: str, *, required: bool = False) -> ImageFiles | None:
     """Return the images of a split, under any of its usual names.
 
-    None where there are no splits at all, unless one is `required`.
-
-    Raises:
-        DataError: there are other splits; the message names them.
+    None where there are no splits at all, unless one is `required`; that there are only others is a
+    DataError.
     """
     found, there = files.split(split), files.split_folders
     if found is None and there:
@@ -148,25 +143,17 @@ def open_folder(
 def read_class_map(
     path: str | Path, files: ImageFiles | None = None, folders: Sequence[str] = ()
 ) -> list[str]:
-    """Return the class names of a text file, one a line, in the order of their indices.
+    """Return the class names of a text file (`read_names`), in the order of their indices.
 
-    A byte order mark, Windows line ends and blank lines do not matter.
-
-    Raises:
-        DataError: there is no such text file, a name stands there twice, or lines and `folders` (of
-            `files`, where given) do not belong together; the message names both.
+    Blank lines do not matter. Each name stands there once, and for one of the `folders` of `files`
+    where these are given; otherwise it is a DataError.
     """
     path = Path(path)
     if files is not None and not path.exists():  # as timm looks for it
         path = next(
             (p for p in (files.place / path, files.place.parent / path) if p.exists()), path
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
-        raise DataError(f"{path}: {reason}; a class map is a text file, one class a line") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = [name for name in read_names(path) if name]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path}: {some(twice, SHOWN)} stands there twice")
@@ -186,10 +173,7 @@ def hold_out(dataset: ImageFolder, fraction: float) -> ImageFolder:
     """Take a share of each class out of a dataset and return it as another one.
 
     The choice depends on the files' names alone, so that every run makes the same. A class with
-    one image keeps it.
-
-    Raises:
-        DataError: no class has two images.
+    one image keeps it; that all do is a DataError.
     """
     members = defaultdict(list)
     for sample in dataset.samples:
@@ -217,10 +201,8 @@ def exclude_bad(
     """Decode every image once, leave bad ones out, and return what is wrong with each.
 
     More than 50,000 images are read through only with `skip`; `progress` is called with how many
-    are done, and of how many.
-
-    Raises:
-        DataError: bad images without `skip`, all named, or a split of nothing but bad images.
+    are done, and of how many. Bad images without `skip`, all named, or a class of nothing else, are
+    a DataError.
     """
     items = [(dataset, path) for dataset in datasets for path, _ in dataset.samples]
     if not skip and len(items) > MOST_CHECKED:

@@ -22,11 +22,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_space(folder: Path, needed: int | None, what: str) -> None:
-    """Check that a folder, which need not exist yet, has room for `needed` bytes.
-
-    Raises:
-        WeightsUnavailableError: it has not.
-    """
+    """Refuse a folder, which need not exist yet, that has no room for `needed` bytes."""
     existing = next((p for p in (folder, *folder.absolute().parents) if p.is_dir()), None)
     if needed is None or existing is None:
         return

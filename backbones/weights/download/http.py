@@ -48,10 +48,6 @@ def download(
     process, goes on from there where the server knows byte ranges and says that the file is still
     the same (a strong ETag), or where a digest is recorded. Others that ask for the path wait.
 
-    Args:
-        sha256, size: recorded digest and size in bytes, if any.
-        again: replace a file that is there.
-
     Raises:
         WeightsUnavailableError: it cannot be had or not kept; the message says why.
         CheckpointError: the content has not the recorded digest or size. It was not kept.

@@ -78,17 +78,12 @@ def hub_file(
 
     Dropped connections are resumed and busy servers asked again. What the server says of the file
     is compared with the recorded digest and size, and with the free space on the disk, before the
-    download begins. Without a connection, a cached copy is returned. The client's variables
-    (`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_HOME`) apply.
-
-    Args:
-        repo, file, revision: ``owner/name``, the file's path in it, and branch, tag or commit.
-        sha256, size: recorded digest and size in bytes, if any. The caller verifies the file.
-        again: download even if the file is in the cache.
+    download begins; the caller verifies what came. Without a connection, a cached copy is returned,
+    unless it is to be downloaded `again`.
 
     Raises:
         EntryMissingError: the repository has no such file.
-        WeightsUnavailableError: it cannot be had; the message says why and the way out.
+        WeightsUnavailableError: it cannot be had.
         CheckpointError: the server announces another file than the recorded one.
     """
     where = _Place(repo, file, revision, cache_dir)
@@ -113,11 +108,7 @@ def hub_file(
 
 
 def file_revision(repo: str, file: str) -> str:
-    """Return the commit that the main branch of a repository stands at.
-
-    Raises:
-        WeightsUnavailableError: the Hub cannot be asked, or the file is not there.
-    """
+    """Return the commit that the main branch of a repository stands at; it must have the file."""
     where = _Place(repo, file, None, None)
     announced = _announcement(where)
     _check_announcement(announced, where, None, None)
@@ -213,10 +204,8 @@ def _is_transient(error: Exception) -> bool:
 
 
 def is_connection_error(error: Exception) -> bool:
-    """Whether an error is of the Hub client's transport: no connection, or one that broke.
-
-    The client changed its transport more than once, and their errors have no class in common.
-    """
+    """Whether an error is of the Hub client's transport: no connection, or one that broke."""
+    # The client changed its transport more than once, and their errors have no class in common.
     return type(error).__module__.partition(".")[0] in _TRANSPORTS
 
 

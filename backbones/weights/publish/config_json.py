@@ -82,11 +82,7 @@ def is_own_name(architecture: str) -> bool:
 
 
 def check_rebuilt(model: nn.Module, folder: Path) -> None:
-    """Check that what timm makes of a folder's ``config.json`` takes the weights of `model`.
-
-    Raises:
-        UnsupportedError: it does not.
-    """
+    """Refuse a ``config.json`` of which timm makes a model that does not take `model`'s weights."""
     body: Any = inner_module(model)
     with torch.device("meta"):
         twin: Any = timm.create_model(f"local-dir:{folder}")

@@ -1,6 +1,7 @@
 """Publishing models: a folder that timm and this package load, and its way to the Hub."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,8 +129,7 @@ def push_to_hub(
             provenance=provenance,
             repo_id=repo_id,
         )
-
-        def upload() -> str:
+        with _translated(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -142,8 +142,6 @@ def push_to_hub(
                 ignore_patterns=[FILES[2]] if keeps else None,
             )
             return str(commit.commit_url)
-
-        return _sent(upload, repo_id)
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -160,10 +158,11 @@ def check_repo_id(repo_id: str) -> None:
         raise ConfigError(f"{repo_id!r} is no repository; name it as owner/name")
 
 
-def _sent(upload: Callable[[], str], repo_id: str) -> str:
-    """Run an upload and translate the client's errors."""
+@contextmanager
+def _translated(repo_id: str) -> Iterator[None]:
+    """Translate the client's errors."""
     try:
-        return upload()
+        yield
     except OfflineModeIsEnabled as error:
         raise PublishError(f"{repo_id}: HF_HUB_OFFLINE forbids to send; unset it") from error
     except HfHubHTTPError as error:

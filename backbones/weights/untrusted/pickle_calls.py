@@ -90,11 +90,7 @@ def is_size(value: Any) -> bool:
 
 
 def checked_key(key: Any) -> Any:
-    """Return a dict key whose hash costs little; that of nested tuples can take forever.
-
-    Raises:
-        Refused: it may cost more.
-    """
+    """Return a dict key whose hash costs little; that of nested tuples can take forever."""
     parts = key if type(key) is tuple and len(key) <= _MAX_DIMS else (key,)
     if not all(part is None or isinstance(part, str | int | float | Name) for part in parts):
         raise Refused(f"uses a {type(key).__name__} as a key")

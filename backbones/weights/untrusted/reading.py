@@ -106,16 +106,16 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
             raise CheckpointError(f"{path}: damaged ({error}); fetch the file again") from error
     else:
         tensors = load_archive(path, size) if kind == "zip" else load_pickle(path, head, size)
-    with _naming(path):
-        checkpoint = opened(tensors, str(path), metadata)
+    checkpoint = opened(tensors, str(path), metadata)
     for found in (checkpoint.tensors, checkpoint.beside):
         _refuse_excess(path, found, size)
     return checkpoint
 
 
 def opened(content: Any, source: str, metadata: dict[str, str] | None = None) -> Checkpoint:
-    """Find the state dict in what a file holds, or raise as `unwrap`."""
-    tensors, wrapper, others, beside = open_content(content)
+    """Find the state dict in what a file holds, or raise as `unwrap`, with the name of `source`."""
+    with _naming(source):
+        tensors, wrapper, others, beside = open_content(content)
     names = names_in(content)
     return Checkpoint(tensors, metadata or {}, wrapper, others, source, beside, names)
 
@@ -207,19 +207,14 @@ def _recognized(given: str | PathLike[str]) -> tuple[Path, int, str, bytes, dict
         with path.open("rb") as stream:
             head = stream.read(512)
             kind = _kind(path, head, size)
-            return (
-                path,
-                size,
-                kind,
-                head,
-                parse_header(path, stream, size) if kind == "safetensors" else {},
-            )
+            metadata = parse_header(path, stream, size) if kind == "safetensors" else {}
+            return path, size, kind, head, metadata
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); check its rights") from error
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: object) -> Iterator[None]:
     """Put the file's name in front of what is wrong with its content."""
     try:
         yield

@@ -102,10 +102,7 @@ def names_in(content: Any) -> tuple[str, ...]:
 
 
 def _wrapper_of(obj: Mapping[Any, Any]) -> tuple[str, Any, Any] | None:
-    """Return name, mapping and content of the wrapper to open; None where there is none.
-
-    The content of averages by decay is one of the mapping's values.
-    """
+    """Return name, mapping and content (one average by decay) of the wrapper to open, if any."""
     if any(isinstance(obj.get(name), nn.Module) for name in WRAPPERS):
         raise CheckpointError("holds a whole model object; save its state_dict() and load that")
     candidates = {n: obj[n] for n in WRAPPERS if isinstance(obj.get(n), Mapping) and obj[n]}
@@ -165,15 +162,12 @@ def _is_by_decay(content: Mapping[Any, Any]) -> bool:
 
 
 def _holds_tensors(obj: Any) -> bool:
-    """Whether there are tensors in `obj`, at most `_MAX_DEPTH` mappings further in.
-
-    Each mapping of a level is looked into once: a few of them that hold each other a thousand times
-    over make more paths than can be walked.
-    """
+    """Whether there are tensors in `obj`, at most `_MAX_DEPTH` mappings further in."""
     level = [obj]
     for _ in range(_MAX_DEPTH + 2):
         if any(isinstance(value, Tensor) for value in level):
             return True
+        # Each once: a few that hold each other a thousand times make more paths than can be walked.
         mappings = {id(m): m for m in level if isinstance(m, Mapping)}
         level = [value for mapping in mappings.values() for value in mapping.values()]
     return False
