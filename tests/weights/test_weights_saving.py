@@ -117,8 +117,8 @@ def test_input_of_the_model_itself(tmp_path):
         "num_classes": 5,
         "input_size": [2, 96, 96],
         "test_input_size": [2, 128, 128],
-        "mean": [0.5],
-        "std": [0.5],
+        "mean": [0.5, 0.5],
+        "std": [0.5, 0.5],
     }
     with pytest.raises(CheckpointError, match=r"m.safetensors: 2 names for 5 classes"):
         save_checkpoint(saved, path, classes=["a", "b"])
