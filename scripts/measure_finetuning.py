@@ -64,7 +64,8 @@ def main() -> int:
             best = report.epochs[report.best_epoch - 1].val_top1 or 0.0
             last = report.epochs[-1].val_top1 or 0.0
             worst = min(worst, best)
-            start = "scratch" if report.start.from_scratch else report.start.source
+            initial = report.initial_weights
+            start = "scratch" if initial.from_scratch else initial.source
             seconds = time.perf_counter() - began
             print(
                 f"| {model} | {start} | {len(report.epochs)} | {seconds:.0f} | {best:.2f}"
