@@ -6,7 +6,12 @@ import torch
 
 from backbones import create_model, export
 from backbones.engines.openvino import OpenVinoRunner
-from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights
+from backbones.engines.openvino.passes import (
+    LEAST_CHANNELS,
+    norms_on_rows,
+    scales_into_weights,
+    single_outputs_by_lanes,
+)
 
 ov = pytest.importorskip("openvino")
 ops = pytest.importorskip("openvino.opset8")
@@ -130,6 +135,43 @@ def test_other_maps_are_scaled_as_before(given):
     model, x = scaled(**given)
     expected = outputs(model, x)
     assert scales_into_weights(model) == []
+    np.testing.assert_array_equal(outputs(model, x), expected)
+
+
+def contrasted(channels=160, out=1, kernel=1, computed=False):
+    """A map of many channels that goes to one, between convolutions, and an image."""
+    x = ops.parameter([2, 3, 9, 7], np.float32)
+    y = conv(x, values(channels, 3, 1, 1))
+    of = values(out, channels, kernel, kernel)
+    if computed:
+        of = ops.multiply(of, ops.reduce_mean(x, [0, 1, 2, 3], True))
+    return ov.Model([conv(conv(y, of), values(5, out, 1, 1))], [x]), values(2, 3, 9, 7)
+
+
+def test_single_outputs_are_computed_in_all_lanes():
+    model, x = contrasted()
+    expected = outputs(model, x)
+    assert single_outputs_by_lanes(model) == 1
+    np.testing.assert_allclose(outputs(model, x), expected, atol=1e-5 * np.abs(expected).max())
+    assert "Transpose" not in kinds(model)
+    assert kinds(model).count("Convolution") == kinds(contrasted()[0]).count("Convolution") + 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"channels": LEAST_CHANNELS - 16},
+        {"channels": LEAST_CHANNELS + 8},
+        {"out": 2},
+        {"kernel": 3},
+        {"computed": True},
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_left_alone(given):
+    model, x = contrasted(**given)
+    expected = outputs(model, x)
+    assert single_outputs_by_lanes(model) == 0
     np.testing.assert_array_equal(outputs(model, x), expected)
 
 

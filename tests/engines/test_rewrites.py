@@ -11,17 +11,17 @@ import backbones
 from backbones import merge
 from backbones.engines.rewrites import REWRITES, rewrite_block, rewrite_for_graphs
 from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
+from backbones.engines.rewrites.contrast import (
+    ContrastAfter,
+    ContrastedProjection,
+    contrast_after,
+)
 from backbones.engines.rewrites.convolutions import depthwise, select_inputs, select_outputs
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, FilteredGates, SeparateGates
+from backbones.engines.rewrites.moganet import ContrastedGates, SeparateContrast, SummedBlock
 from backbones.engines.rewrites.norms import FEW, DecomposedNorm2d, WholeNorm2d
-from backbones.engines.rewrites.spartan import (
-    ContrastAfter,
-    PairMixer,
-    RotatedMixer,
-    contrast_after,
-    side_by_side,
-)
-from backbones.families import convnext, hornet, spartan
+from backbones.engines.rewrites.spartan import PairMixer, RotatedMixer, side_by_side
+from backbones.families import convnext, hornet, moganet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention
 from backbones.families.unireplknet import CenteredNorm2d
@@ -72,6 +72,7 @@ def test_every_form_is_met(decompose):
         "cpubone_nano",
         "hornet_tiny_7x7",
         "lsnet_t",
+        "moganet_xtiny",
         "spartan_t",
         "unireplknet_a",
     )
@@ -79,6 +80,7 @@ def test_every_form_is_met(decompose):
     replaced = {
         hornet.Block,
         hornet.GatedConv,
+        moganet.Block,
         spartan.ChannelMixer,
         spartan.SpatialMixer,
         ConvAttention,
@@ -97,6 +99,7 @@ def test_every_form_is_met(decompose):
         PairMixer,
         SeparateHeads,
         SeparateProjections,
+        SummedBlock,
     } <= after
     assert ContrastAfter in after
     for form in (RotatedMixer, DecomposedNorm2d, WholeNorm2d):
@@ -176,6 +179,39 @@ def test_a_contrast_of_another_kind_keeps_its_convolution():
     assert contrast_after(proj, contrast) is None
 
 
+def moganet_block(sigma):
+    attn = moganet.GatedAggregation(8, dilation=1, init_value=sigma, silu_twice=False)
+    mlp = moganet.ContrastMlp(8, 32, dilation=1, init_value=0.1)
+    block = moganet.Block(attn, mlp, dim=8, init_value=0.5, rate=0.0)
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and name:
+            randomize(module)
+    return block.eval().double()
+
+
+@pytest.mark.parametrize("sigma", [0.3, -1.0])  # with -1 the projection is zero
+def test_moganet_with_its_shortcuts_in_sums(sigma):
+    block = moganet_block(sigma)
+    x = images(2, 8, 7, 6)
+    with torch.no_grad():
+        expected = block(x)
+        block.reparameterize()
+        other = rewrite_block(block, decompose=True)
+        assert relative(other(x), expected) < 1e-12
+    assert isinstance(other, SummedBlock) and isinstance(other.mlp, SeparateContrast)
+    assert isinstance(other.attn, ContrastedGates)
+    found = other.attn.proj_1
+    assert isinstance(found, ContrastedProjection)
+    assert isinstance(found.contrast, ContrastAfter) == (sigma != -1)
+
+
+def test_moganet_splits_only_the_three_orders():
+    model = rewrite_for_graphs(reparameterized("moganet_xtiny", **shallow("moganet_xtiny")))
+    program = torch.export.export(model, (images(1, 3, 64, 64),))
+    found = [n for n in program.graph.nodes if "split" in str(n.target) or "slice" in str(n.target)]
+    assert len(found) == len(model.stages)
+
+
 def test_spartan_without_a_fitting_contrast():
     mixer = randomize(spartan.SpatialMixer(8, depthwise=True, init_value=0.1)).eval().double()
     with torch.no_grad():
@@ -186,7 +222,7 @@ def test_spartan_without_a_fitting_contrast():
         mixer.reparameterize()
         other = rewrite_block(mixer, decompose=True)
         assert relative(other(x), expected) < 1e-12
-    assert isinstance(other.contrast, nn.Conv2d)
+    assert isinstance(other.proj_in.contrast, nn.Conv2d)
 
 
 @pytest.mark.parametrize("channels", [FEW, FEW + 1])

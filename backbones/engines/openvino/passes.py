@@ -13,11 +13,22 @@ import numpy as np
 from backbones.engines.timing import least
 from backbones.optional import optional_import
 
-__all__ = ["milliseconds", "norms_on_rows", "scales_into_weights", "widen_depthwise"]
+__all__ = [
+    "milliseconds",
+    "norms_on_rows",
+    "scales_into_weights",
+    "single_outputs_by_lanes",
+    "widen_depthwise",
+]
 
 # A convolution puts weights that are no constants in order at every call. That is cheaper than to
 # scale its map where it has this many positions for each channel of the result.
 POSITIONS_PER_CHANNEL = 50
+
+# A convolution to one channel uses one of the LANES of a vector. Below this many channels that
+# costs less than a second convolution.
+LANES = 16
+LEAST_CHANNELS = 128
 
 # oneDNN unrolls small depthwise kernels and loops over large ones. Just below the limit the
 # unrolled code is too long for the processor's caches: here a kernel of 13x13 takes three to four
@@ -73,6 +84,41 @@ def scales_into_weights(model: Any) -> list[tuple[int, ...]]:
             _replace(node, ops.convolution(x, weights, [1, 1], [0, 0], [0, 0], [1, 1]))
             spared.append(shape)
     return spared
+
+
+def single_outputs_by_lanes(model: Any) -> int:
+    """Compute 1x1 convolutions to a single channel by depthwise ones, in all lanes of a vector.
+
+    OpenVINO's layout of maps has the channels at the end, so that a row of W positions with C
+    channels is one of W C / LANES positions with LANES channels. Its depthwise convolution by
+    kernels of C / LANES, as far apart, leaves LANES sums for each position, and a 1x1 convolution
+    adds them. Returns the number of convolutions.
+    """
+    ops = optional_import("openvino.opset8", "openvino")
+    ones = np.ones((1, LANES, 1, 1), np.float32)
+    count = 0
+    for node in model.get_ordered_ops():
+        weights = _constant_of(node.input_value(1)) if _is_pointwise(node) else None
+        if weights is None or len(weights) != 1:
+            continue
+        batch, channels, height, width = node.input(0).get_shape()
+        if channels < LEAST_CHANNELS or channels % LANES:
+            continue
+        taps = channels // LANES
+        rows = ops.transpose(node.input_value(0), [0, 2, 3, 1])
+        rows = ops.reshape(rows, [batch, height, width * taps, LANES], False)
+        kernels = np.ascontiguousarray(weights.reshape(taps, LANES).T)
+        sums = ops.group_convolution(
+            ops.transpose(rows, [0, 3, 1, 2]),
+            ops.constant(kernels.reshape(LANES, 1, 1, 1, taps)),
+            [1, taps],
+            [0, 0],
+            [0, 0],
+            [1, 1],
+        )
+        _replace(node, ops.convolution(sums, ops.constant(ones), [1, 1], [0, 0], [0, 0], [1, 1]))
+        count += 1
+    return count
 
 
 def _root_mean_square(node: Any) -> tuple[Any, float] | None:

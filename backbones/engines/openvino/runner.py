@@ -17,7 +17,12 @@ from torch import Tensor
 
 from backbones.engines.formats import Conversion, Format, FormatConfig
 from backbones.engines.onnx import OnnxConfig, write_onnx
-from backbones.engines.openvino.passes import norms_on_rows, scales_into_weights, widen_depthwise
+from backbones.engines.openvino.passes import (
+    norms_on_rows,
+    scales_into_weights,
+    single_outputs_by_lanes,
+    widen_depthwise,
+)
 from backbones.engines.preparation import PRECISIONS
 from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
 from backbones.errors import UnsupportedError
@@ -146,6 +151,7 @@ class OpenVinoRunner(Runner):
             if not model.is_dynamic():
                 norms_on_rows(model)
                 scales_into_weights(model)
+                single_outputs_by_lanes(model)
                 widen_depthwise(model, self._options)
                 if not raw:
                     self._channels_last.add(size)

@@ -16,9 +16,10 @@ from torch import nn
 from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
 from backbones.engines.rewrites.channels_first import convnext_block_channels_first
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, separate_gates
+from backbones.engines.rewrites.moganet import SummedBlock
 from backbones.engines.rewrites.norms import DecomposedNorm2d, WholeNorm2d
 from backbones.engines.rewrites.spartan import JoinedMixer, separate_pairs
-from backbones.families import convnext, hornet, spartan
+from backbones.families import convnext, hornet, moganet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention
 from backbones.families.unireplknet import CenteredNorm2d
@@ -44,6 +45,7 @@ REWRITES: Mapping[type[nn.Module], Rewrite] = {
     hornet.Block: _always(ChannelsFirstBlock),
     hornet.GatedConv: separate_gates,
     DistanceAttention: _always(SeparateProjections),
+    moganet.Block: _always(SummedBlock),
     spartan.ChannelMixer: separate_pairs,
     spartan.SpatialMixer: _always(JoinedMixer),
     CenteredNorm2d: _decomposed(DecomposedNorm2d),
