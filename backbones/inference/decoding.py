@@ -1,5 +1,6 @@
 """From an image to a row of a batch, as timm's preprocessing of the model gives it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from backbones.inference.sources import Item
 
 __all__ = ["Decoder"]
 
-_TWICE = 2  # how much larger than needed an image stays that is decoded at a part of its size
+_ROOM = 1.5  # below, what the fast decoding blurs would be seen
 
 
 class Decoder:
@@ -23,7 +24,7 @@ class Decoder:
         data_config: the model's, from ``timm.data.resolve_model_data_config``.
         raw: the model takes decoded images of any size, (1, H, W, C) uint8.
         reduce: decode JPEGs at a half, a quarter or an eighth of their size, where that is still
-            twice the size that they are resized to.
+            1.5 times the size that they are resized to.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Decoder:
         self._options: dict[str, Any] = {}
         if reduce and not raw:
             crop = config.get("crop_pct") or 1.0
-            height, width = (round(_TWICE * side / crop) for side in self.size[1:])
+            height, width = (math.ceil(_ROOM * side / crop) for side in self.size[1:])
             self._options["reduce_to"] = (height, width)
         # As for timm's prefetcher: without normalization, which is cheaper for a whole batch.
         self._transform = create_transform(**config, use_prefetcher=True)

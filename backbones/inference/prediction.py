@@ -66,8 +66,8 @@ def predict(
         input_size: ([channels,] height, width); None for the model's.
         classes: names of the classes; None for those that the model knows.
         calibration: images for int8, as for `deploy`.
-        reduce: decode large JPEGs at a half, a quarter or an eighth of their size, as long as that
-            is twice what they are resized to; several times faster, and nearly the same.
+        reduce: decode large JPEGs at a half, a quarter or an eighth of their size, where that is
+            still 1.5 times the size that they are resized to; faster, and nearly the same.
         strict: an image that cannot be read is an error instead of a row with `error`.
         full_paths: absolute paths.
         cache_dir: where engine files are kept, as for `deploy`.
