@@ -48,7 +48,7 @@ SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_i
 SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
 CENTER = "backbones.merge:center_outputs"
 BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
-IDENTITY = "backbones.families.overlock.layers:ResidualConv.merged"
+IDENTITY = "backbones.layers.residual_conv:ResidualConv.merged"
 
 ROWS = [
     # ConvNeXt
