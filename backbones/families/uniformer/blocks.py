@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from backbones import merge
 from backbones.layers import ChannelMlp, ResidualConv, statistics_dtype
 
-__all__ = ["Attention", "AttentionBlock", "ConvBlock"]
+__all__ = ["Attention", "AttentionBlock", "ConvBlock", "scaled"]
 
 EPS = 1e-6  # of the layer norms in blocks; those of the patch embeddings have PyTorch's
 
 
-def layer_scale(dim: int, init_value: float | None) -> nn.Parameter | None:
+def _layer_scale(dim: int, init_value: float | None) -> nn.Parameter | None:
     """Return a layer scale (C,), or None where the stage has none."""
     return None if init_value is None else nn.Parameter(torch.full((dim,), init_value))
 
@@ -43,10 +43,10 @@ class ConvBlock(nn.Module):
         self.conv1 = nn.Conv2d(dim, dim, 1)
         self.conv_dw = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
         self.conv2 = nn.Conv2d(dim, dim, 1)
-        self.gamma1 = layer_scale(dim, init_value)
+        self.gamma1 = _layer_scale(dim, init_value)
         self.norm2: nn.Module = nn.BatchNorm2d(dim)
         self.mlp = ChannelMlp(dim, int(dim * mlp_ratio), use_conv=True)
-        self.gamma2 = layer_scale(dim, init_value)
+        self.gamma2 = _layer_scale(dim, init_value)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,10 +141,10 @@ class AttentionBlock(nn.Module):
         self.pos_conv: nn.Conv2d = ResidualConv(dim)
         self.norm1: nn.Module = LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, head_dim)
-        self.gamma1 = layer_scale(dim, init_value)
+        self.gamma1 = _layer_scale(dim, init_value)
         self.norm2: nn.Module = LayerNorm(dim, eps=EPS)
         self.mlp = ChannelMlp(dim, int(dim * mlp_ratio))
-        self.gamma2 = layer_scale(dim, init_value)
+        self.gamma2 = _layer_scale(dim, init_value)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

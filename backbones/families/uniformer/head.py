@@ -39,14 +39,14 @@ class TokenHead(NormHead):
     "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (arXiv 2104.10858).
     A map that is left unpooled, and what enters the classifier, know the first part only.
 
-    With `distilled_training` set, the training forward returns (logits of the mean, logits of each
+    With `token_training` set, the training forward returns (logits of the mean, logits of each
     token), (B, num_classes) and (B, N, num_classes).
     """
 
     def __init__(self, dim: int, num_classes: int, **common: Any) -> None:
         super().__init__(dim, num_classes=num_classes, **common)
         self.token_weight = 0.5
-        self.distilled_training = False
+        self.token_training = False
         self.set_token_classifier(num_classes)
 
     def set_token_classifier(self, num_classes: int, **factory: Any) -> None:
@@ -77,7 +77,7 @@ class TokenHead(NormHead):
             x = getattr(self, name)(x)  # B C H W
         logits = self.fc(self.drop(self.global_pool(x)))  # B num_classes
         tokens = self.token_fc(x.flatten(2).transpose(1, 2))  # B N num_classes
-        if self.training and self.distilled_training:
+        if self.training and self.token_training:
             return logits, tokens
         best = tokens.amax(1)
         return logits + (best if self.token_weight == 1 else self.token_weight * best)

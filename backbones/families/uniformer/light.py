@@ -18,24 +18,34 @@ from backbones.families.uniformer.blocks import AttentionBlock, scaled
 from backbones.layers import Head, fx_leaf
 from backbones.stages import Stage
 
-__all__ = ["FullBlock", "PrunedBlock", "State", "TokenStage"]
+__all__ = [
+    "FullBlock",
+    "PrunedBlock",
+    "State",
+    "TokenStage",
+    "condense",
+    "pooled",
+    "rescore",
+    "restore",
+]
 
 # Feature map (B, C, H, W), class token (B, 1, C), score of each position (B, N).
 State = tuple[Tensor, Tensor, Tensor]
 
 
-def normalized(scores: Tensor) -> Tensor:
+def _normalized(scores: Tensor) -> Tensor:
     """Divide scores (B, N), none of them negative, by their sum."""
     return scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
+@fx_leaf
 def pooled(score: Tensor, size: Sequence[int]) -> Tensor:
     """Return the scores (B, N) of a map of this size at half the height and width.
 
     Their sum stays, also where an odd last row or column is left out.
     """
     halved = F.avg_pool2d(score.unflatten(1, size).unsqueeze(1), 2).flatten(1)
-    return normalized(halved) * score.sum(1, keepdim=True)
+    return _normalized(halved) * score.sum(1, keepdim=True)
 
 
 @fx_leaf
@@ -51,9 +61,9 @@ def condense(tokens: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         (B, K + 1, C): these tokens, then the mean of the others, weighted by their scores.
     """
     index = score.topk(tokens.shape[1] // 2).indices
-    weights = normalized(score.scatter(1, index, 0.0)).to(tokens.dtype)
+    weights = _normalized(score.scatter(1, index, 0.0)).to(tokens.dtype)
     rest = weights.unsqueeze(1) @ tokens  # B 1 C
-    return index, torch.cat((tokens.gather(1, spread(index, tokens)), rest), dim=1)
+    return index, torch.cat((tokens.gather(1, _spread(index, tokens)), rest), dim=1)
 
 
 @fx_leaf
@@ -63,7 +73,7 @@ def restore(tokens: Tensor, index: Tensor, chosen: Tensor, change: Tensor) -> Te
     `change` (B, 1, C) is added to the others.
     """
     others = (tokens + change).to(chosen.dtype)
-    return others.scatter(1, spread(index, tokens), chosen)
+    return others.scatter(1, _spread(index, tokens), chosen)
 
 
 @fx_leaf
@@ -78,7 +88,7 @@ def rescore(score: Tensor, index: Tensor, attention: Tensor) -> Tensor:
     return others.scatter(1, index, (score.gather(1, index) + attention[:, :-1]) / 2)
 
 
-def spread(index: Tensor, tokens: Tensor) -> Tensor:
+def _spread(index: Tensor, tokens: Tensor) -> Tensor:
     """Return an index (B, K) for all channels of tokens (B, N, C), (B, K, C)."""
     return index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
 
@@ -103,7 +113,7 @@ class PrunedBlock(AttentionBlock):
     """Attention and MLP of the class token, the better half of the tokens and one for the others.
 
     The others are changed by what the branches add to the one that stands for them, which drop path
-    spares. The first half of each new score is the old one.
+    spares. The new score of a token is the mean of its old one and of the attention paid to it.
     """
 
     def forward(self, state: State) -> State:  # type: ignore[override]

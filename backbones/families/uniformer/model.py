@@ -4,6 +4,7 @@ Source: "UniFormer: Unifying Convolution and Self-attention for Visual Recogniti
 2201.09450), section 4; the light form is in `light`, the head of token labelling in `head`.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,12 +12,12 @@ from timm.layers import LayerNorm, LayerNorm2d, get_device_dtype
 from torch import Tensor, nn
 
 from backbones.config import PerStage
-from backbones.errors import ConfigError, UnsupportedError
+from backbones.errors import CheckpointError, ConfigError, UnsupportedError
 from backbones.families.uniformer.blocks import AttentionBlock, ConvBlock
 from backbones.families.uniformer.head import NormHead, TokenHead
 from backbones.families.uniformer.light import FullBlock, PrunedBlock, TokenStage
 from backbones.layers import Chain, Head
-from backbones.skeleton import StagedBackbone, StagePlan, check_input, per_stage
+from backbones.skeleton import StagedBackbone, StagePlan, Tensors, check_input, per_stage
 
 AUTHORS = (
     (r"^aux_head\.", "head.token_fc."),
@@ -36,6 +37,8 @@ AUTHORS = (
     (r"\.attn\.(weight|bias)$", r".conv_dw.\1"),
     (r"\.gamma_(\d)$", r".gamma\1"),
 )
+# Of the authors' models for ImageNet-1K; by token labelling some have others.
+HEAD_DIMS = {"xxs": 28, "xs": 32, "small": 64, "small_plus": 32, "base": 64, "large": 64}
 
 
 class UniFormer(StagedBackbone):
@@ -52,7 +55,7 @@ class UniFormer(StagedBackbone):
             front of the first stage.
         ls_init_value: initial layer scale; None for no layer scale.
         token_head: a second classifier, whose logits of the best token count half (token
-            labelling); for :meth:`set_distilled_training` it gives the logits of every token.
+            labelling); see :meth:`set_token_training`.
         prune_tokens: the light form, whose attention sees half of the tokens.
         aux_head: for the light form, a second classifier on the class token, for
             :meth:`set_distilled_training`.
@@ -175,8 +178,8 @@ class UniFormer(StagedBackbone):
         """Map images (B, in_chans, H, W) to logits (B, num_classes).
 
         In training mode after ``set_distilled_training(True)``: to (logits, those of the class
-        token), both (B, num_classes), of which the authors take the mean of both losses; or to
-        (logits, those of each token), (B, N, num_classes), for token labelling.
+        token), both (B, num_classes); the authors take the mean of both losses. After
+        ``set_token_training(True)``: to (logits, those of each token, (B, N, num_classes)).
         """
         last: Any = self.stages[-1]
         if not (self.training and self.distilled_training and self.aux_head):
@@ -191,19 +194,31 @@ class UniFormer(StagedBackbone):
         return getattr(self.stages[-1], "aux_head", None)
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Let the training forward return the logits of both classifiers, or one for all again.
+        """Let the training forward return (logits, those of the class token), or logits again.
 
         Raises:
-            UnsupportedError: the model has no second classifier.
+            UnsupportedError: the model has no auxiliary head.
         """
-        if isinstance(self.head, TokenHead):
-            self.head.distilled_training = enable
-        elif enable and self.aux_head is None:
+        if enable and self.aux_head is None:
             raise UnsupportedError(
-                "no second classifier; create a _tl variant (token_head=True), or the light form"
-                " with aux_head=True"
+                "no auxiliary head; create uniformer_xxs or uniformer_xs with aux_head=True"
             )
         self.distilled_training = enable
+
+    def set_token_training(self, enable: bool = True) -> None:
+        """Let the training forward return (logits, those of each token), or logits again.
+
+        Raises:
+            UnsupportedError: the model has no classifier of tokens.
+        """
+        if not isinstance(self.head, TokenHead):
+            raise UnsupportedError("no classifier of tokens; create a _tl variant")
+        self.head.token_training = enable
+
+    def get_classifier(self) -> Any:
+        """Return the classifier layer; a pair of them where tokens have one, too."""
+        first = self.head.get_classifier()
+        return (first, self.head.token_fc) if isinstance(self.head, TokenHead) else first
 
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
@@ -219,3 +234,34 @@ class UniFormer(StagedBackbone):
         else:
             self.aux_head.reset(num_classes, global_pool, **get_device_dtype(self))
             self.init_layer(self.aux_head.get_classifier(), "stages.3.aux_head.fc")
+
+    @classmethod
+    def named_arguments(cls, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the `head_dim` of the authors' model of this name.
+
+        They have two codes with the same names for different models. The one for token labelling is
+        known by its second classifier.
+        """
+        found = re.search(r"uniformer_(xxs|xs|small_plus|small|base|large)(?![a-z])", name.lower())
+        if found is None:
+            return {}
+        labelled = any(re.search(r"(^|\.)(aux_head|token_fc)\.weight$", key) for key in tensors)
+        if "_dim64" in name.lower():
+            return {"head_dim": 64}
+        if found[1] in ("small", "base") and (labelled or "_tl" in name.lower()):
+            return {"head_dim": 32}
+        return {"head_dim": HEAD_DIMS[found[1]]}
+
+    def complete_checkpoint(self, tensors: Tensors) -> Tensors:
+        """Refuse a file without the classifier of tokens for a model that has one.
+
+        Raises:
+            CheckpointError: it is one.
+        """
+        theirs = [f"head.{name}.weight" in tensors for name in ("fc", "token_fc")]
+        if self.token_head and theirs == [True, False]:
+            raise CheckpointError(
+                "the file has no classifier of tokens, so it is of no model that was trained by"
+                " token labelling; create the variant without _tl"
+            )
+        return tensors
