@@ -60,9 +60,7 @@ class LoadReport(Match):
                 title = what.replace("_", " ")
                 lines.append(f"  {title} {len(names)}: {', '.join(names[:6])}{more}")
         if self.assumed:
-            lines.append(
-                f"  as the model has it, the file does not tell: {', '.join(self.assumed)}"
-            )
+            lines.append(f"  not told by the file, as the model has it: {', '.join(self.assumed)}")
         return "\n".join(lines)
 
 
