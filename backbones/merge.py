@@ -31,6 +31,7 @@ __all__ = [
     "factor_into_outputs",
     "fold_chain",
     "is_linear_layer",
+    "map_norm_into_next",
     "norm_into_next",
     "norm_into_previous",
     "norm_into_shortcut",
@@ -121,14 +122,29 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
     batch = isinstance(norm, BATCH_NORMS)
     if not batch and norm.weight is None and norm.bias is None:
         return norm
-    scale, shift = _affine(norm)
-    _shift_inputs(linear, shift)
-    _store(linear, _weight(linear) * _input_values(linear, scale), None)
+    _fold_into_next(norm, linear)
     record("norm into the linear layer after")
     if batch:
         return nn.Identity()
     norm.weight = norm.bias = None  # type: ignore[assignment]
     return norm
+
+
+def map_norm_into_next(norm: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
+    """Fold a batch norm of a feature map (B, C, H, W) into what reads the map by positions.
+
+    The layers act on its channels at every position, or on their average over positions, with which
+    a factor and an offset per channel may change places: ``W' = W s``, ``b' = b + W t`` in each.
+
+    Returns:
+        An identity; or the norm, where it is no batch norm or not all are an ``nn.Linear``.
+    """
+    if not isinstance(norm, nn.BatchNorm2d) or any(type(one) is not nn.Linear for one in linears):
+        return norm
+    for linear in linears:
+        _fold_into_next(norm, linear)
+    record("norm of a feature map into the linear layers after")
+    return nn.Identity()
 
 
 def norm_into_shortcut(norm: nn.Module, scale: Tensor, branch: nn.Module) -> nn.Parameter:
@@ -496,6 +512,13 @@ def _input_values(linear: nn.Module, values: Tensor) -> Tensor:
     groups = linear.groups if isinstance(linear, nn.Conv2d) else 1
     per_group = values.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
     return per_group.reshape(len(weight), -1, *[1] * (weight.ndim - 2))
+
+
+def _fold_into_next(norm: nn.Module, linear: nn.Module) -> None:
+    """Let a layer take a norm's factor and offset on its inputs."""
+    scale, shift = _affine(norm)
+    _shift_inputs(linear, shift)
+    _store(linear, _weight(linear) * _input_values(linear, scale), None)
 
 
 def _acts_on_outputs(norm: Any, linear: nn.Module) -> bool:

@@ -413,6 +413,16 @@ class StagedBackbone(nn.Module):
         twin = type(self)(**self.arguments, device="meta")
         return {key: value.shape for key, value in twin.state_dict().items()}
 
+    @classmethod
+    def named_arguments(cls, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the invisible arguments that the name of a file or its model tells; a hook.
+
+        Args:
+            name: of a checkpoint's file, or of the model as its training script called it.
+            tensors: what the checkpoint holds, by its own names.
+        """
+        return {}
+
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:
         """Add what a released checkpoint is known to lack; a hook for families."""
         return tensors

@@ -96,7 +96,7 @@ def families_in_manifest() -> list[str]:
 def _structure(name: str) -> Any:
     variant = registry.variants[name]
     hints, _ = constructor_hints(registry.classes[variant.family])
-    sizes = {"dims", "depths", "embed_dim", "head_dims"}
+    sizes = {"dims", "depths", "embed_dim", "head_dim", "head_dims"}
     return variant.family, repr(
         sorted((k, v) for k, v in variant.arguments.items() if k in hints and k not in sizes)
     )

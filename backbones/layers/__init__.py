@@ -11,6 +11,7 @@ from backbones.layers.initial_values import init_by_fan_out
 from backbones.layers.layouts import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
 from backbones.layers.mlp import ChannelMlp
 from backbones.layers.norm import GlobalResponseNorm, VectorBatchNorm, statistics_dtype
+from backbones.layers.residual_conv import ResidualConv
 from backbones.layers.tracing import fx_leaf
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ChannelMlp",
     "GlobalResponseNorm",
     "Head",
+    "ResidualConv",
     "VectorBatchNorm",
     "bias_as_norm",
     "conv_norm",

@@ -43,6 +43,9 @@ class LoadReport(Match):
     """Number of entries copied into the model."""
     new: tuple[str, ...] = ()
     """Entries of a new classifier, which keep their random values."""
+    assumed: tuple[str, ...] = ()
+    """Arguments of the model that change what it computes, of which the file says nothing, neither
+    by an entry nor by a name."""
 
     def __str__(self) -> str:
         facts = [f"layout {self.layout}"]
@@ -56,6 +59,8 @@ class LoadReport(Match):
                 more = ", ..." if len(names) > 6 else ""
                 title = what.replace("_", " ")
                 lines.append(f"  {title} {len(names)}: {', '.join(names[:6])}{more}")
+        if self.assumed:
+            lines.append(f"  not told by the file, as the model has it: {', '.join(self.assumed)}")
         return "\n".join(lines)
 
 
@@ -180,7 +185,13 @@ def _load(
     match = {one.name: getattr(mapped, one.name) for one in fields(Match)}
     match["dropped"] = (*mapped.dropped, *(key for key in new if key in mapped.tensors))
     match["ignored"] = (*mapped.ignored, *checkpoint.others)
-    return LoadReport(**match, source=checkpoint.source, loaded=len(tensors), new=tuple(new))
+    return LoadReport(
+        **match,
+        source=checkpoint.source,
+        loaded=len(tensors),
+        new=tuple(new),
+        assumed=target.assumed_arguments(checkpoint),
+    )
 
 
 def _require_known_gaps(mapped: Mapped, target: Target, lacks: Sequence[str], source: str) -> None:

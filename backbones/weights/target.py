@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,20 +73,47 @@ class Target:
             )
 
     def require_arguments(self, checkpoint: Checkpoint) -> None:
-        """Refuse a file of ours saved with another value of an argument that no shape shows."""
+        """Refuse a file that states another value of an argument that no shape shows."""
+        ours = isinstance(checkpoint.description.get("arguments"), Mapping)
+        for name, (given, says) in self._stated(checkpoint).items():
+            own = getattr(self.module, name)
+            if given == own:
+                continue
+            if ours:
+                told = f"was saved from a model with {name}={given}"
+                way_out = f"load it into {says!r}"
+            else:
+                told = f"is, by the name {says!r}, of a model with {name}={given}"
+                way_out = "load it into the variant of that name, rename it if the name misleads"
+            raise CheckpointError(
+                f"{checkpoint.source}: {told}, and {self.name} has {name}={own}; {way_out}, or"
+                f" create the model with {name}={given}"
+            )
+
+    def assumed_arguments(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Return the model's arguments that neither a shape nor what a file says confirms."""
+        stated = self._stated(checkpoint)
+        names = getattr(self.module, "invisible_arguments", ())
+        return tuple(f"{one}={getattr(self.module, one)}" for one in names if one not in stated)
+
+    def _stated(self, checkpoint: Checkpoint) -> dict[str, tuple[Any, str]]:
+        """Return what a file says of invisible arguments: the value, and by which name of a model.
+
+        What `save_checkpoint` wrote counts; of files of others their names do.
+        """
+        found: dict[str, tuple[Any, str]] = {}
+        hidden = getattr(self.module, "invisible_arguments", ())
         saved = checkpoint.description.get("arguments")
-        if not isinstance(saved, Mapping):
-            return
-        for name in getattr(self.module, "invisible_arguments", ()):
-            default = inspect.signature(type(self.module)).parameters[name].default
-            given, own = saved.get(name, default), getattr(self.module, name)
-            if given != own:
-                raise CheckpointError(
-                    f"{checkpoint.source}: was saved from a model with {name}={given}, and"
-                    f" {self.name} has {name}={own}; load it into"
-                    f" {checkpoint.description.get('name')!r}, or create the model with"
-                    f" {name}={given}"
-                )
+        if isinstance(saved, Mapping):
+            parameters = inspect.signature(type(self.module)).parameters
+            says = str(checkpoint.description.get("name"))
+            return {name: (saved.get(name, parameters[name].default), says) for name in hidden}
+        for says in (*checkpoint.model_names, Path(checkpoint.source).stem) if hidden else ():
+            named: Any = getattr(self.module, "named_arguments", None)
+            values = named(says, checkpoint.tensors) if named else {}
+            for name, value in values.items():
+                found.setdefault(name, (value, says))
+        return found
 
     def is_absent_auxiliary(self, key: str) -> bool:
         """Whether the entry belongs to an auxiliary head that this model was built without."""

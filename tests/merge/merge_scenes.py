@@ -340,6 +340,22 @@ class ContrastWithMap(Scene):
             self.gain = None
 
 
+class NormBeforePooling(Scene):
+    counts = {"norm of a feature map into the linear layers after": 1}
+
+    def __init__(self, **options):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8, **options)
+        self.pooled, self.places = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.pooled(x.mean((2, 3))) + self.places(x.flatten(2).mT).amax(1)
+
+    def fold(self):
+        self.norm = merge.map_norm_into_next(self.norm, (self.pooled, self.places))
+
+
 class NormedShortcut(Scene):
     counts = {"norm on a shortcut into a factor": 1}
 
@@ -466,6 +482,8 @@ SCENES = {
     "pass_outputs_into_kernel": PartlyPassed,
     "split_contrast": Contrast,
     "contrast_into_next": ContrastWithMap,
+    "map_norm_into_next": NormBeforePooling,
+    "map_norm_without_parameters_into_next": lambda: NormBeforePooling(affine=False),
     "norm_into_shortcut": NormedShortcut,
     "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
     "biases_into_next": BiasesSideBySide,

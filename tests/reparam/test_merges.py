@@ -46,9 +46,11 @@ class Row:
 NEXT, PREVIOUS = "backbones.merge:norm_into_next", "backbones.merge:norm_into_previous"
 SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_into_outputs"
 SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
+KEYS, VALUES = "backbones.merge:drop_softmax_bias", "backbones.merge:uniform_bias_into_next"
+MAP_NORM = "backbones.merge:map_norm_into_next"
 CENTER = "backbones.merge:center_outputs"
 BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
-IDENTITY = "backbones.families.overlock.layers:ResidualConv.merged"
+IDENTITY = "backbones.layers.residual_conv:ResidualConv.merged"
 
 ROWS = [
     # ConvNeXt
@@ -107,8 +109,8 @@ ROWS = [
     Row("cpubone_b0", "group norm into the MLP", NEXT, r"main\.0$", 7, 0),
     Row("cpubone_b0", "norm of the reduction into qkv", NEXT, r"conv_proj\.norm$", 7, 0),
     Row("cpubone_b0", "scale into the queries", FACTOR, r"pwise$", 7, 1),
-    Row("cpubone_b0", "bias of keys", "backbones.merge:drop_softmax_bias", r"pwise$", 7),
-    Row("cpubone_b0", "bias of values", "backbones.merge:uniform_bias_into_next", r"pwise$", 7),
+    Row("cpubone_b0", "bias of keys", KEYS, r"pwise$", 7),
+    Row("cpubone_b0", "bias of values", VALUES, r"pwise$", 7),
     # LSNet
     Row("lsnet_t", "norms after convolutions", PREVIOUS, r"conv$", 91, 1),
     Row("lsnet_t", "3x3, 1x1 and identity", BRANCHES, r"mixer$", 10, 0),
@@ -116,7 +118,7 @@ ROWS = [
     Row("lsnet_t", "norm of the depthwise downsampling", NEXT, r"downsample\.0\.norm$", 3, 0),
     Row("lsnet_t", "norm into the head", NEXT, r"head\.norm$", 1, 0),
     Row("lsnet_t", "scale into the queries", FACTOR, r"q_dw\.conv$", 5, 1),
-    Row("lsnet_t", "bias of keys", "backbones.merge:drop_softmax_bias", r"qkv\.conv$", 5),
+    Row("lsnet_t", "bias of keys", KEYS, r"qkv\.conv$", 5),
     Row(
         "lsnet_t_distill",
         "two heads into one",
@@ -187,6 +189,20 @@ ROWS = [
         "moganet_xtiny", "fc2 and decompose", "backbones.merge:stack_linear_layers", r"fc2$", 18, 0
     ),
     Row("moganet_xtiny", "layer scales", SCALE, r"(proj_2|fc2)$", 36),
+    # UniFormer
+    Row("uniformer_xxs", "norms of the stem", PREVIOUS, r"stem\.\d$", 2, 1),
+    Row("uniformer_xxs", "identity into the positional 3x3", IDENTITY, r"pos_conv$", 17, 0),
+    Row("uniformer_xxs", "norm1 into conv1 or qkv", NEXT, r"norm1$", 17, 0),
+    Row("uniformer_xxs", "norm2 into fc1", NEXT, r"norm2$", 17, 0),
+    Row("uniformer_xxs", "bias of the 5x5 into conv2", SHIFT_NEXT, r"conv2$", 7),
+    Row("uniformer_xxs", "scale into the queries", FACTOR, r"qkv$", 10, 1),
+    Row("uniformer_xxs", "bias of keys", KEYS, r"qkv$", 10),
+    Row("uniformer_xxs", "bias of values", VALUES, r"qkv$", 10),
+    Row("uniformer_xxs", "norm before pooling into the head", MAP_NORM, r"head\.norm$", 1, 0),
+    Row("uniformer_small_plus", "downsampling norms", PREVIOUS, r"(stem|sample)\.\d$", 5, 1),
+    Row("uniformer_small_tl", "norm into both classifiers", MAP_NORM, r"head\.norm$", 1, 0),
+    Row("uniformer_small_tl", "1/2 into the classifier of tokens", FACTOR, r"token_fc$", 1, 1),
+    Row("uniformer_base_ls", "layer scales", SCALE, r"(attn\.proj|mlp\.fc2)$", 54),
 ]
 
 
@@ -335,6 +351,10 @@ LEFT_OUT = [
     LeftOut("moganet_xtiny", "other biases of the 5x5", ZEROS, r"conv_dw0\.bias$", 18),
     LeftOut("moganet_xtiny", "bias of fc1", ZEROS, r"mlp\.fc1\.bias$", 18),
     LeftOut("moganet_xtiny", "gate and value", "their inputs differ", r"(gate|proj)\.weight$", 36),
+    LeftOut("uniformer_xxs", "norm of a patch embedding", ZEROS, r"sample\.1\.(w|b)", 6),
+    LeftOut("uniformer_xxs", "bias of conv1 through the 5x5", ZEROS, r"conv1\.bias$", 7),
+    LeftOut("uniformer_xxs", "1x1, 5x5 and 1x1", COSTS, r"(conv\d|conv_dw)\.weight$", 21),
+    LeftOut("uniformer_xxs", "constant class token", COSTS, r"cls_token$", 1),
 ]
 
 

@@ -7,7 +7,6 @@ layouts: from those packages' classes. mmpretrain's: from the authors', by its c
 
 from __future__ import annotations
 
-import inspect
 import re
 from functools import cache
 
@@ -41,7 +40,10 @@ FINAL = {
     "spartan": ("linear.",),
     "moganet": ("head.",),
     "overlock": ("head.4.", "aux_head.2."),
+    "uniformer": ("head.", "aux_head.", "head_cls."),
 }
+# Arguments that decide the authors' names.
+NAMED_BY = {"moganet": ("silu_twice",), "uniformer": ("embeddings",)}
 INITIALIZERS = frozenset(
     "kaiming_uniform_ uniform_ normal_ constant_ erfinv_ mul_ add_ clamp_ fill_ zero_".split()
 )
@@ -185,11 +187,11 @@ def merge_branches(shapes: Shapes) -> Shapes:
 
 @cache
 def _own_model(variant: str) -> torch.nn.Module:
-    """Our model with 1000 classes and its auxiliary head."""
+    """Our model with 1000 classes and its auxiliary head, where the authors' has one."""
     found = registry.variants[variant]
     model_class = registry.classes[found.family]
-    parameters = inspect.signature(model_class.__init__).parameters
-    auxiliary = {"aux_head": True} if "aux_head" in parameters else {}
+    has_one = found.family == "overlock" or found.arguments.get("prune_tokens")
+    auxiliary = {"aux_head": True} if has_one else {}
     return model_class(**found.arguments, **auxiliary, device="meta")
 
 
@@ -212,13 +214,13 @@ def _pairs(variant: str) -> list[tuple[str, str, tuple[int, ...], torch.Size]]:
 def siblings(variant: str) -> list[str]:
     """Return the family's other variants that have goldens, but for the few of most entries.
 
-    Variants that differ in what no shape shows come from other sources, with other names.
+    Their names are those of the same source, and of the same parts.
     """
 
     def source(name: str) -> tuple[str, list[object]]:
         found = registry.variants[name]
-        hidden = registry.classes[found.family].invisible_arguments
-        return found.family, [found.arguments.get(argument) for argument in hidden]
+        decisive = NAMED_BY.get(found.family, ())
+        return found.family, [found.arguments.get(argument) for argument in decisive]
 
     names = [name for name in registry.variants if source(name) == source(variant)]
     sizes = {name: len(golden_shapes(name) or ()) for name in names if name != variant}

@@ -48,6 +48,8 @@ CARRIED_OVER = (
     "hornet_tiny_gf",
     "overlock_xt",
     "moganet_tiny",
+    "uniformer_small_tl",
+    "uniformer_xs",
 )
 # Who writes files of another layout than the authors'.
 PUBLISHERS = {

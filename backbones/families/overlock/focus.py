@@ -16,8 +16,15 @@ from torch import Tensor, nn
 
 from backbones import merge
 from backbones.families.overlock.dynamic_conv import DynamicConv
-from backbones.families.overlock.layers import ConvMlp, LayerScale, ResidualConv
-from backbones.layers import BranchedConv, Chain, GlobalResponseNorm, Head, conv_norm
+from backbones.families.overlock.layers import ConvMlp, LayerScale
+from backbones.layers import (
+    BranchedConv,
+    Chain,
+    GlobalResponseNorm,
+    Head,
+    ResidualConv,
+    conv_norm,
+)
 from backbones.skeleton import Stage
 
 __all__ = ["FocusBlock", "FocusDownsample", "FocusNet", "FocusStage"]

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from backbones import merge
 from backbones.errors import UnsupportedError
 from backbones.families.overlock.focus import FocusBlock, FocusDownsample, FocusNet, FocusStage
-from backbones.families.overlock.layers import ConvMlp, LayerScale, ResidualConv
+from backbones.families.overlock.layers import ConvMlp, LayerScale
 from backbones.layers import (
     BRANCHED_CONV_LAYOUT,
     BranchedConv,
     Head,
+    ResidualConv,
     conv_norm,
     split_merged_kernels,
 )
