@@ -227,7 +227,9 @@ def _save(
             **options,
         )
     except KeyboardInterrupt:
-        print(f"{args.output}.partial holds what is done; --resume goes on", file=sys.stderr)
+        if Path(f"{args.output}.partial").exists():
+            told = f"{args.output}.partial holds what is done; --resume goes on"
+            print(told, file=sys.stderr)
         raise
     return [str(summary)], summary.as_dict()
 

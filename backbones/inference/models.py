@@ -49,6 +49,7 @@ class OpenModel:
     classes: Sequence[str] | None
     key: Callable[[], str]
     raw: bool = False
+    num_classes: int | None = None
 
 
 def open_inference_model(
@@ -97,7 +98,7 @@ def open_inference_model(
     channels = getattr(module, "in_chans", None) or known["input_size"][0]
     height, width = (input_size or known["input_size"])[-2:]
     data_config = fit_channels({**known, "input_size": (channels, height, width)}, channels)
-    classes = class_names(module)
+    classes, num_classes = class_names(module), getattr(module, "num_classes", None)
     if features:
         module = _without_classifier(module)
     if setting is None and count is not None and count < _MANY:
@@ -107,7 +108,7 @@ def open_inference_model(
         elif precision == "fp32":
             setting = Setting(_PLAIN, precision, size, 1, cores)
     if setting is not None and setting.engine == _PLAIN:
-        return _as_it_is(module, data_config, classes, setting)
+        return _as_it_is(module, data_config, classes, setting, num_classes)
     found = deploy_for_throughput(
         module,
         engine=engine,
@@ -120,7 +121,14 @@ def open_inference_model(
         cache_dir=cache_dir,
         progress=progress,
     )
-    return OpenModel(found.runner, found.setting, data_config, classes, lambda: found.key)
+    return OpenModel(
+        found.runner,
+        found.setting,
+        data_config,
+        classes,
+        lambda: found.key,
+        num_classes=num_classes,
+    )
 
 
 _PLAIN = "pytorch"  # the model as it is: nothing is converted or merged
@@ -131,6 +139,7 @@ def _as_it_is(
     data_config: Mapping[str, Any],
     classes: Sequence[str] | None,
     setting: Setting,
+    num_classes: int | None,
 ) -> OpenModel:
     """Run a module without preparation, which is soonest for a few images."""
     if module.training:
@@ -144,7 +153,14 @@ def _as_it_is(
             return module(images.to(first.device, first.dtype)).float().cpu()
 
     size = data_config["input_size"]
-    return OpenModel(call, setting, data_config, classes, lambda: content_key(module, size))
+    return OpenModel(
+        call,
+        setting,
+        data_config,
+        classes,
+        lambda: content_key(module, size),
+        num_classes=num_classes,
+    )
 
 
 def _of_runner(runner: Runner, batch_size: int | None, count: int | None) -> OpenModel:

@@ -219,8 +219,7 @@ def save_predictions(
     whole, step = len(source), run.model.setting.batch_size
     spans = _left(journal.done(), whole, step, rank, size)
     total = sum(end - first for first, end in spans)
-    bad: list[str] = []
-    done = 0
+    bad, done, first_error = 0, 0, ""
     began = time.perf_counter()
     try:
         # Closing them ends the threads, before what is waiting is written.
@@ -228,20 +227,24 @@ def save_predictions(
             for first, rows in batches:
                 journal.add(first, rows)
                 done += len(rows)
-                bad += [row.error for row in rows if row.error is not None]
+                errors = [row.error for row in rows if row.error is not None]
+                bad += len(errors)
+                first_error = first_error or "".join(errors[:1])
                 if each is not None:
                     each(first, rows, total - done)
     finally:
         journal.flush()
+        if size == 1 and not journal.done():
+            journal.discard()
     seconds = time.perf_counter() - began
-    if len(bad) == done == whole:
+    if bad == done == whole:
         journal.discard()
-        raise DataError(f"none of the {whole} images could be read; the first: {bad[0]}")
+        raise DataError(f"none of the {whole} images could be read; the first: {first_error}")
     complete = journal.finish(whole, parts=parts)
     work = run.meter.decoding + run.meter.engine
     return Summary(
         images=done,
-        bad=len(bad),
+        bad=bad,
         missing=0 if complete else journal.missing(whole),
         seconds=seconds,
         decoding=run.meter.decoding / work if work else 0.0,
@@ -316,6 +319,7 @@ class _Run:
         self._open = open_model
         self.model = open_model(Setting(**job["setting"]) if job else None)
         self.classes = self.model.classes if classes is None else classes
+        self._check_classes(self.model.num_classes)
         self.decoder = Decoder(self.model.data_config, raw=self.model.raw, reduce=reduce)
         self.meter = Meter()
 
@@ -377,6 +381,14 @@ class _Run:
             for _, rows in batches:
                 yield from rows
 
+    def _check_classes(self, count: int | None) -> None:
+        if (
+            not self.features
+            and self.classes is not None
+            and count not in (None, len(self.classes))
+        ):
+            raise ConfigError(f"{len(self.classes)} names of classes, and the model has {count}")
+
     def _fields(self, outputs: Tensor) -> list[dict[str, Any]]:
         if outputs.ndim != 2:
             raise ConfigError(
@@ -384,10 +396,7 @@ class _Run:
             )
         if self.features:
             return [{"embedding": one} for one in embedding_rows(outputs)]
-        if self.classes is not None and len(self.classes) != outputs.shape[1]:
-            raise ConfigError(
-                f"{len(self.classes)} names of classes, and the model has {outputs.shape[1]}"
-            )
+        self._check_classes(outputs.shape[1])
         return [{"predictions": p} for p in prediction_rows(outputs, self.top_k, self.classes)]
 
 

@@ -337,5 +337,10 @@ def test_bad_outputs(checkpoint, photos, tmp_path):
     with pytest.raises(DataError, match="none of the 3 images"):
         save_predictions(bad, checkpoint, tmp_path / "rows.csv")
     assert not (tmp_path / "rows.csv").exists()
+    with pytest.raises(ConfigError, match="3 names of classes"):
+        save_predictions(photos, checkpoint, tmp_path / "rows.csv", classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="length is known"):
         save_predictions((path for path in photos.iterdir()), checkpoint, tmp_path / "rows.csv")
+    with pytest.raises(DataError):
+        save_predictions(photos, checkpoint, tmp_path / "rows.csv", strict=True, batch_size=COUNT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "folder.csv"]
