@@ -133,23 +133,28 @@ def test_parts_join_to_the_same_file(model, photos, tmp_path, suffix, features, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [one.name, several.name]
 
 
-# Writes a part for every batch, and takes its time for it.
+# Writes a part for every batch, takes its time for it, and waits after the part that is named.
 SLOWLY = """
 import sys, time
 from backbones.cli import main
 from backbones.inference import journal
 journal._ROWS = 4
 write = journal.Journal.flush
+parts = 0
 def flush(self):
+    global parts
     time.sleep(0.03)
     write(self)
     print("part", flush=True)
+    parts += 1
+    if parts == int(sys.argv[1]):
+        time.sleep(60)
 journal.Journal.flush = flush
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
-def start_slowly(checkpoint, photos, output, *options):
+def start_slowly(checkpoint, photos, output, *options, wait_after=0):
     argv = [
         "predict",
         checkpoint,
@@ -165,7 +170,7 @@ def start_slowly(checkpoint, photos, output, *options):
         *options,
     ]
     return subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *map(str, argv)],
+        [sys.executable, "-c", SLOWLY, str(wait_after), *map(str, argv)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -177,7 +182,7 @@ def kill_and_resume(checkpoint, photos, output, kills, seed):
     """Kill a run at random moments, go on with it, and return how many rows were done each time."""
     chance, options, done = random.Random(seed), [], []
     for _ in range(kills):
-        run = start_slowly(checkpoint, photos, output, *options)
+        run = start_slowly(checkpoint, photos, output, *options, wait_after=4)
         for _ in range(chance.randrange(1, 4)):
             run.stdout.readline()
         time.sleep(chance.random() * 0.05)
@@ -228,9 +233,10 @@ def test_killed_many_times(checkpoint, photos, whole, tmp_path, seed):
 
 def test_interrupted(checkpoint, photos, whole, tmp_path):
     output = tmp_path / "rows.jsonl"
-    run = start_slowly(checkpoint, photos, output)
-    for _ in range(3):
-        run.stdout.readline()
+    run = start_slowly(checkpoint, photos, output, wait_after=3)
+    while len(list(output.with_name("rows.jsonl.partial").glob("0*"))) < 3:
+        assert run.poll() is None
+        time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     text = run.communicate(timeout=120)[0]
     assert run.returncode == 130, text
