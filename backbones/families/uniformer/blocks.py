@@ -10,7 +10,7 @@ from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers import ChannelMlp, ResidualConv, statistics_dtype
+from backbones.layers import ChannelMlp, ResidualConv, fx_leaf, statistics_dtype
 
 __all__ = ["Attention", "AttentionBlock", "ConvBlock", "scaled"]
 
@@ -71,6 +71,17 @@ class ConvBlock(nn.Module):
         self.gamma1 = self.gamma2 = None
 
 
+@fx_leaf
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return what queries (B, G, N, c) take of values.
+
+    PyTorch's kernel for CPUs has no second derivative, and a wrong one forward.
+    """
+    if torch.is_grad_enabled() and q.device.type == "cpu":
+        return (q @ k.mT * scale).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of a sequence (B, N, C), without any table of positions.
 
@@ -96,7 +107,7 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention's outputs, (B, N, C)."""
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # B G N c
+        mixed = _attend(q, k, v, self.scale)  # B G N c
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def first_row(self, q: Tensor, k: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ class NormHead(Head):
     def __init__(self, dim: int, **common: Any) -> None:
         super().__init__(dim, maps={"norm": nn.BatchNorm2d(dim)}, **common)
 
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
+        # Attention leaves maps token by token in memory, for which the forward-mode derivative of
+        # the gradient of PyTorch's batch norm is wrong (2.14).
+        return super().forward(x.contiguous(), pre_logits)
+
     def reparameterize(self) -> None:
         """Fold the norm into what reads the averages of its outputs."""
         if self.map_parts and self.pool_type in AVERAGES:
@@ -73,6 +78,7 @@ class TokenHead(NormHead):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
         if pre_logits or not self.pool_type or isinstance(self.token_fc, nn.Identity):
             return super().forward(x, pre_logits)
+        x = x.contiguous()  # as above
         for name in self.map_parts:
             x = getattr(self, name)(x)  # B C H W
         logits = self.fc(self.drop(self.global_pool(x)))  # B num_classes
