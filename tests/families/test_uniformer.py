@@ -234,6 +234,14 @@ def test_scores_that_are_zero_stay_finite():
     assert torch.isfinite(pooled(torch.zeros(1, 9), (3, 3))).all()
 
 
+def test_a_map_of_one_token_leaves_for_openvino(tmp_path):
+    """Half of one token is none."""
+    pytest.importorskip("openvino")
+    model = small("uniformer_xxs").float()
+    report = backbones.export(model, tmp_path / "m.xml", input_size=(3, 32, 32))
+    assert [check.shape for check in report.checks] == [(1, 3, 32, 32), (5, 3, 32, 32)]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("deploy", [False, True])
 def test_half_types_and_autocast_choose_by_scores_in_float32(deploy):

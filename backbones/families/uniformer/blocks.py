@@ -75,7 +75,7 @@ class ConvBlock(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return what queries (B, G, N, c) take of values.
 
-    PyTorch's kernel for CPUs has no second derivative, and a wrong one forward.
+    PyTorch's kernel for CPUs has no second derivative.
     """
     if torch.is_grad_enabled() and q.device.type == "cpu":
         return (q @ k.mT * scale).softmax(-1) @ v

@@ -61,6 +61,8 @@ def condense(tokens: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         (B, K + 1, C): these tokens, then the mean of the others, weighted by their scores.
     """
     index = score.topk(tokens.shape[1] // 2).indices
+    if tokens.shape[1] == 1:  # as it is, for OpenVINO joins and scatters no empty tensors
+        return index, tokens
     weights = _normalized(score.scatter(1, index, 0.0)).to(tokens.dtype)
     rest = weights.unsqueeze(1) @ tokens  # B 1 C
     return index, torch.cat((tokens.gather(1, _spread(index, tokens)), rest), dim=1)
@@ -73,6 +75,8 @@ def restore(tokens: Tensor, index: Tensor, chosen: Tensor, change: Tensor) -> Te
     `change` (B, 1, C) is added to the others.
     """
     others = (tokens + change).to(chosen.dtype)
+    if tokens.shape[1] == 1:
+        return others
     return others.scatter(1, _spread(index, tokens), chosen)
 
 
@@ -85,6 +89,8 @@ def rescore(score: Tensor, index: Tensor, attention: Tensor) -> Tensor:
     such a map to be whole.
     """
     others = score if score.shape[1] > 2 else (score + attention[:, -1:]) / 2
+    if score.shape[1] == 1:
+        return others
     return others.scatter(1, index, (score.gather(1, index) + attention[:, :-1]) / 2)
 
 
