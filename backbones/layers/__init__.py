@@ -1,5 +1,6 @@
 """Parts that two or more families use."""
 
+from backbones.layers.attention import attend
 from backbones.layers.branched_conv import (
     BRANCHED_CONV_LAYOUT,
     BranchedConv,
@@ -25,6 +26,7 @@ __all__ = [
     "Head",
     "ResidualConv",
     "VectorBatchNorm",
+    "attend",
     "bias_as_norm",
     "conv_norm",
     "fx_leaf",

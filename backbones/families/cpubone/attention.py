@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import merge
+from backbones.layers import attend
 
 __all__ = ["ConvAttention", "padded"]
 
@@ -49,7 +50,7 @@ class ConvAttention(nn.Module):
         # The channels of one head are its queries, keys and values, in this order.
         heads = x.reshape(x.shape[0], self.num_heads, 3 * self.head_dim, -1).transpose(-2, -1)
         q, k, v = heads.chunk(3, dim=-1)  # each B G N c
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(-2, -1)
+        mixed = attend(q, k, v, self.scale).transpose(-2, -1)
         # B G c N to B G*c H/stride W/stride, projected and upsampled to B C H W
         x = self.upsampling(mixed.reshape(x.shape[0], -1, x.shape[-2], x.shape[-1]))
         return x[..., :height, :width] if self.stride > 1 else x

@@ -5,12 +5,11 @@ Source: "UniFormer: Unifying Convolution and Self-attention for Visual Recogniti
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers import ChannelMlp, ResidualConv, fx_leaf, statistics_dtype
+from backbones.layers import ChannelMlp, ResidualConv, attend, statistics_dtype
 
 __all__ = ["Attention", "AttentionBlock", "ConvBlock", "scaled"]
 
@@ -71,17 +70,6 @@ class ConvBlock(nn.Module):
         self.gamma1 = self.gamma2 = None
 
 
-@fx_leaf
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return what queries (B, G, N, c) take of values.
-
-    PyTorch's kernel for CPUs has no second derivative.
-    """
-    if torch.is_grad_enabled() and q.device.type == "cpu":
-        return (q @ k.mT * scale).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention of a sequence (B, N, C), without any table of positions.
 
@@ -107,7 +95,7 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention's outputs, (B, N, C)."""
-        mixed = _attend(q, k, v, self.scale)  # B G N c
+        mixed = attend(q, k, v, self.scale)  # B G N c
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def first_row(self, q: Tensor, k: Tensor) -> Tensor:
