@@ -11,7 +11,7 @@ from torch import nn
 
 from backbones.engines.caching import read_choice, write_choice
 from backbones.engines.deploying import request_of
-from backbones.engines.preparation import DTYPES, PRECISIONS, Images, random_input
+from backbones.engines.preparation import PRECISIONS, Images, random_input
 from backbones.engines.runners import Deployment, Runner
 from backbones.engines.targets import ENGINES
 from backbones.engines.verification import TOLERANCE, compare, run_model
@@ -65,7 +65,6 @@ def deploy_for_throughput(
     precision: str = "fp32",
     threads: int | None = None,
     batch_size: int | None = None,
-    measure: bool = True,
     setting: Setting | None = None,
     input_size: Sequence[int] | None = None,
     calibration: Images | None = None,
@@ -83,7 +82,6 @@ def deploy_for_throughput(
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         threads: of all streams together; None for PyTorch's number.
         batch_size: images of a call; None for the best.
-        measure: False takes what is remembered, or else runs the model in PyTorch at once.
         setting: to be taken as it is, such as one of another process.
         input_size, calibration, cache_dir, progress: as for `deploy`.
 
@@ -109,8 +107,6 @@ def deploy_for_throughput(
     }
     if setting is None and (found := read_choice(deployment.folder, request)):
         setting = Setting(**found)
-    if setting is None and not measure and engine == "auto" and precision in DTYPES:
-        setting = Setting("eager", precision, first, 1, deployment.threads)
     if setting is not None:
         return ThroughputRunner(_start(deployment, setting), setting, key)
     runner, setting = _search(deployment, names, batch_size, progress or (lambda line: None))
