@@ -1,9 +1,8 @@
 """A linear probe: how well a classifier on a backbone's embeddings tells classes apart."""
 
-import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from backbones.errors import DataError
 from backbones.inference import embed
 from backbones.optional import optional_import
 from backbones.train.config import TrainConfig
-from backbones.train.data import ImageFolder, open_splits
+from backbones.train.data import open_splits
 
 __all__ = ["Probe", "probe"]
 
@@ -91,9 +90,17 @@ def probe(
     if splits.val is None:
         raise DataError(f"{data_dir}: no images to measure on")
     began = time.perf_counter()
-    x, y = _embeddings(splits.train, model, progress, options)
-    x_val, y_val = _embeddings(splits.val, model, progress, options)
+    both = (splits.train, splits.val)
+    files = [replace(one.files, paths=tuple(path for path, _ in one.samples)) for one in both]
+    found: list[Any] = []
+    for row in embed(files, model, strict=True, **options):
+        found.append(row.embedding)
+        if progress is not None:
+            progress()
     seconds = time.perf_counter() - began
+    count = len(splits.train)
+    x, x_val = np.stack(found[:count]), np.stack(found[count:])
+    y, y_val = (np.array([target for _, target in one.samples]) for one in both)
     fitted = pipeline.make_pipeline(
         scaling.StandardScaler(), linear.LogisticRegression(max_iter=1000)
     ).fit(x, y)
@@ -108,15 +115,3 @@ def probe(
         seconds=seconds,
         notes=splits.notes,
     )
-
-
-def _embeddings(
-    dataset: ImageFolder, model: nn.Module, progress: Callable[[], None] | None, options: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    files = dataclasses.replace(dataset.files, paths=tuple(path for path, _ in dataset.samples))
-    found: list[Any] = []
-    for row in embed(files, model, strict=True, **options):
-        found.append(row.embedding)
-        if progress is not None:
-            progress()
-    return np.stack(found), np.array([target for _, target in dataset.samples])
