@@ -29,6 +29,7 @@ __all__ = [
     "create_model",
     "find_variant",
     "is_checkpoint",
+    "label_names",
     "list_families",
     "list_models",
     "load_model",
@@ -96,6 +97,12 @@ def find_variant(name: str) -> tuple[Variant | None, str | None]:
     if variant is not None and tag:
         load_manifest().find(variant.name, tag)
     return variant, tag or None
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """Return the names of a model's classes, where its checkpoint or an option said them."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("label_names")
 
 
 def is_checkpoint(given: str | Path) -> bool:

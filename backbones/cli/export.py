@@ -9,14 +9,13 @@ from backbones.cli.opening import (
     add_model,
     add_size,
     asked_size,
-    label_names,
     open_model,
     refuse_same,
 )
 from backbones.cli.parsing import command, tell
 from backbones.engines import available_formats, file_suffixes
 from backbones.errors import ConfigError
-from backbones.factory import is_checkpoint
+from backbones.factory import is_checkpoint, label_names
 
 __all__ = ["add_parser"]
 

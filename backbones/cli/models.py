@@ -9,9 +9,9 @@ import timm
 from timm.data import resolve_model_data_config
 
 import backbones
-from backbones.cli.opening import add_model, label_names, open_model
+from backbones.cli.opening import add_model, open_model
 from backbones.cli.parsing import command, tell
-from backbones.factory import REMOTE, find_variant, is_checkpoint
+from backbones.factory import REMOTE, find_variant, is_checkpoint, label_names
 from backbones.info import count_parameters
 
 __all__ = ["add_parser"]

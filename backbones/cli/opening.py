@@ -10,6 +10,7 @@ from torch import nn
 
 import backbones
 from backbones.cli.parsing import Parser, positive
+from backbones.engines import Runner, file_suffixes, open_exported
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint, open_checkpoint
 from backbones.images import read_names
@@ -19,8 +20,9 @@ __all__ = [
     "add_model",
     "add_size",
     "asked_size",
-    "label_names",
+    "is_exported",
     "open_model",
+    "open_runner",
     "open_with_facts",
     "read_class_names",
     "refuse_same",
@@ -87,6 +89,27 @@ def open_with_facts(
     return model, saved
 
 
+def is_exported(args: argparse.Namespace) -> bool:
+    """Tell whether ``MODEL`` is an exported file, by its suffix."""
+    return Path(args.model).suffix in file_suffixes()
+
+
+def open_runner(args: argparse.Namespace, *also: str) -> Runner:
+    """Open the exported file ``MODEL``, which says itself what options say of other models.
+
+    `also` are further options that it cannot have.
+    """
+    options = ("name", "img_size", "input_size", "num_classes", *also)
+    if any(getattr(args, option) for option in options):
+        named = ", ".join(f"--{option.replace('_', '-')}" for option in options)
+        raise ConfigError(f"{args.model} is exported and says itself what it is; leave out {named}")
+    runner = open_exported(args.model, threads=args.threads)
+    known = runner.metadata.get("classes")
+    if names := read_class_names(args.class_names, known and len(known)):
+        runner.metadata["classes"] = names
+    return runner
+
+
 def refuse_same(source: str, target: str) -> None:
     """Refuse to write a file over the one that it is made of."""
     if Path(source).exists() and Path(target).exists() and Path(target).samefile(source):
@@ -110,12 +133,6 @@ def read_class_names(path: str | None, count: int | None) -> list[str] | None:
     if count is not None and len(names) != count:
         raise ConfigError(f"{path} names {len(names)} classes, the model has {count}")
     return names
-
-
-def label_names(model: nn.Module) -> list[str] | None:
-    """Return the names of a model's classes, where its checkpoint or an option said them."""
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    return cfg.get("label_names")
 
 
 def add_size(parser: Parser) -> None:

@@ -11,9 +11,16 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-from backbones.cli.opening import add_model, add_size, open_model, read_class_names, set_size
+from backbones.cli.opening import (
+    add_model,
+    add_size,
+    is_exported,
+    open_model,
+    open_runner,
+    set_size,
+)
 from backbones.cli.parsing import command, folder, natural, positive, tell
-from backbones.engines import ENGINES, PRECISIONS, Runner, file_suffixes, open_exported
+from backbones.engines import ENGINES, PRECISIONS, Runner, file_suffixes
 from backbones.errors import ConfigError, DataError
 from backbones.inference import (
     FORMATS,
@@ -131,6 +138,7 @@ def _run(args: argparse.Namespace) -> int:
     for line in source.left_out:
         print(line, file=sys.stderr)
     model = _open(args)
+    classes = model.metadata.get("classes") if isinstance(model, Runner) else class_names(model)
     options: dict[str, Any] = {
         "top_k": args.top_k,
         "engine": args.engine,
@@ -141,10 +149,10 @@ def _run(args: argparse.Namespace) -> int:
         "workers": args.workers or None,
         "reduce": args.reduce,
         "strict": args.strict,
-        "classes": _names(args, model),
+        "classes": classes,
         "progress": _say,
     }
-    sheet = Sheet(source, options["classes"]) if args.sheet else None
+    sheet = Sheet(source, classes) if args.sheet else None
     explainer = _explainer(args, model)
     bar = tqdm(total=len(source), unit="image", leave=False, disable=None)
 
@@ -171,24 +179,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> nn.Module | Runner:
-    if Path(args.model).suffix in file_suffixes():
-        if args.name or args.img_size or args.input_size or args.num_classes or args.explain:
-            raise ConfigError(
-                f"{args.model} is exported and says itself what it is; leave out --name,"
-                " --img-size, --num-classes and --explain"
-            )
-        return open_exported(args.model, threads=args.threads)
+    if is_exported(args):
+        return open_runner(args, "explain")
     model = open_model(args)
     set_size(model, args)
     return model
-
-
-def _names(args: argparse.Namespace, model: Any) -> list[str] | None:
-    """Return the names of the model's classes, where they are known."""
-    if not isinstance(model, Runner):
-        return class_names(model)  # with those of --class-names, which `open_model` has put there
-    known = model.metadata.get("classes")
-    return read_class_names(args.class_names, known and len(known)) or known
 
 
 def _explainer(args: argparse.Namespace, model: Any) -> Explainer | None:
@@ -210,8 +205,6 @@ def _say(line: str) -> None:
 def _save(
     args: argparse.Namespace, source: Source, model: Any, each: Any, options: dict[str, Any]
 ) -> tuple[list[str], Any]:
-    if args.features:
-        options = {key: value for key, value in options.items() if key != "classes"}
     try:
         summary = save_predictions(
             source,

@@ -9,13 +9,13 @@ import backbones
 from backbones.cli.opening import (
     add_model,
     add_size,
-    label_names,
     open_with_facts,
     refuse_same,
     set_size,
 )
 from backbones.cli.parsing import command, tell
 from backbones.errors import ConfigError, UnsupportedError
+from backbones.factory import label_names
 from backbones.reparameterization import reparameterize_with_report
 from backbones.skeleton import StagedBackbone
 

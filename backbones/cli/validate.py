@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from tqdm import tqdm
 from backbones.cli.opening import (
     add_model,
     add_size,
-    label_names,
+    is_exported,
     open_model,
-    read_class_names,
+    open_runner,
     set_size,
 )
 from backbones.cli.parsing import command, device, folder, natural, positive, share, tell
-from backbones.engines import file_suffixes, open_exported
+from backbones.engines import file_suffixes
 from backbones.errors import ConfigError
+from backbones.factory import label_names
 from backbones.train import probe, set_input, validate, write_validation
 
 __all__ = ["add_parser"]
@@ -71,8 +71,8 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.probe:
         return _probe(args, images)
-    exported = Path(args.model).suffix in file_suffixes()
-    model, data_config, classes, num_classes = (_exported if exported else _module)(args)
+    load = _exported if is_exported(args) else _module
+    model, data_config, classes, num_classes = load(args)
     result = validate(
         model,
         images,
@@ -127,18 +127,11 @@ def _module(args: argparse.Namespace) -> Loaded:
 
 
 def _exported(args: argparse.Namespace) -> Loaded:
-    if args.reparam or args.name or args.img_size or args.input_size or args.num_classes:
-        raise ConfigError(
-            f"{args.model} is exported and says itself what it is; leave out --name, --reparam,"
-            " --img-size and --num-classes"
-        )
-    runner = open_exported(args.model, threads=args.threads)
+    runner = open_runner(args, "reparam")
     metadata = runner.metadata
     if not metadata.get("input"):
         raise ConfigError(f"{args.model} does not say how images are prepared for it")
     data_config = dict(metadata["input"])
     if args.crop_pct is not None:
         data_config["crop_pct"] = args.crop_pct
-    known = metadata.get("classes")
-    names = read_class_names(args.class_names, known and len(known))
-    return runner, data_config, names or known, None
+    return runner, data_config, metadata.get("classes"), None

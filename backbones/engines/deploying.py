@@ -28,6 +28,7 @@ from backbones.engines.targets import ENGINES, available_engines, find_engine
 from backbones.engines.timing import take_turns
 from backbones.engines.verification import Agreement, as_list, compare, run_model
 from backbones.errors import BackbonesError, ConfigError
+from backbones.factory import label_names
 from backbones.images import fit_channels
 from backbones.wrappers import unwrapped
 
@@ -179,9 +180,8 @@ def deploy(
 def _facts(deployment: Deployment) -> dict[str, Any]:
     """Return what a runner says of its model, though no file of it does: input and classes."""
     model, size = deployment.model, deployment.size
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     config = {**resolve_model_data_config(model), "input_size": size}
-    return {"input": fit_channels(config, size[0]), "classes": cfg.get("label_names")}
+    return {"input": fit_channels(config, size[0]), "classes": label_names(model)}
 
 
 def request_of(

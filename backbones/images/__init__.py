@@ -1,7 +1,7 @@
 """Images of strangers: found in folders and archives, opened in one way, checked."""
 
 from backbones.images.channels import fit_channels, image_mode
-from backbones.images.files import ImageFiles, list_images, read_names, some
+from backbones.images.files import ImageFiles, list_images, read_names, read_text, some
 from backbones.images.opening import convert_image, find_bad_images, open_image
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "list_images",
     "open_image",
     "read_names",
+    "read_text",
     "some",
 ]

@@ -16,7 +16,7 @@ from PIL import Image
 from backbones.errors import DataError
 from backbones.images.opening import open_image
 
-__all__ = ["ImageFiles", "list_images", "read_names", "some"]
+__all__ = ["ImageFiles", "list_images", "read_names", "read_text", "some"]
 
 # Made by synchronizing disks, archives and desktops; compared in lower case.
 _MACHINE_MADE = {
@@ -150,12 +150,21 @@ def read_names(path: str | PathLike[str]) -> list[str]:
     Raises:
         DataError: there is no such text file.
     """
+    text = read_text(path, "give a text file, one class a line")
+    return [line.strip() for line in text.rstrip().split("\n")]
+
+
+def read_text(path: str | PathLike[str], way_out: str) -> str:
+    """Return what a text file in UTF-8 says, without byte order mark, with plain line ends.
+
+    Raises:
+        DataError: there is no such text file; the message ends with `way_out`.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # and universal newlines
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
-        raise DataError(f"{path}: {reason}; give a text file, one class a line") from error
-    return [line.strip() for line in text.rstrip().split("\n")]
+        raise DataError(f"{path}: {reason}; {way_out}") from error
 
 
 def some(names: Sequence[str], most: int) -> str:

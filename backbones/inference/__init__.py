@@ -3,8 +3,9 @@
 from backbones.inference.explaining import Explainer
 from backbones.inference.formats import FORMATS
 from backbones.inference.models import OpenModel, class_names
-from backbones.inference.prediction import Summary, embed, predict, save_predictions
+from backbones.inference.prediction import embed, predict
 from backbones.inference.rows import Prediction, Row
+from backbones.inference.saving import Summary, save_predictions
 from backbones.inference.sheet import Sheet
 from backbones.inference.sources import Item, Source, open_source
 

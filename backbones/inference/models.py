@@ -23,8 +23,9 @@ from backbones.engines import (
     torch_threads,
 )
 from backbones.errors import ConfigError, UnsupportedError
-from backbones.factory import create_model, is_checkpoint, load_model
+from backbones.factory import create_model, is_checkpoint, label_names, load_model
 from backbones.images import fit_channels
+from backbones.inference.options import Options
 from backbones.wrappers import unwrapped
 
 __all__ = ["ModelLike", "OpenModel", "class_names", "open_inference_model"]
@@ -53,21 +54,9 @@ class OpenModel:
 
 
 def open_inference_model(
-    model: ModelLike,
-    *,
-    features: bool,
-    count: int | None,
-    engine: str,
-    precision: str,
-    threads: int | None,
-    batch_size: int | None,
-    input_size: Sequence[int] | None,
-    calibration: Any,
-    cache_dir: str | PathLike[str] | None,
-    setting: Setting | None,
-    progress: Callable[[str], None] | None,
+    model: ModelLike, options: Options, count: int | None, setting: Setting | None
 ) -> OpenModel:
-    """Open a model to run over `count` images (None: many); the others are those of `predict`.
+    """Open a model to run over `count` images (None: many), by a `setting` where one is told.
 
     Raises:
         ConfigError: an option that the model does not have, or an exported file that does not say
@@ -75,14 +64,15 @@ def open_inference_model(
         UnsupportedError: embeddings of a model that no longer has them.
         BackbonesError: the model cannot be had, or does not run in the engine.
     """
+    engine, precision, batch_size = options.engine, options.precision, options.batch_size
     if isinstance(model, str | PathLike) and Path(model).suffix in file_suffixes():
-        model = open_exported(model, threads=threads)
+        model = open_exported(model, threads=options.threads)
     if isinstance(model, Runner):
-        if features:
+        if options.features:
             raise UnsupportedError(
                 f"{model.what} gives logits, not embeddings; name the model or a checkpoint"
             )
-        if engine != "auto" or precision != "fp32" or input_size is not None:
+        if engine != "auto" or precision != "fp32" or options.input_size is not None:
             raise ConfigError(
                 f"{model.what} has its engine, precision and input size; leave these options out"
             )
@@ -96,52 +86,44 @@ def open_inference_model(
         module = unwrapped(model)
     known = resolve_model_data_config(module)
     channels = getattr(module, "in_chans", None) or known["input_size"][0]
-    height, width = (input_size or known["input_size"])[-2:]
+    height, width = (options.input_size or known["input_size"])[-2:]
     data_config = fit_channels({**known, "input_size": (channels, height, width)}, channels)
     classes, num_classes = class_names(module), getattr(module, "num_classes", None)
-    if features:
+    if options.features:
         module = _without_classifier(module)
     if setting is None and count is not None and count < _MANY:
-        size, cores = min(batch_size or _BATCH, count), threads or torch.get_num_threads()
+        size, cores = min(batch_size or _BATCH, count), options.threads or torch.get_num_threads()
         if engine != "auto":
             setting = Setting(engine, precision, size, 1, cores)
         elif precision == "fp32":
             setting = Setting(_PLAIN, precision, size, 1, cores)
+    call: Callable[[Tensor], Tensor]
     if setting is not None and setting.engine == _PLAIN:
-        return _as_it_is(module, data_config, classes, setting, num_classes)
-    found = deploy_for_throughput(
-        module,
-        engine=engine,
-        precision=precision,
-        threads=threads,
-        batch_size=batch_size,
-        setting=setting,
-        input_size=data_config["input_size"],
-        calibration=calibration,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
-    return OpenModel(
-        found.runner,
-        found.setting,
-        data_config,
-        classes,
-        lambda: found.key,
-        num_classes=num_classes,
-    )
+        call, key = _as_it_is(module, setting, data_config["input_size"])
+    else:
+        found = deploy_for_throughput(
+            module,
+            engine=engine,
+            precision=precision,
+            threads=options.threads,
+            batch_size=batch_size,
+            setting=setting,
+            input_size=data_config["input_size"],
+            calibration=options.calibration,
+            cache_dir=options.cache_dir,
+            progress=options.progress,
+        )
+        call, setting, key = found.runner, found.setting, lambda: found.key
+    return OpenModel(call, setting, data_config, classes, key, num_classes=num_classes)
 
 
 _PLAIN = "pytorch"  # the model as it is: nothing is converted or merged
 
 
 def _as_it_is(
-    module: nn.Module,
-    data_config: Mapping[str, Any],
-    classes: Sequence[str] | None,
-    setting: Setting,
-    num_classes: int | None,
-) -> OpenModel:
-    """Run a module without preparation, which is soonest for a few images."""
+    module: nn.Module, setting: Setting, size: Sequence[int]
+) -> tuple[Callable[[Tensor], Tensor], Callable[[], str]]:
+    """Return a module without preparation, which is soonest for a few images, and its key."""
     if module.training:
         module = copy.deepcopy(module).eval()
     first = next(module.parameters(), torch.empty(0))
@@ -152,15 +134,7 @@ def _as_it_is(
         with torch.inference_mode(), turn, torch_threads(setting.threads):
             return module(images.to(first.device, first.dtype)).float().cpu()
 
-    size = data_config["input_size"]
-    return OpenModel(
-        call,
-        setting,
-        data_config,
-        classes,
-        lambda: content_key(module, size),
-        num_classes=num_classes,
-    )
+    return call, lambda: content_key(module, size)
 
 
 def _of_runner(runner: Runner, batch_size: int | None, count: int | None) -> OpenModel:
@@ -201,8 +175,7 @@ def _without_classifier(module: nn.Module) -> nn.Module:
 
 def class_names(module: nn.Module) -> list[str] | None:
     """Return the names of a model's classes, where they are known."""
-    cfg: Any = getattr(module, "pretrained_cfg", None) or {}
-    if names := cfg.get("label_names"):
-        return list(names)
+    if names := label_names(module):
+        return names
     subset = infer_imagenet_subset(module)
     return ImageNetInfo(subset).label_descriptions() if subset else None

@@ -72,10 +72,10 @@ def run_batches(
     model: OpenModel,
     decoder: Decoder,
     finish: Callable[[Tensor], Sequence[dict[str, Any]]],
+    meter: Meter,
     *,
     workers: int | None = None,
     strict: bool = False,
-    meter: Meter | None = None,
 ) -> Generator[list[Row], None, None]:
     """Yield the rows of each batch, in order; only so many batches are in memory at a time.
 
@@ -84,7 +84,6 @@ def run_batches(
     setting = model.setting
     workers = workers or max(setting.streams * setting.threads, 1)
     slots = threading.Semaphore(setting.streams)
-    meter = meter or Meter()
 
     def work(items: Sequence[Item]) -> list[Row]:
         began = time.perf_counter()

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from backbones.errors import DataError
-from backbones.images import ImageFiles, convert_image, list_images, open_image
+from backbones.images import ImageFiles, convert_image, list_images, open_image, read_text
 
 __all__ = ["Item", "Source", "SourceLike", "open_source"]
 
@@ -195,11 +195,7 @@ def _is_there(path: str) -> bool:
 
 def _read_list(path: Path) -> list[str]:
     """Return the paths in a list, as they stand there."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
-        raise DataError(f"{path}: {reason}; a list is a text file of paths") from error
+    text = read_text(path, "a list is a text file of paths")
     if path.suffix.lower() not in (".csv", ".tsv"):
         return text.splitlines()
     rows = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
