@@ -54,11 +54,8 @@ def representatives(limit: float = DEFAULT_LIMIT) -> list[Any]:
 def shallow(name: str) -> dict[str, Any]:
     """Arguments for at most two blocks a stage, for costly tests of structure.
 
-    Depth does not change their answer, and tracing takes as long as there are blocks. The slow
-    tier takes its variants whole.
+    Depth does not change their answer, and tracing takes as long as there are blocks.
     """
-    if name not in {p.values[0] for p in representatives() if not p.marks}:
-        return {}
     arguments = registry.variants[name].arguments
     depths = {key: arguments[key] for key in ("depths", "focus_depths") if key in arguments}
     return {key: [min(depth, 2) for depth in value] for key, value in depths.items()}

@@ -25,8 +25,9 @@ SUFFIXES = {
 }
 ENGINES = {"onnx": "onnxruntime"}
 TOLERANCE = 1e-4
-# By default shallow models: most families as ONNX, and the quick ones as what else is quick;
-# compiling takes a minute a model, lowering half of one. All cells with whole models if slow.
+# Shallow models: by default most families as ONNX, and the quick ones as what else is quick;
+# compiling takes a minute a model, lowering half of one. All other cells if slow, and whole models
+# as ONNX.
 LIGHT = {"convnext_atto", "cpubone_nano", "inception_next_atto"}
 QUICK = {
     "onnx": set(smallest_of_each_family()) - {"overlock_xt"},
@@ -41,10 +42,11 @@ QUICK_SIZE = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}  # of convnext_at
 def cells():
     for name in smallest_of_each_family():
         for format in SUFFIXES:
-            yield pytest.param(name, format, {}, marks=pytest.mark.slow, id=f"{name}-{format}")
-            if name in QUICK[format]:
-                arguments = QUICK_SIZE if format == "aoti" else shallow(name)
-                yield pytest.param(name, format, arguments, id=f"{name}-{format}-shallow")
+            quick = name in QUICK[format]
+            arguments = QUICK_SIZE if quick and format == "aoti" else shallow(name)
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(name, format, arguments, marks=marks, id=f"{name}-{format}")
+        yield pytest.param(name, "onnx", {}, marks=pytest.mark.slow, id=f"{name}-onnx-whole")
 
 
 def model_of(name, **arguments):
@@ -88,7 +90,7 @@ def test_every_family_leaves_in_every_format(name, format, arguments, tmp_path):
     ],
 )
 def test_height_and_width_stay_free_in_onnx(name, tmp_path):
-    model = model_of(name)
+    model = model_of(name, **shallow(name))
     path = tmp_path / "m.onnx"
     free = ("batch", "height", "width")
     if model.fixed_size_reason:
@@ -106,7 +108,7 @@ def test_height_and_width_stay_free_in_onnx(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", by_size(0))
 def test_every_variant_leaves_as_onnx(name, tmp_path):
-    model = model_of(name)
+    model = model_of(name, **shallow(name))
     side = max(64, smallest_size(model))
     report = export(model, tmp_path / "m.onnx", input_size=(3, side, side))
     assert max(check.agreement.relative_error for check in report.checks) < TOLERANCE
