@@ -1,11 +1,11 @@
-"""UniFormer's heads: a norm before pooling, and for token labelling a classifier of tokens."""
+"""Heads with a norm before pooling, and for token labelling with a classifier of tokens."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers import Head
+from backbones.layers.head import Head
 
 __all__ = ["NormHead", "TokenHead"]
 
@@ -40,8 +40,8 @@ class NormHead(Head):
 class TokenHead(NormHead):
     """The head of models trained by token labelling: half the best token's logits are added.
 
-    ``fc(mean(norm(x))) + 0.5 * max over tokens of token_fc(norm(x))``. Source: the authors' code;
-    "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (arXiv 2104.10858).
+    ``fc(mean(norm(x))) + 0.5 * max over tokens of token_fc(norm(x))``. Source: the code of "All
+    Tokens Matter: Token Labeling for Training Better Vision Transformers" (arXiv 2104.10858).
     A map that is left unpooled, and what enters the classifier, know the first part only.
 
     With `token_training` set, the training forward returns (logits of the mean, logits of each
