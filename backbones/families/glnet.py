@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backbones import merge
 from backbones.config import PerStage
-from backbones.errors import CheckpointError, ConfigError, UnsupportedError
+from backbones.errors import CheckpointError, ConfigError, InputSizeError, UnsupportedError
 from backbones.layers import (
     Chain,
     ChannelMlp,
@@ -27,7 +27,7 @@ from backbones.layers import (
     norm_conv_downsample,
     statistics_dtype,
 )
-from backbones.skeleton import StagedBackbone, StagePlan, Tensors, per_stage
+from backbones.skeleton import StagedBackbone, StagePlan, Tensors, check_input, per_stage
 
 EPS = 1e-6  # of the layer norms
 GRID = 8  # slots along each side of the map
@@ -82,6 +82,14 @@ def from_authors(tensors: Tensors, model: Any) -> Tensors:
 def pooled(x: Tensor) -> Tensor:
     """Return the means over an 8x8 grid of windows of a map (B, C, H, W), (B, 64, C)."""
     return F.adaptive_avg_pool2d(x, GRID).flatten(2).mT
+
+
+def with_region_of_others(x: Tensor, box: Sequence[int]) -> Tensor:
+    """Return maps (B, C, H, W) with a region taken from the batch in reverse order."""
+    top, bottom, left, right = box
+    mixed = x.clone()
+    mixed[..., top:bottom, left:right] = x.flip(0)[..., top:bottom, left:right]
+    return mixed
 
 
 class LocalMlp(ChannelMlp):
@@ -333,6 +341,42 @@ class GLNet(StagedBackbone):
             raise UnsupportedError("no classifier of tokens; create a _tklb variant")
         self.head.token_training = enable
 
+    def forward_mixed(self, x: Tensor, box: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Run the training forward with MixToken: a region comes from another image of the batch.
+
+        The region of the stem's map is taken from the batch in reverse order; the logits of its
+        tokens are put back. Of the target for the mean, the region's share is the other image's.
+        Source: arXiv 2104.10858, "Token Labeling with MixToken".
+
+        Args:
+            x: images (B, in_chans, H, W).
+            box: first row, end of rows, first column and end of columns of the region, in cells of
+                the last map, as timm's ``rand_bbox`` draws them.
+
+        Returns:
+            Logits of the mean, (B, num_classes), and of each token, (B, N, num_classes).
+
+        Raises:
+            UnsupportedError: the model has no classifier of tokens.
+            InputSizeError: height or width is no multiple of the total stride.
+        """
+        if not isinstance(self.head, TokenHead):
+            raise UnsupportedError("no classifier of tokens; create a _tklb variant")
+        first, last = self.plans[0].reduction, self.plans[-1].reduction
+        check_input(x, self.in_chans, last)
+        if x.shape[-2] % last or x.shape[-1] % last:
+            size = f"{x.shape[-2]}x{x.shape[-1]}"
+            raise InputSizeError(
+                f"input of {size} cannot be mixed by cells of the last map; height and width must"
+                f" be multiples of {last}"
+            )
+        x = with_region_of_others(self.stem(x), [edge * (last // first) for edge in box])
+        for stage in self.stages:
+            x = self.run_stage(stage, x)
+        logits, tokens = self.head.both(x)
+        maps = with_region_of_others(tokens.mT.unflatten(2, x.shape[-2:]), box)
+        return logits, maps.flatten(2).mT
+
     def get_classifier(self) -> Any:
         """Return the classifier layer; a pair of them where tokens have one, too."""
         first = self.head.get_classifier()
@@ -355,7 +399,7 @@ class GLNet(StagedBackbone):
         def holds(pattern: str) -> bool:
             return any(re.search(pattern, key) for key in tensors)
 
-        if holds(r"\.slot_scale$") and holds(r"\.init_slots$") != self.param_slots:
+        if holds(r"\.(slot_scale|init_slots)$") and holds(r"\.init_slots$") != self.param_slots:
             raise CheckpointError(WRONG_SLOTS[self.param_slots])
         if holds(r"^head\.(fc\.)?weight$") and holds(TOKEN_CLASSIFIER) != self.token_head:
             raise CheckpointError(WRONG_HEAD[self.token_head])

@@ -78,15 +78,19 @@ class TokenHead(NormHead):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
         if pre_logits or not self.pool_type or isinstance(self.token_fc, nn.Identity):
             return super().forward(x, pre_logits)
-        x = x.contiguous()  # as above
-        for name in self.map_parts:
-            x = getattr(self, name)(x)  # B C H W
-        logits = self.fc(self.drop(self.global_pool(x)))  # B num_classes
-        tokens = self.token_fc(x.flatten(2).transpose(1, 2))  # B N num_classes
+        logits, tokens = self.both(x)
         if self.training and self.token_training:
             return logits, tokens
         best = tokens.amax(1)
         return logits + (best if self.token_weight == 1 else self.token_weight * best)
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, H, W) to the logits of the mean and of each token, (B, N, num_classes)."""
+        x = x.contiguous()  # as above
+        for name in self.map_parts:
+            x = getattr(self, name)(x)  # B C H W
+        logits = self.fc(self.drop(self.global_pool(x)))  # B num_classes
+        return logits, self.token_fc(x.flatten(2).transpose(1, 2))
 
     def reparameterize(self) -> None:
         super().reparameterize()
