@@ -39,6 +39,7 @@ __all__ = [
     "record",
     "recorded",
     "rotation_into_next",
+    "scale_into_directions",
     "scale_into_previous",
     "scale_parameter",
     "shift_into_next",
@@ -221,6 +222,18 @@ def scale_into_previous(linear: nn.Module, scale: Tensor | None, rows: slice = E
 def scale_parameter(parameter: Tensor, scale: Tensor, rows: slice = EVERY) -> None:
     """Fold a factor per channel into some entries of a factor or offset before it."""
     parameter[rows] = (_wide(parameter[rows]) * _wide(scale)).to(parameter.dtype)
+
+
+@torch.no_grad()
+def scale_into_directions(vectors: Tensor, scale: Tensor) -> None:
+    """Turn vectors (..., C), of which only directions count, into ``scale * v / ||v||``.
+
+    A vector of zeros stays one. The caller removes the factor, and no longer divides by lengths.
+    """
+    wide = _wide(vectors)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    vectors.copy_(wide / length * _wide(scale))
+    record("factor into directions")
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.mixer\.(norm|large\.norm|branches\.k1_d1\.norm|proj\.norm)\.weight$", 0.2),
         (r"\.mlp\.fc2\.norm\.weight$", 0.2),
     ],
+    "glnet": [(r"\.(attn\.proj|conv2|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
     "moganet": [(r"\.(gamma\d|sigma)$", 0.2), (r"\.(attn\.proj_2|mlp\.fc2)\.", 0.2)],
     "uniformer": [(r"\.(conv2|proj|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],

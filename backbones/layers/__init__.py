@@ -1,6 +1,6 @@
 """Parts that two or more families use."""
 
-from backbones.layers.attention import attend
+from backbones.layers.attention import SelfAttention, attend
 from backbones.layers.branched_conv import (
     BRANCHED_CONV_LAYOUT,
     BranchedConv,
@@ -13,6 +13,7 @@ from backbones.layers.layouts import CONVNEXT_LAYOUT, PYRAMID_LAYOUT
 from backbones.layers.mlp import ChannelMlp
 from backbones.layers.norm import GlobalResponseNorm, VectorBatchNorm, statistics_dtype
 from backbones.layers.residual_conv import ResidualConv
+from backbones.layers.token_head import NormHead, TokenHead
 from backbones.layers.tracing import fx_leaf
 
 __all__ = [
@@ -24,7 +25,10 @@ __all__ = [
     "ChannelMlp",
     "GlobalResponseNorm",
     "Head",
+    "NormHead",
     "ResidualConv",
+    "SelfAttention",
+    "TokenHead",
     "VectorBatchNorm",
     "attend",
     "bias_as_norm",

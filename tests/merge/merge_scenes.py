@@ -431,6 +431,31 @@ class Averaged(Scene):
             self.second = None
 
 
+class Directions(Scene):
+    """Positions compared by cosine with vectors, one of which is zero."""
+
+    counts = {"factor into directions": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.empty(1, 5, 8))
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, x):
+        vectors = self.vectors
+        if self.scale is not None:
+            present = torch.arange(5).view(-1, 1) > 0
+            vectors = nn.functional.normalize(vectors * present, dim=-1) * self.scale
+        return (vectors @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+    def fold(self):
+        if self.scale is not None:
+            with torch.no_grad():
+                self.vectors[:, 0] = 0
+            merge.scale_into_directions(self.vectors, self.scale)
+            self.scale = None
+
+
 class Rotated(Scene):
     counts = {"rotation into the linear layer after": 1}
 
@@ -474,6 +499,7 @@ SCENES = {
     "shift_into_next": lambda: ShiftedInput(linear_layer("depthwise_multiplier", False)),
     "factor_into_outputs": lambda: Factor(linear_layer("padded"), torch.arange(6) % 2 == 0),
     "factor_into_norm": lambda: FactorAfterNorm(LayerNorm2d(8)),
+    "scale_into_directions": Directions,
     "scale_parameter": ScaledTwice,
     "shift_together": ShiftedTwice,
     "attention_linear": lambda: attention("linear", INTERLEAVED, bias=False),

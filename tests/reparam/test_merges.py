@@ -12,7 +12,7 @@ import importlib
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ class Row:
     """A merge: `target` (module:attribute) is made `count` times where `where` matches.
 
     The place is the name, in the model, of any of the arguments. `skipped` tells what a skipped
-    call returns: the index of the argument that stays in place.
+    call returns: the index of the argument that stays in place. `depths` makes a large model small.
     """
 
     model: str
@@ -41,7 +41,10 @@ class Row:
     where: str
     count: int
     skipped: int | None = None
+    depths: tuple[int, ...] | None = None
 
+
+Few = partial(Row, depths=(1, 1, 2, 1))
 
 NEXT, PREVIOUS = "backbones.merge:norm_into_next", "backbones.merge:norm_into_previous"
 SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_into_outputs"
@@ -189,6 +192,30 @@ ROWS = [
         "moganet_xtiny", "fc2 and decompose", "backbones.merge:stack_linear_layers", r"fc2$", 18, 0
     ),
     Row("moganet_xtiny", "layer scales", SCALE, r"(proj_2|fc2)$", 36),
+    # GLNet
+    Few("glnet_4g", "stem and downsampling norms", PREVIOUS, r"(stem|sample)\.\d$", 5, 1),
+    Few("glnet_4g", "identity into the positional 3x3", IDENTITY, r"pos_conv$", 5, 0),
+    Few("glnet_4g", "identity into the 3x3 of the MLP", IDENTITY, r"mlp\.conv_dw$", 5, 0),
+    Few("glnet_4g", "norm1 into qkv", NEXT, r"norm1$", 2, 0),
+    Few("glnet_4g", "norm2 into fc1", NEXT, r"norm2$", 5, 0),
+    Few("glnet_4g", "scale into the queries", FACTOR, r"qkv$", 5, 1),
+    Few("glnet_4g", "bias of keys", KEYS, r"qkv$", 5),
+    Few("glnet_4g", "bias of values", VALUES, r"qkv$", 5),
+    Few("glnet_4g", "bias of dispatched slots into conv2", SHIFT, r"conv2$", 3),
+    Few("glnet_4g", "bias of the 5x5 into conv2", SHIFT_NEXT, r"conv2$", 3),
+    Few("glnet_4g", "norm before pooling into the head", MAP_NORM, r"head\.norm$", 1, 0),
+    Few("glnet_4g_tklb", "norm into both classifiers", MAP_NORM, r"head\.norm$", 1, 0),
+    Few("glnet_4g_tklb", "1/2 into the classifier of tokens", FACTOR, r"token_fc$", 1, 1),
+    Few("glnet_stl", "norm of the stem", PREVIOUS, r"stem\.0$", 1, 1),
+    Few("glnet_stl", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
+    Few(
+        "glnet_stl_paramslot",
+        "scale and length of learned slots",
+        "backbones.merge:scale_into_directions",
+        r"",
+        4,
+    ),
+    Few("glnet_16g", "layer scales", SCALE, r"(attn\.proj|conv2|mlp\.fc2)$", 13),
     # UniFormer
     Row("uniformer_xxs", "norms of the stem", PREVIOUS, r"stem\.\d$", 2, 1),
     Row("uniformer_xxs", "identity into the positional 3x3", IDENTITY, r"pos_conv$", 17, 0),
@@ -219,18 +246,21 @@ class Calls(TorchFunctionMode):
 
 
 @cache
-def _made(name: str) -> nn.Module:
-    return randomize(backbones.create_model(name, num_classes=5, dtype=torch.float64)).eval()
+def _made(name: str, depths: tuple[int, ...] | None) -> nn.Module:
+    fewer = {} if depths is None else {"depths": depths}
+    return randomize(
+        backbones.create_model(name, num_classes=5, dtype=torch.float64, **fewer)
+    ).eval()
 
 
-def make(name: str) -> nn.Module:
-    return copy.deepcopy(_made(name))
+def make(name: str, depths: tuple[int, ...] | None = None) -> nn.Module:
+    return copy.deepcopy(_made(name, depths))
 
 
 @cache
-def _measured(name: str) -> tuple[Any, ...]:
+def _measured(name: str, depths: tuple[int, ...] | None) -> tuple[Any, ...]:
     """What the deploy form measures, which is the same for all rows of a model."""
-    return measure(backbones.reparameterize(make(name), inplace=True, verify=False))
+    return measure(backbones.reparameterize(make(name, depths), inplace=True, verify=False))
 
 
 @torch.no_grad()
@@ -264,7 +294,7 @@ def matches(row: Row, names: dict[int, str], args: tuple[Any, ...]) -> bool:
 
 def reparameterized(row: Row, monkeypatch: pytest.MonkeyPatch, skip: bool) -> tuple[Any, int]:
     """Re-parameterize the row's model, with or without the rule at the row's places."""
-    model = make(row.model)
+    model = make(row.model, row.depths)
     names = {id(module): name for name, module in model.named_modules() if name}
     module_name, _, path = row.target.partition(":")
     owner: Any = importlib.import_module(module_name)
@@ -308,7 +338,7 @@ def test_every_merge_is_made(row, monkeypatch):
     _, made = reparameterized(row, monkeypatch, skip=False)
     assert made == row.count
     skipped, _ = reparameterized(row, monkeypatch, skip=True)
-    assert not same(_measured(row.model), measure(skipped))
+    assert not same(_measured(row.model, row.depths), measure(skipped))
 
 
 @dataclass(frozen=True)
@@ -351,6 +381,11 @@ LEFT_OUT = [
     LeftOut("moganet_xtiny", "other biases of the 5x5", ZEROS, r"conv_dw0\.bias$", 18),
     LeftOut("moganet_xtiny", "bias of fc1", ZEROS, r"mlp\.fc1\.bias$", 18),
     LeftOut("moganet_xtiny", "gate and value", "their inputs differ", r"(gate|proj)\.weight$", 36),
+    LeftOut("glnet_4g", "norm1 of slot blocks", "slots are made of it", r"norm1\.(w|b)", 34),
+    LeftOut("glnet_4g", "scale of pooled slots", "they differ by image", r"slot_scale$", 17),
+    LeftOut("glnet_4g", "bias of conv1 through the 5x5", ZEROS, r"conv1\.bias$", 17),
+    LeftOut("glnet_4g", "1x1, 5x5 and 1x1", COSTS, r"\d\.(conv\d|conv_dw)\.weight$", 51),
+    LeftOut("glnet_4g", "bias of fc1 through the 3x3", ZEROS, r"mlp\.fc1\.bias$", 30),
     LeftOut("uniformer_xxs", "norm of a patch embedding", ZEROS, r"sample\.1\.(w|b)", 6),
     LeftOut("uniformer_xxs", "bias of conv1 through the 5x5", ZEROS, r"conv1\.bias$", 7),
     LeftOut("uniformer_xxs", "1x1, 5x5 and 1x1", COSTS, r"(conv\d|conv_dw)\.weight$", 21),

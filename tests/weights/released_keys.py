@@ -38,17 +38,20 @@ FINAL = {
     "unireplknet": ("head.",),
     "hornet": ("head.",),
     "spartan": ("linear.",),
+    "glnet": ("head.", "tklb_aux_head."),
     "moganet": ("head.",),
     "overlock": ("head.4.", "aux_head.2."),
     "uniformer": ("head.", "aux_head.", "head_cls."),
 }
 # Arguments that decide the authors' names.
-NAMED_BY = {"moganet": ("silu_twice",), "uniformer": ("embeddings",)}
+NAMED_BY = {"glnet": ("overlap",), "moganet": ("silu_twice",), "uniformer": ("embeddings",)}
 INITIALIZERS = frozenset(
     "kaiming_uniform_ uniform_ normal_ constant_ erfinv_ mul_ add_ clamp_ fill_ zero_".split()
 )
 MANY = 4000  # entries
 COUNTERS = "num_batches_tracked"
+# What the authors call as we do, of variants without a golden.
+NAMED_ALIKE = re.compile(r"\.init_slots$")
 SHARED_POSITIONS = re.compile(r"^(stages\.\d+)\.positions$")
 
 
@@ -243,6 +246,9 @@ def from_siblings(variant: str) -> Shapes:
     for key, tensor in own.items():
         if key in shared:
             continue
+        if NAMED_ALIKE.search(key):
+            shapes[key] = tuple(tensor.shape)
+            continue
         counter = key.endswith(COUNTERS)  # named like the mean beside it
         like, rank = (key.replace(COUNTERS, "running_mean"), 1) if counter else (key, tensor.ndim)
         name, block = _open(like)
@@ -261,7 +267,11 @@ def from_siblings(variant: str) -> Shapes:
 
 
 def _carried_over(examples: list[Example], block: int) -> tuple[str, tuple[bool, ...] | None]:
-    """Return the authors' name of an entry of ours, and where their shape has ones."""
+    """Return the authors' name of an entry of ours, and where their shape has ones.
+
+    Of several kinds of block in one stage those at the same place are alike.
+    """
+    examples = [example for example in examples if example[0] == block] or examples
     _, template, _, ones = examples[0]
     assert {(t, o is None) for _, t, _, o in examples} == {(template, ones is None)}, template
     numbers = []

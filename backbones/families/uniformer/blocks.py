@@ -9,7 +9,7 @@ from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers import ChannelMlp, ResidualConv, attend, statistics_dtype
+from backbones.layers import ChannelMlp, ResidualConv, SelfAttention, statistics_dtype
 
 __all__ = ["Attention", "AttentionBlock", "ConvBlock", "scaled"]
 
@@ -70,33 +70,8 @@ class ConvBlock(nn.Module):
         self.gamma1 = self.gamma2 = None
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention of a sequence (B, N, C), without any table of positions.
-
-    Args:
-        dim: channels.
-        head_dim: channels of a head; divides `dim`.
-    """
-
-    def __init__(self, dim: int, head_dim: int) -> None:
-        super().__init__()
-        self.num_heads = dim // head_dim
-        self.scale = head_dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(*self.heads(x))
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of a sequence (B, N, C), each (B, G, N, C / G)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # B N G c
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention's outputs, (B, N, C)."""
-        mixed = attend(q, k, v, self.scale)  # B G N c
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+class Attention(SelfAttention):
+    """Self-attention that can tell what a class token attends to."""
 
     def first_row(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the attention of the first query, the mean over heads, (B, N).
@@ -106,13 +81,6 @@ class Attention(nn.Module):
         dtype = statistics_dtype(q)
         logits = (q[:, :, :1].to(dtype) * k.to(dtype)).sum(-1) * self.scale  # B G N
         return logits.softmax(-1).mean(1)
-
-    def reparameterize(self) -> None:
-        """Fold the scale into the queries; drop the bias of keys, move that of values."""
-        dim = self.qkv.in_features
-        self.scale = merge.factor_into_outputs(self.qkv, self.scale, slice(0, dim))
-        merge.drop_softmax_bias(self.qkv, slice(dim, 2 * dim))
-        merge.uniform_bias_into_next(self.qkv, slice(2 * dim, None), self.proj)
 
 
 class AttentionBlock(nn.Module):

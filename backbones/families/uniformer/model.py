@@ -1,7 +1,7 @@
 """UniFormer: convolution blocks in the first two stages, attention blocks in the last two.
 
 Source: "UniFormer: Unifying Convolution and Self-attention for Visual Recognition" (arXiv
-2201.09450), section 4; the light form is in `light`, the head of token labelling in `head`.
+2201.09450), section 4; the light form is in `light`.
 """
 
 import re
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from backbones.config import PerStage
 from backbones.errors import CheckpointError, ConfigError, UnsupportedError
 from backbones.families.uniformer.blocks import AttentionBlock, ConvBlock
-from backbones.families.uniformer.head import NormHead, TokenHead
 from backbones.families.uniformer.light import FullBlock, PrunedBlock, TokenStage
-from backbones.layers import Chain, Head
+from backbones.layers import Chain, Head, NormHead, TokenHead
 from backbones.skeleton import StagedBackbone, StagePlan, Tensors, check_input, per_stage
 
 AUTHORS = (

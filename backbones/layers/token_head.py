@@ -1,11 +1,11 @@
-"""UniFormer's heads: a norm before pooling, and for token labelling a classifier of tokens."""
+"""Heads with a norm before pooling, and for token labelling with a classifier of tokens."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers import Head
+from backbones.layers.head import Head
 
 __all__ = ["NormHead", "TokenHead"]
 
@@ -40,8 +40,8 @@ class NormHead(Head):
 class TokenHead(NormHead):
     """The head of models trained by token labelling: half the best token's logits are added.
 
-    ``fc(mean(norm(x))) + 0.5 * max over tokens of token_fc(norm(x))``. Source: the authors' code;
-    "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (arXiv 2104.10858).
+    ``fc(mean(norm(x))) + 0.5 * max over tokens of token_fc(norm(x))``. Source: the code of "All
+    Tokens Matter: Token Labeling for Training Better Vision Transformers" (arXiv 2104.10858).
     A map that is left unpooled, and what enters the classifier, know the first part only.
 
     With `token_training` set, the training forward returns (logits of the mean, logits of each
@@ -78,15 +78,19 @@ class TokenHead(NormHead):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
         if pre_logits or not self.pool_type or isinstance(self.token_fc, nn.Identity):
             return super().forward(x, pre_logits)
-        x = x.contiguous()  # as above
-        for name in self.map_parts:
-            x = getattr(self, name)(x)  # B C H W
-        logits = self.fc(self.drop(self.global_pool(x)))  # B num_classes
-        tokens = self.token_fc(x.flatten(2).transpose(1, 2))  # B N num_classes
+        logits, tokens = self.both(x)
         if self.training and self.token_training:
             return logits, tokens
         best = tokens.amax(1)
         return logits + (best if self.token_weight == 1 else self.token_weight * best)
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, H, W) to the logits of the mean and of each token, (B, N, num_classes)."""
+        x = x.contiguous()  # as above
+        for name in self.map_parts:
+            x = getattr(self, name)(x)  # B C H W
+        logits = self.fc(self.drop(self.global_pool(x)))  # B num_classes
+        return logits, self.token_fc(x.flatten(2).transpose(1, 2))
 
     def reparameterize(self) -> None:
         super().reparameterize()
