@@ -268,6 +268,8 @@ def from_authors(tensors: Tensors, model: Any) -> Tensors:
     def place(match: re.Match[str]) -> str:
         index = int(match[1])
         stage = bisect_right(ends, index)
+        if stage == len(ends):
+            return match[0]  # of a deeper model
         start = ends[stage - 1] if stage else 0
         return f"stages.{stage}.blocks.{index - start}."
 
