@@ -76,7 +76,7 @@ class TokenPool(nn.Module):
         dim: channels C.
         init_value: initial layer scales.
         per_class: a token per class; :meth:`set_classes` says how many.
-        drop_rate: dropout after each linear layer but those of queries, keys and values.
+        drop_rate: dropout after `proj`, and after both layers of the MLP.
     """
 
     def __init__(self, dim: int, init_value: float, per_class: bool, drop_rate: float) -> None:
@@ -109,7 +109,8 @@ class TokenPool(nn.Module):
                 " and re-parameterize afterwards"
             )
         dim = self.proj.in_features
-        self.cls_token = Vectors(count, dim, **factory) if count else nn.Identity()
+        fresh = Vectors(count, dim, **factory) if count else nn.Identity()
+        self.cls_token = fresh.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x.flatten(2).transpose(1, 2))  # B C H W to B N C
@@ -230,8 +231,7 @@ class TokenHead(Head):
         fresh: nn.Module = nn.Identity()
         if num_classes:
             fresh = RowwiseLinear(self.num_features, num_classes, **factory)
-        self.fc = fresh
-        self.train(self.training)
+        self.fc = fresh.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if not self.is_per_class:
@@ -366,6 +366,11 @@ class PatchConvNet(StagedBackbone):
             super().init_layer(module, name)
         elif isinstance(module, (Vectors, RowwiseLinear)):
             trunc_normal_(module.weight, std=0.02)
+
+    def get_classifier(self) -> Any:
+        """Return the classifier layer; with a token per class a pair, the tokens second."""
+        layers = tuple(map(self.get_submodule, self.classifier_names))
+        return layers if len(layers) > 1 else layers[0]
 
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False

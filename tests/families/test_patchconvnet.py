@@ -221,8 +221,8 @@ def test_a_token_for_each_class_follows_the_number_of_classes():
         assert model(x).shape == (2, classes or 16)
         assert model.expected_shapes().keys() >= model.state_dict().keys()
     assert model.classifier_names == ("head.fc", "head.global_pool.cls_token")
-    assert [len(model.get_submodule(name).weight) for name in model.classifier_names] == [4, 4]
-    assert model.get_submodule(model.classifier_names[1]).weight.std() > 0
+    assert [layer.weight.shape for layer in model.get_classifier()] == [(4, 16)] * 2
+    assert all(layer.weight.std() > 0 for layer in model.get_classifier())
     merged = backbones.reparameterize(model)
     with pytest.raises(UnsupportedError, match="re-parameterize afterwards"):
         merged.reset_classifier(7)
