@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import Any, Union
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -25,16 +26,19 @@ __all__ = [
     "biases_into_next",
     "branches_into_kernel",
     "center_outputs",
+    "constant_query_into_keys",
     "contrast_into_next",
     "drop_softmax_bias",
     "factor_into_norm",
     "factor_into_outputs",
     "fold_chain",
     "is_linear_layer",
+    "linear_into_next",
     "map_norm_into_next",
     "norm_into_next",
     "norm_into_previous",
     "norm_into_shortcut",
+    "norm_of_constant",
     "pass_outputs_into_kernel",
     "record",
     "recorded",
@@ -108,22 +112,25 @@ def norm_into_previous(linear: nn.Module, norm: nn.Module) -> nn.Module:
     return nn.Identity()
 
 
-def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
+def norm_into_next(norm: nn.Module, linear: nn.Module, *others: nn.Module) -> nn.Module:
     """Fold a norm's factor and offset into the layer after it: ``W' = W s``, ``b' = b + W t``.
 
     Holds for an ``nn.Linear`` and for a convolution without padding: zeros around the normalized
-    feature map are not what the layer before the norm would have there.
+    feature map are not what the layer before the norm would have there. Where several layers read
+    the norm, it goes into each of them, or into none.
 
     Returns:
         What takes the norm's place: an identity for a batch norm, the norm without parameters for
         a layer or group norm, or the norm where it was not folded.
     """
-    if not _acts_on_outputs(norm, linear) or not _is_unpadded(linear):
+    linears = (linear, *others)
+    if not all(_acts_on_outputs(norm, one) and _is_unpadded(one) for one in linears):
         return norm
     batch = isinstance(norm, BATCH_NORMS)
     if not batch and norm.weight is None and norm.bias is None:
         return norm
-    _fold_into_next(norm, linear)
+    for one in linears:
+        _fold_into_next(norm, one)
     record("norm into the linear layer after")
     if batch:
         return nn.Identity()
@@ -164,6 +171,16 @@ def norm_into_shortcut(norm: nn.Module, scale: Tensor, branch: nn.Module) -> nn.
     _store(branch, None, _bias(branch) + wide * shift)
     record("norm on a shortcut into a factor")
     return nn.Parameter((1 + wide * factor).to(scale.device, scale.dtype), scale.requires_grad)
+
+
+def norm_of_constant(norm: nn.LayerNorm, vectors: Tensor) -> nn.Parameter:
+    """Return the layer norm of vectors (..., C) that are the same for every input."""
+    normalized = F.layer_norm(_wide(vectors), norm.normalized_shape, eps=norm.eps)
+    if norm.weight is not None or norm.bias is not None:
+        scale, shift = _affine(norm)
+        normalized = normalized * scale + shift
+    record("norm of a constant")
+    return nn.Parameter(normalized.to(vectors.device, vectors.dtype), vectors.requires_grad)
 
 
 def fold_chain(owner: nn.Module, names: Sequence[str] | None = None) -> None:
@@ -311,6 +328,43 @@ def uniform_bias_into_next(linear: nn.Module, rows: Rows, after: nn.Module) -> N
     if _is_unpadded(after) and (taken := _take_bias(linear, rows)) is not None:
         _shift_inputs(after, taken)
         record("bias of attention values into the linear layer after")
+
+
+def constant_query_into_keys(vectors: Tensor, query: nn.Linear, keys: nn.Linear) -> nn.Parameter:
+    """Turn an attention's queries that no input changes into what they read of the inputs of keys.
+
+    ``(W_q c + b_q) . (W_k x + b_k)`` is ``m . x`` with ``m = W_k^T (W_q c + b_q)``, but for what
+    is the same for all x, which the softmax over keys takes out.
+
+    Args:
+        vectors: c, (K, C), what the queries are made of.
+        query: the layer W_q, which the caller removes.
+        keys: the layer W_k, which the caller removes.
+
+    Returns:
+        One vector m for each query, (K, C).
+    """
+    asked = _wide(vectors) @ _weight(query).mT + _bias(query)
+    record("constant query into the linear layer of keys")
+    return nn.Parameter(
+        (asked @ _weight(keys)).to(vectors.device, vectors.dtype), vectors.requires_grad
+    )
+
+
+def linear_into_next(first: nn.Linear, second: nn.Linear) -> None:
+    """Fold a linear layer into the one after it: ``W' = W_2 W_1``, ``b' = b_2 + W_2 b_1``.
+
+    An average, weighted by weights whose sum is one, may stand between them. The caller removes
+    the first.
+
+    Raises:
+        ValueError: the first changes the number of channels.
+    """
+    square = first.in_features == first.out_features
+    _require(square, "only a layer with as many outputs as inputs fits into the next", first)
+    _shift_inputs(second, _bias(first))
+    _store(second, _weight(second) @ _weight(first), None)
+    record("linear layer into the linear layer after")
 
 
 def biases_into_next(

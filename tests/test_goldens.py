@@ -19,6 +19,9 @@ DEFAULT_PIXELS = 224 * 224 * 2
 # Parameters that the authors' count has and ours, without auxiliary heads, has not.
 AUTHORS_EXTRA = {"overlock": ("aux_head.",), "uniformer": ("norm_cls.", "head_cls.")}
 
+# Which of our feature maps the authors' stages are, where they have fewer.
+STAGES = {"patchconvnet": [3]}
+
 
 def variant_of(golden: Golden) -> str:
     return RENAMED.get(golden.variant, golden.variant)
@@ -76,8 +79,8 @@ def test_features_only(case):
     with torch.no_grad():
         maps = model(golden.input_tensor())
     expected = golden.stages()
-    assert len(maps) == len(expected)
-    for actual, wanted in zip(maps, expected):
+    taken = STAGES.get(registry.variants[variant_of(golden)].family, range(len(maps)))
+    for actual, wanted in zip([maps[i] for i in taken], expected, strict=True):
         assert_feature(actual, wanted, f"{golden.name} {wanted['name']}")
 
 

@@ -58,6 +58,23 @@ class NormAfterLayer(Scene):
         self.norm = merge.norm_into_previous(self.linear, self.norm)
 
 
+class NormBeforeLayers(Scene):
+    counts = {"norm into the linear layer after": 1}
+    shape = TOKENS
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.first(x) + self.second(x).tanh()
+
+    def fold(self):
+        self.norm = merge.norm_into_next(self.norm, self.first, self.second)
+
+
 class NormBeforeLayer(Scene):
     counts = {"norm into the linear layer after": 1}
 
@@ -251,6 +268,64 @@ class Attention(Scene):
     def fold(self):
         self.fold_keys()
         self.fold_values()
+
+
+class NormedConstant(Scene):
+    counts = {"norm of a constant": 1}
+    shape = TOKENS
+
+    def __init__(self, **options):
+        super().__init__()
+        self.vectors, self.norm = nn.Parameter(torch.empty(3, 8)), nn.LayerNorm(8, **options)
+
+    def forward(self, x):
+        return x @ self.norm(self.vectors).mT
+
+    def fold(self):
+        if isinstance(self.norm, nn.LayerNorm):
+            self.vectors = merge.norm_of_constant(self.norm, self.vectors)
+            self.norm = nn.Identity()
+
+
+class ConstantQuery(Scene):
+    """Queries of the input's tokens by vectors that no input changes."""
+
+    counts = {"constant query into the linear layer of keys": 1}
+    shape = TOKENS
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.empty(3, 8))
+        self.q, self.k = nn.Linear(8, 6, bias=bias), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return (self.q(self.vectors) @ self.k(x).mT).softmax(-1) @ x
+
+    def fold(self):
+        if isinstance(self.q, nn.Linear):
+            self.vectors = merge.constant_query_into_keys(self.vectors, self.q, self.k)
+            self.q = self.k = nn.Identity()
+
+
+class AveragedBetween(Scene):
+    """Two linear layers with an average over tokens between them."""
+
+    counts = {"linear layer into the linear layer after": 1}
+    shape = TOKENS
+
+    def __init__(self, bias=True, last_bias=True):
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=bias)
+        self.second = nn.Linear(8, 6, bias=last_bias)
+
+    def forward(self, x):
+        weights = x.sum(-1, keepdim=True).softmax(-2)
+        return self.second((weights * self.first(x)).sum(-2))
+
+    def fold(self):
+        if isinstance(self.first, nn.Linear):
+            merge.linear_into_next(self.first, self.second)
+            self.first = nn.Identity()
 
 
 class Parallel(Scene):
@@ -493,6 +568,7 @@ SCENES = {
     ),
     "layer_norm_into_next": lambda: NormBeforeLayer(LayerNorm2d(8), linear_layer("even_strided")),
     "group_norm_into_next": lambda: NormBeforeLayer(nn.GroupNorm(4, 8), linear_layer("depthwise")),
+    "norm_into_several_next": NormBeforeLayers,
     "center_outputs": lambda: Centered(linear_layer("padded")),
     "scale_into_previous": lambda: Scaled(linear_layer("padded"), slice(2, 5)),
     "shift_into_previous": lambda: Shifted(linear_layer("padded", False), slice(2, 5)),
@@ -504,6 +580,13 @@ SCENES = {
     "shift_together": ShiftedTwice,
     "attention_linear": lambda: attention("linear", INTERLEAVED, bias=False),
     "attention_conv": lambda: attention("conv"),
+    "constant_query_into_keys": ConstantQuery,
+    "constant_query_without_bias_into_keys": lambda: ConstantQuery(bias=False),
+    "norm_of_constant": NormedConstant,
+    "norm_of_constant_without_offset": lambda: NormedConstant(bias=False),
+    "norm_of_constant_without_parameters": lambda: NormedConstant(elementwise_affine=False),
+    "linear_into_next": AveragedBetween,
+    "linear_without_bias_into_next": lambda: AveragedBetween(bias=False, last_bias=False),
     "branches_into_kernel": Parallel,
     "pass_outputs_into_kernel": PartlyPassed,
     "split_contrast": Contrast,

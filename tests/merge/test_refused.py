@@ -6,6 +6,7 @@ import pytest
 import torch
 from merge_layers import assert_same, conv, linear_layer, randomized, value
 from merge_scenes import (
+    AveragedBetween,
     Centered,
     FactorAfterNorm,
     Parallel,
@@ -58,7 +59,14 @@ def reflecting():
     return scene
 
 
+def narrowing():
+    scene = AveragedBetween()
+    scene.first, scene.second = nn.Linear(8, 5), nn.Linear(5, 6)
+    return scene
+
+
 REFUSED = {
+    "linear_layer_of_another_width": narrowing,
     "center_grouped": lambda: Centered(linear_layer("grouped")),
     "center_depthwise": lambda: Centered(linear_layer("padded_depthwise")),
     "stack_grouped": lambda: SideBySide(linear_layer("grouped"), linear_layer("grouped")),

@@ -41,10 +41,18 @@ FINAL = {
     "glnet": ("head.", "tklb_aux_head."),
     "moganet": ("head.",),
     "overlock": ("head.4.", "aux_head.2."),
+    "patchconvnet": ("head.weight", "head.bias"),  # of one class token
     "uniformer": ("head.", "aux_head.", "head_cls."),
 }
 # Arguments that decide the authors' names.
-NAMED_BY = {"glnet": ("overlap",), "moganet": ("silu_twice",), "uniformer": ("embeddings",)}
+NAMED_BY = {
+    "glnet": ("overlap",),
+    "moganet": ("silu_twice",),
+    "patchconvnet": ("token_per_class",),
+    "uniformer": ("embeddings",),
+}
+# Whose authors number blocks through, over what are stages here.
+COUNTED_THROUGH = ("patchconvnet",)
 INITIALIZERS = frozenset(
     "kaiming_uniform_ uniform_ normal_ constant_ erfinv_ mul_ add_ clamp_ fill_ zero_".split()
 )
@@ -237,7 +245,7 @@ def from_siblings(variant: str) -> Shapes:
     for sibling in siblings(variant):
         for ours, theirs, shape, own_shape in _pairs(sibling):
             ones = tuple(n == 1 for n in shape) if shape != tuple(own_shape) else None
-            name, block = _open(ours)
+            name, block = _open(ours, sibling)
             example = (block, re.sub(r"\d+", "#", theirs), _numbers(theirs), ones)
             examples.setdefault((name, len(own_shape)), []).append(example)
     shapes: Shapes = {}
@@ -251,7 +259,7 @@ def from_siblings(variant: str) -> Shapes:
             continue
         counter = key.endswith(COUNTERS)  # named like the mean beside it
         like, rank = (key.replace(COUNTERS, "running_mean"), 1) if counter else (key, tensor.ndim)
-        name, block = _open(like)
+        name, block = _open(like, variant)
         theirs, ones = _carried_over(examples[name, rank], block)
         shape = list(tensor.shape)
         if ones is not None and not counter:
@@ -285,12 +293,17 @@ def _carried_over(examples: list[Example], block: int) -> tuple[str, tuple[bool,
     return "".join(a + b for a, b in zip(parts, [*numbers, ""], strict=True)), ones
 
 
-def _open(key: str) -> tuple[str, int]:
+def _open(key: str, variant: str) -> tuple[str, int]:
     """Return one of our names with its block's number left open, and the number."""
     found = re.search(r"(?<=\.blocks\.)\d+(?=\.)|(?<=^stages\.\d\.)\d+(?=\.)", key)
     if found is None:
         return key, -1
-    return f"{key[: found.start()]}#{key[found.end() :]}", int(found[0])
+    number, start = int(found[0]), key[: found.start()]
+    of = registry.variants[variant]
+    if of.family in COUNTED_THROUGH:
+        stage = int(start.split(".")[1])
+        number, start = number + sum(of.arguments["depths"][:stage]), "stages.#.blocks."
+    return f"{start}#{key[found.end() :]}", number
 
 
 def _numbers(key: str) -> list[int]:
