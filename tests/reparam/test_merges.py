@@ -189,6 +189,9 @@ ROWS = [
         "moganet_xtiny", "fc2 and decompose", "backbones.merge:stack_linear_layers", r"fc2$", 18, 0
     ),
     Row("moganet_xtiny", "layer scales", SCALE, r"(proj_2|fc2)$", 36),
+    # RedNet
+    Row("rednet26", "norms after convolutions", PREVIOUS, r"conv$", 31, 1),
+    Row("rednet26", "bias of conv2 into the shortcut's", SHIFT, r"downsample\.conv$", 4),
     # UniFormer
     Row("uniformer_xxs", "norms of the stem", PREVIOUS, r"stem\.\d$", 2, 1),
     Row("uniformer_xxs", "identity into the positional 3x3", IDENTITY, r"pos_conv$", 17, 0),
@@ -323,6 +326,10 @@ class LeftOut:
 
 
 ZEROS = "zeros around the padded input would have to be shifted too; scaling divides by a factor"
+SHARED = (
+    "channels share a kernel; through the layer before, a ReLU passes no negative factor and the"
+    " kernels' own input would be divided by it, zero or not"
+)
 COSTS = "the merged form costs more operations than the parts"
 
 LEFT_OUT = [
@@ -351,6 +358,8 @@ LEFT_OUT = [
     LeftOut("moganet_xtiny", "other biases of the 5x5", ZEROS, r"conv_dw0\.bias$", 18),
     LeftOut("moganet_xtiny", "bias of fc1", ZEROS, r"mlp\.fc1\.bias$", 18),
     LeftOut("moganet_xtiny", "gate and value", "their inputs differ", r"(gate|proj)\.weight$", 36),
+    LeftOut("rednet26", "norm after an involution", SHARED, r"(stem\.2|blocks\.\d+\.norm)\.w", 9),
+    LeftOut("rednet26", "pool and 1x1 into a strided 2x2", COSTS, r"reduce\.conv\.weight$", 9),
     LeftOut("uniformer_xxs", "norm of a patch embedding", ZEROS, r"sample\.1\.(w|b)", 6),
     LeftOut("uniformer_xxs", "bias of conv1 through the 5x5", ZEROS, r"conv1\.bias$", 7),
     LeftOut("uniformer_xxs", "1x1, 5x5 and 1x1", COSTS, r"(conv\d|conv_dw)\.weight$", 21),
