@@ -43,6 +43,14 @@ def unfold_multiply_sum(x: Tensor, weight: Tensor) -> Tensor:
     return (patches * weight.unsqueeze(1)).sum(3).view_as(x)
 
 
+def unfold_by_neighbors(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    groups, taps = weight.shape[1:3]
+    k = round(taps**0.5)
+    patches = F.unfold(x, k, padding=k // 2, stride=stride)
+    patches = patches.view(x.shape[0], groups, -1, taps, *weight.shape[3:])
+    return (patches * weight.unsqueeze(2)).sum(3).flatten(1, 2)
+
+
 def shifted_sum(value: Tensor, attention: Tensor, k: int) -> Tensor:
     """One shifted map per tap; rows are shifted once for the k taps they share."""
     rows, cols = (
@@ -66,6 +74,18 @@ def small_kernel_case(channels: int, side: int) -> tuple[Operator, Operator, lis
     x = torch.randn(1, channels, side, side)
     weight = torch.randn(1, channels // 8, 9, side, side)
     return unfold_multiply_sum, ops.small_kernel_aggregation, [x, weight]
+
+
+def involution_case(
+    channels: int, side: int, k: int, stride: int
+) -> tuple[Operator, Operator, list[Tensor]]:
+    x = torch.randn(1, channels, side, side)
+    weight = torch.randn(1, channels // 16, k * k, side // stride, side // stride)
+    return (
+        lambda x, w: unfold_by_neighbors(x, w, stride),
+        lambda x, w: ops.involution(x, w, stride),
+        [x, weight],
+    )
 
 
 def neighborhood_case(
@@ -92,6 +112,10 @@ SPEED: dict[str, tuple[float, Callable[[], tuple[Operator, Operator, list[Tensor
     "small_kernel 128x28x28 wc=16 k=3 / unfold": (1.0, lambda: small_kernel_case(128, 28)),
     "small_kernel 192x14x14 wc=24 k=3 / unfold": (1.0, lambda: small_kernel_case(192, 14)),
     "small_kernel 256x7x7 wc=32 k=3 / unfold": (1.0, lambda: small_kernel_case(256, 7)),
+    "involution 64x56x56 k=7 / unfold": (1.0, lambda: involution_case(64, 56, 7, 1)),
+    "involution 128x28x28 k=7 / unfold": (1.0, lambda: involution_case(128, 28, 7, 1)),
+    "involution 128x56x56 k=7 s=2 / unfold": (1.0, lambda: involution_case(128, 56, 7, 2)),
+    "involution 512x14x14 k=7 s=2 / unfold": (1.0, lambda: involution_case(512, 14, 7, 2)),
     "neighborhood 8x16x14x14 k=13 / shifted sum": (10.0, lambda: neighborhood_case(8, 16, 14, 13)),
     "neighborhood 8x16x14x14 k=5 / shifted sum": (1.0, lambda: neighborhood_case(8, 16, 14, 5)),
     "neighborhood 12x14x7x7 k=7 / shifted sum": (1.0, lambda: neighborhood_case(12, 14, 7, 7)),

@@ -30,6 +30,10 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
     ],
     "glnet": [(r"\.(attn\.proj|conv2|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
     "moganet": [(r"\.(gamma\d|sigma)$", 0.2), (r"\.(attn\.proj_2|mlp\.fc2)\.", 0.2)],
+    "rednet": [  # involutions multiply what comes in with itself
+        (r"\.involution\.predict\.(weight|bias)$", 0.15),
+        (r"\.conv2\.norm\.weight$", 0.4),
+    ],
     "uniformer": [(r"\.(conv2|proj|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
     "unireplknet": [(r"blocks\.\d+\.gamma$", 0.2)],

@@ -12,12 +12,14 @@ from backbones.ops.dispatch import (
     use_reference,
     without_autocast,
 )
+from backbones.ops.involution import involution
 from backbones.ops.neighborhood import neighborhood_aggregation, neighborhood_bias
 from backbones.ops.small_kernel import small_kernel_aggregation
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
     "at_least_float32",
+    "involution",
     "is_recorded",
     "neighborhood_aggregation",
     "neighborhood_bias",

@@ -126,7 +126,7 @@ def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:
     out = torch.mul(next(views), taps[0])
     for shifted, tap in zip(views, taps[1:], strict=True):
         out.addcmul_(shifted, tap)
-    return _like(out.view(x.shape), x)
+    return like_layout_of(out.view(x.shape), x)
 
 
 class _SmallKernel(Bilinear):
@@ -151,7 +151,9 @@ class _SmallKernel(Bilinear):
             for shifted, tap in zip(_shifted(grad_flat, shape[3], k), taps, strict=True):
                 shifted.addcmul_(grad_out, tap)
             edge = k // 2 * (shape[3] + 1)
-            grad_x = _like(grad_flat[..., edge : edge + shape[2] * shape[3]].reshape(shape), x)
+            grad_x = like_layout_of(
+                grad_flat[..., edge : edge + shape[2] * shape[3]].reshape(shape), x
+            )
         if needed[1]:
             by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, shape[3], k)]
             grad_weight = torch.stack(by_tap, 2).view(weight.shape)
@@ -204,7 +206,7 @@ def _zero_wrapped(weight: Tensor, k: int) -> None:
             weight.as_strided(shape, stride, col * size + j).zero_()
 
 
-def _like(out: Tensor, x: Tensor) -> Tensor:
+def like_layout_of(out: Tensor, x: Tensor) -> Tensor:
     """`out` in `x`'s memory layout, so that what follows does not mix layouts."""
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return out.contiguous()

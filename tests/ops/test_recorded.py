@@ -12,6 +12,15 @@ class SmallKernel(nn.Module):
         return ops.small_kernel_aggregation(x, weight)
 
 
+class Involution(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x, weight):
+        return ops.involution(x, weight, self.stride)
+
+
 class Neighborhood(nn.Module):
     def __init__(self, k):
         super().__init__()
@@ -42,6 +51,14 @@ CASES = {
         SmallKernel,
         lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 4, 9, 9, 11)),
     ),
+    "involution": (
+        lambda: Involution(1),
+        lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 4, 49, 9, 11)),
+    ),
+    "involution_strided": (
+        lambda: Involution(2),
+        lambda b: (torch.randn(b, 16, 9, 12), torch.randn(b, 4, 9, 5, 6)),
+    ),
     "neighborhood": (lambda: Neighborhood(5), lambda b: neighborhood_inputs(b, 14, 9, 5)),
     "one_window": (lambda: Neighborhood(7), lambda b: neighborhood_inputs(b, 7, 7, 7)),
     "tiles": (lambda: Neighborhood(4), lambda b: neighborhood_inputs(b, 17, 20, 4)),
@@ -49,7 +66,7 @@ CASES = {
     "spectral_resized": (lambda: Spectral(14, 8), lambda b: (torch.randn(b, 4, 13, 16),)),
     "spectral_large": (lambda: Spectral(34, 18), lambda b: (torch.randn(b, 4, 34, 34),)),
 }
-SHORT = ["small_kernel", "neighborhood", "spectral_resized"]
+SHORT = ["small_kernel", "involution_strided", "neighborhood", "spectral_resized"]
 
 
 @pytest.fixture(params=CASES)
@@ -92,6 +109,7 @@ def test_exports_with_a_dynamic_batch(case, strict):
 
 SIZES = {
     "small_kernel": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 2, 9, h, w)),
+    "involution": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 2, 49, h, w)),
     "neighborhood": lambda h, w: neighborhood_inputs(1, h, w, 5),
 }
 

@@ -15,6 +15,12 @@ def small_kernel(k, channels, groups, height, width):
     return ops.small_kernel_aggregation, shapes
 
 
+def involution(k, channels, groups, height, width, stride):
+    size = [-(-side // stride) for side in (height, width)]
+    shapes = [(2, channels, height, width), (2, groups, k * k, *size)]
+    return (lambda x, w: ops.involution(x, w, stride)), shapes
+
+
 def neighborhood(k, height, width, groups=2, channels=2):
     shapes = [(2, groups, channels, height, width), (2, groups, height, width, k * k)]
     return (lambda v, a: ops.neighborhood_aggregation(v, a, k)), shapes
@@ -28,6 +34,8 @@ CASES = {
     "small_kernel": small_kernel(3, 4, 2, 3, 2),
     "kernel_of_one": small_kernel(1, 2, 2, 2, 2),
     "wide_kernel": small_kernel(5, 3, 1, 2, 1),
+    "involution": involution(3, 4, 2, 3, 2, 1),
+    "involution_strided": involution(3, 4, 2, 3, 4, 2),
     "one_window": neighborhood(3, 3, 3),
     "one_tile": neighborhood(2, 3, 4),
     "tiles": neighborhood(2, 9, 29, 1, 1),

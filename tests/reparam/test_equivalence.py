@@ -28,7 +28,11 @@ from backbones.registry import registry
 TOLERANCE = 1e-10
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 # Batch norms between two operators that cannot take them, of the families in the manifest.
-LEFT_NORMS = {"lsnet": r"\.mixer\.norm$", "moganet": r"^stages\.[123]\.downsample\.0$"}
+LEFT_NORMS = {
+    "lsnet": r"\.mixer\.norm$",
+    "moganet": r"^stages\.[123]\.downsample\.0$",
+    "rednet": r"^stem\.2$|blocks\.\d+\.norm$",
+}
 
 
 def make(name: str, **arguments: object) -> nn.Module:

@@ -243,6 +243,9 @@ ROWS = [
         1,
     ),
     Row("patchconvnet_s60_multi", "values", "backbones.merge:linear_into_next", r"pool\.v$", 1),
+    # RedNet
+    Row("rednet26", "norms after convolutions", PREVIOUS, r"conv$", 31, 1),
+    Row("rednet26", "bias of conv2 into the shortcut's", SHIFT, r"downsample\.conv$", 4),
     # UniFormer
     Row("uniformer_xxs", "norms of the stem", PREVIOUS, r"stem\.\d$", 2, 1),
     Row("uniformer_xxs", "identity into the positional 3x3", IDENTITY, r"pos_conv$", 17, 0),
@@ -380,6 +383,10 @@ class LeftOut:
 
 
 ZEROS = "zeros around the padded input would have to be shifted too; scaling divides by a factor"
+SHARED = (
+    "channels share a kernel; through the layer before, a ReLU passes no negative factor and the"
+    " kernels' own input would be divided by it, zero or not"
+)
 COSTS = "the merged form costs more operations than the parts"
 
 LEFT_OUT = [
@@ -421,6 +428,8 @@ LEFT_OUT = [
         120,
     ),
     LeftOut("patchconvnet_s60", "SE factors", "they differ by image", r"se\.fc\d\.", 240),
+    LeftOut("rednet26", "norm after an involution", SHARED, r"(stem\.2|blocks\.\d+\.norm)\.w", 9),
+    LeftOut("rednet26", "pool and 1x1 into a strided 2x2", COSTS, r"reduce\.conv\.weight$", 9),
     LeftOut("uniformer_xxs", "norm of a patch embedding", ZEROS, r"sample\.1\.(w|b)", 6),
     LeftOut("uniformer_xxs", "bias of conv1 through the 5x5", ZEROS, r"conv1\.bias$", 7),
     LeftOut("uniformer_xxs", "1x1, 5x5 and 1x1", COSTS, r"(conv\d|conv_dw)\.weight$", 21),

@@ -42,6 +42,7 @@ FINAL = {
     "moganet": ("head.",),
     "overlock": ("head.4.", "aux_head.2."),
     "patchconvnet": ("head.weight", "head.bias"),  # of one class token
+    "rednet": ("head.fc.",),
     "uniformer": ("head.", "aux_head.", "head_cls."),
 }
 # Arguments that decide the authors' names.

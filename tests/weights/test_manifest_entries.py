@@ -49,6 +49,7 @@ CARRIED_OVER = (
     "overlock_xt",
     "moganet_tiny",
     "patchconvnet_b60",
+    "rednet38",
     "uniformer_small_tl",
     "uniformer_xs",
 )
