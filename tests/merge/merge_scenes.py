@@ -532,6 +532,7 @@ SCENES = {
     "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
     "biases_into_next": BiasesSideBySide,
     "mean_as_output": LessMean,
+    "sigmoid_into_constant": lambda: LessMean(bias=False),
     "stack_linear_layers": lambda: SideBySide(
         linear_layer("padded"), linear_layer("padded", out_channels=3)
     ),
