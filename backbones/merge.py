@@ -11,14 +11,14 @@ work on the meta device too. Modules must be in evaluation mode (`reparameterize
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, RmsNorm2d
 from torch import Tensor, nn
 
 __all__ = [
@@ -32,9 +32,11 @@ __all__ = [
     "factor_into_norm",
     "factor_into_outputs",
     "fold_chain",
+    "function_into_parameter",
     "is_linear_layer",
     "linear_into_next",
     "map_norm_into_next",
+    "mean_as_output",
     "norm_into_next",
     "norm_into_previous",
     "norm_into_shortcut",
@@ -112,25 +114,24 @@ def norm_into_previous(linear: nn.Module, norm: nn.Module) -> nn.Module:
     return nn.Identity()
 
 
-def norm_into_next(norm: nn.Module, linear: nn.Module, *others: nn.Module) -> nn.Module:
-    """Fold a norm's factor and offset into the layer after it: ``W' = W s``, ``b' = b + W t``.
+def norm_into_next(norm: nn.Module, *linears: nn.Module) -> nn.Module:
+    """Fold a norm's factor and offset into the layers after it: ``W' = W s``, ``b' = b + W t``.
 
     Holds for an ``nn.Linear`` and for a convolution without padding: zeros around the normalized
-    feature map are not what the layer before the norm would have there. Where several layers read
-    the norm, it goes into each of them, or into none.
+    feature map are not what the layer before the norm would have there. The layers are all that
+    read the norm; averages over positions may stand between, since an offset passes them.
 
     Returns:
         What takes the norm's place: an identity for a batch norm, the norm without parameters for
-        a layer or group norm, or the norm where it was not folded.
+        a layer, group or root mean square norm, or the norm where it was not folded.
     """
-    linears = (linear, *others)
     if not all(_acts_on_outputs(norm, one) and _is_unpadded(one) for one in linears):
         return norm
     batch = isinstance(norm, BATCH_NORMS)
-    if not batch and norm.weight is None and norm.bias is None:
+    if not batch and norm.weight is None and getattr(norm, "bias", None) is None:
         return norm
-    for one in linears:
-        _fold_into_next(norm, one)
+    for linear in linears:
+        _fold_into_next(norm, linear)
     record("norm into the linear layer after")
     if batch:
         return nn.Identity()
@@ -251,6 +252,15 @@ def scale_into_directions(vectors: Tensor, scale: Tensor) -> None:
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
     vectors.copy_(wide / length * _wide(scale))
     record("factor into directions")
+
+
+def function_into_parameter(
+    parameter: nn.Parameter, function: Callable[[Tensor], Tensor]
+) -> nn.Parameter:
+    """Return what a function makes of a parameter, as a parameter that takes its place."""
+    record("function of a parameter into a parameter")
+    value = function(_wide(parameter)).to(parameter.device, parameter.dtype)
+    return nn.Parameter(value, parameter.requires_grad)
 
 
 @torch.no_grad()
@@ -492,6 +502,20 @@ def average_linear_layers(first: nn.Linear, second: nn.Linear) -> None:
     record("averaged linear layers")
 
 
+def mean_as_output(linear: nn.Linear) -> nn.Linear:
+    """Return a linear layer with one output more, the mean of the others, as the last."""
+    weight, bias = _weight(linear), _bias(linear)
+    with torch.device("meta"):
+        fresh = nn.Linear(linear.in_features, linear.out_features + 1, bias=False)
+    fresh = fresh.to_empty(device=linear.weight.device).to(linear.weight.dtype)
+    fresh.requires_grad_(linear.weight.requires_grad).train(linear.training)
+    row = weight.mean(0, keepdim=True)
+    offset = None if linear.bias is None else torch.cat((bias, bias.mean(0, keepdim=True)))
+    _store(fresh, torch.cat((weight, row)), offset)
+    record("mean of outputs into the linear layer before")
+    return fresh
+
+
 def rotation_into_next(rotation: Tensor, conv: nn.Conv2d) -> nn.Conv2d:
     """Return a convolution that takes what comes before a rotation of channel pairs.
 
@@ -593,7 +617,7 @@ def _acts_on_outputs(norm: Any, linear: nn.Module) -> bool:
     act = getattr(norm, "act", None)
     if not is_linear_layer(linear) or not isinstance(act, (nn.Identity, type(None))):
         return False
-    spatial = (nn.BatchNorm2d, LayerNorm2d, nn.GroupNorm)
+    spatial = (nn.BatchNorm2d, LayerNorm2d, nn.GroupNorm, RmsNorm2d)
     if isinstance(linear, nn.Conv2d):
         return isinstance(norm, spatial)
     return isinstance(norm, (nn.BatchNorm1d, nn.LayerNorm)) and not isinstance(norm, spatial)
@@ -617,7 +641,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
         return scale, shift if norm.bias is None else shift + _wide(norm.bias)
     given: Tensor = norm.weight if norm.weight is not None else norm.bias  # type: ignore[assignment]
     scale = torch.ones_like(_wide(given)) if norm.weight is None else _wide(given)
-    bias = norm.bias
+    bias = getattr(norm, "bias", None)
     return scale, _wide(bias) if isinstance(bias, Tensor) else torch.zeros_like(scale)
 
 

@@ -423,6 +423,23 @@ class StagedBackbone(nn.Module):
         """
         return {}
 
+    def shown_arguments(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments that the entries of a checkpoint show and a model follows; a hook.
+
+        Args:
+            tensors: what the checkpoint holds, by its own names.
+        """
+        return {}
+
+    def follow(self, arguments: Mapping[str, Any]) -> None:
+        """Become the model of other values of `shown_arguments`; fresh parts have initial values.
+
+        A family changes its modules in place, pruned and re-parameterized ones too.
+        """
+        for name, value in arguments.items():
+            setattr(self, name, value)
+        self.arguments.update(arguments)
+
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:
         """Add what a released checkpoint is known to lack; a hook for families."""
         return tensors

@@ -34,6 +34,12 @@ from backbones.engines import take_turns
 Operator = Callable[..., Tensor]
 
 
+def unfold_by_image(x: Tensor, kernels: Tensor) -> Tensor:
+    patches = F.unfold(x, kernels.shape[2], padding=kernels.shape[2] // 2)
+    patches = patches.unflatten(1, (x.shape[1], -1))
+    return (patches * kernels.flatten(2).unsqueeze(3)).sum(2).view_as(x)
+
+
 def unfold_multiply_sum(x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     groups, taps = weight.shape[1:3]
@@ -68,6 +74,11 @@ def shifted_sum(value: Tensor, attention: Tensor, k: int) -> Tensor:
 def fast_fourier(x: Tensor, weight: Tensor) -> Tensor:
     spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight)
     return torch.fft.irfft2(spectrum, s=x.shape[2:], norm="ortho")
+
+
+def attentive_case(channels: int, side: int) -> tuple[Operator, Operator, list[Tensor]]:
+    arguments = [torch.randn(1, channels, side, side), torch.randn(1, channels, 3, 3)]
+    return unfold_by_image, ops.attentive_convolution, arguments
 
 
 def small_kernel_case(channels: int, side: int) -> tuple[Operator, Operator, list[Tensor]]:
@@ -108,6 +119,10 @@ def spectral_case(channels: int, side: int) -> tuple[Operator, Operator, list[Te
 
 # The first line of each operator is the one with a target; the others are the shapes of models.
 SPEED: dict[str, tuple[float, Callable[[], tuple[Operator, Operator, list[Tensor]]]]] = {
+    "attentive 32x56x56 k=3 / unfold": (1.0, lambda: attentive_case(32, 56)),
+    "attentive 64x28x28 k=3 / unfold": (1.0, lambda: attentive_case(64, 28)),
+    "attentive 128x14x14 k=3 / unfold": (1.0, lambda: attentive_case(128, 14)),
+    "attentive 240x7x7 k=3 / unfold": (1.0, lambda: attentive_case(240, 7)),
     "small_kernel 64x28x28 wc=8 k=3 / unfold": (3.0, lambda: small_kernel_case(64, 28)),
     "small_kernel 128x28x28 wc=16 k=3 / unfold": (1.0, lambda: small_kernel_case(128, 28)),
     "small_kernel 192x14x14 wc=24 k=3 / unfold": (1.0, lambda: small_kernel_case(192, 14)),

@@ -17,6 +17,7 @@ from backbones.registry import registry
 # Freshly filled branches are as strong as their identities; no trained model's are.
 GAMMA = [(r"\.gamma$", 0.2)]
 DAMPING: dict[str, list[tuple[str, float]]] = {
+    "attnet": [(r"\.(mixer\.proj|mlp\.fc2)\.(weight|bias)$", 0.2)],
     "hornet": [],  # the gates keep their size: 1e-6 as filled
     "cpubone": [
         (r"\.upsampling\.0\.(weight|bias)$", 0.2),

@@ -5,6 +5,7 @@ whether the operations are being recorded, and every path is tested against the 
 values and gradients. :func:`use_reference` forces the reference.
 """
 
+from backbones.ops.attentive import attentive_convolution
 from backbones.ops.dispatch import (
     at_least_float32,
     is_recorded,
@@ -19,6 +20,7 @@ from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
     "at_least_float32",
+    "attentive_convolution",
     "involution",
     "is_recorded",
     "neighborhood_aggregation",

@@ -85,3 +85,10 @@ def fixed(size: int) -> int:
     through ``int()``; a range has to be of definite length.
     """
     return len(range(size))
+
+
+def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
+    """`out` in the memory layout of `x`, so that what follows does not mix layouts."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return out.contiguous()
+    return out.contiguous(memory_format=torch.channels_last)

@@ -13,10 +13,11 @@ from backbones.errors import InputSizeError
 from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
+    in_layout_of,
     reference_active,
     without_autocast,
 )
-from backbones.ops.small_kernel import like_layout_of, small_kernel_aggregation
+from backbones.ops.small_kernel import small_kernel_aggregation
 
 
 def involution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -55,7 +56,7 @@ def involution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         else:
             out = _by_phases(maps, taps, k, stride)
         out = out.unflatten(0, (-1, groups)).flatten(1, 2)  # B C H' W'
-        return like_layout_of(out, x).to(x.dtype)
+        return in_layout_of(x, out).to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, stride: int) -> int:

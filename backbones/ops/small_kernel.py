@@ -18,6 +18,7 @@ from backbones.ops.bilinear import Bilinear
 from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
+    in_layout_of,
     is_recorded,
     is_transformed,
     reference_active,
@@ -126,7 +127,7 @@ def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:
     out = torch.mul(next(views), taps[0])
     for shifted, tap in zip(views, taps[1:], strict=True):
         out.addcmul_(shifted, tap)
-    return like_layout_of(out.view(x.shape), x)
+    return in_layout_of(x, out.view(x.shape))
 
 
 class _SmallKernel(Bilinear):
@@ -151,9 +152,8 @@ class _SmallKernel(Bilinear):
             for shifted, tap in zip(_shifted(grad_flat, shape[3], k), taps, strict=True):
                 shifted.addcmul_(grad_out, tap)
             edge = k // 2 * (shape[3] + 1)
-            grad_x = like_layout_of(
-                grad_flat[..., edge : edge + shape[2] * shape[3]].reshape(shape), x
-            )
+            inner = grad_flat[..., edge : edge + shape[2] * shape[3]]
+            grad_x = in_layout_of(x, inner.reshape(shape))
         if needed[1]:
             by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, shape[3], k)]
             grad_weight = torch.stack(by_tap, 2).view(weight.shape)
@@ -204,10 +204,3 @@ def _zero_wrapped(weight: Tensor, k: int) -> None:
             step = (k - 1 - 2 * col) * size + width - 1 - 2 * j
             shape, stride = (batch * channels * k, 2, height), (k * size, step, width)
             weight.as_strided(shape, stride, col * size + j).zero_()
-
-
-def like_layout_of(out: Tensor, x: Tensor) -> Tensor:
-    """`out` in `x`'s memory layout, so that what follows does not mix layouts."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return out.contiguous()
-    return out.contiguous(memory_format=torch.channels_last)

@@ -46,6 +46,8 @@ class LoadReport(Match):
     assumed: tuple[str, ...] = ()
     """Arguments of the model that change what it computes, of which the file says nothing, neither
     by an entry nor by a name."""
+    followed: tuple[str, ...] = ()
+    """Arguments that the model took over from the entries of the file, with their new values."""
 
     def __str__(self) -> str:
         facts = [f"layout {self.layout}"]
@@ -59,6 +61,8 @@ class LoadReport(Match):
                 more = ", ..." if len(names) > 6 else ""
                 title = what.replace("_", " ")
                 lines.append(f"  {title} {len(names)}: {', '.join(names[:6])}{more}")
+        if self.followed:
+            lines.append(f"  the model now has, as the file shows: {', '.join(self.followed)}")
         if self.assumed:
             lines.append(f"  not told by the file, as the model has it: {', '.join(self.assumed)}")
         return "\n".join(lines)
@@ -181,6 +185,7 @@ def _load(
     for key in tensors.keys() & {*first_convs}:
         channels, base = target.present[key].shape[1], tensors[key].shape[1]
         tensors[key] = adapt_input_conv(channels, tensors[key], base_chans=base)
+    followed = _follow(body, mapped, target.name, checkpoint.source)
     body.load_state_dict(tensors, strict=False)
     match = {one.name: getattr(mapped, one.name) for one in fields(Match)}
     match["dropped"] = (*mapped.dropped, *(key for key in new if key in mapped.tensors))
@@ -191,7 +196,18 @@ def _load(
         loaded=len(tensors),
         new=tuple(new),
         assumed=target.assumed_arguments(checkpoint),
+        followed=followed,
     )
+
+
+def _follow(module: Any, mapped: Mapped, name: str, source: str) -> tuple[str, ...]:
+    """Let a model become that of a file, as far as its family leaves it open; say so."""
+    if not mapped.followed:
+        return ()
+    module.follow(mapped.followed)
+    told = tuple(f"{key}={value}" for key, value in mapped.followed.items())
+    _logger.warning("%s: shows %s with %s; the model follows", source, name, ", ".join(told))
+    return told
 
 
 def _require_known_gaps(mapped: Mapped, target: Target, lacks: Sequence[str], source: str) -> None:
@@ -215,9 +231,11 @@ def filter_for_timm(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str
         CheckpointError: the checkpoint does not fit. Never `TypeError`, on which timm retries.
     """
     target, checkpoint = Target(model), _checkpoint(state_dict, "the pretrained weights")
-    return map_file(
+    mapped = map_file(
         checkpoint, target, ignore_classifier=True, any_input_channels=target.first_convs
-    ).tensors
+    )
+    _follow(target.module, mapped, target.name, checkpoint.source)
+    return mapped.tensors
 
 
 def saved_arguments(checkpoint: Checkpoint, model_class: Any) -> dict[str, Any]:
@@ -285,6 +303,7 @@ def _map_to_deploy_form(checkpoint: Checkpoint, target: Target, **options: Any) 
     dtype = next(inner.parameters()).dtype
     twin = type(inner)(**inner.arguments).to(dtype).eval()  # in training form
     mapped = map_file(checkpoint, Target(twin), **options)
+    twin.follow(mapped.followed)
     twin.load_state_dict(mapped.tensors, strict=False)
     reparameterize(twin, inplace=True, verify=False)
     own = inner.state_dict().keys()

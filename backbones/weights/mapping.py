@@ -1,7 +1,7 @@
 """Bringing a checkpoint's keys and shapes into a model's own: prefixes, layouts, completeness."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
@@ -55,6 +55,8 @@ class Mapped(Match):
     """A checkpoint in a model's own names and shapes."""
 
     tensors: dict[str, Tensor]
+    followed: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that the checkpoint shows and the model has otherwise, to be followed first."""
 
 
 @dataclass
@@ -136,7 +138,7 @@ def map_checkpoint(
         CheckpointError: nothing fits, or several layouts or prefixes do; a value is not finite or
             of the wrong kind. The message names the closest layout and the first few differences.
     """
-    target = model if isinstance(model, Target) else Target(model)
+    target = (model if isinstance(model, Target) else Target(model)).following(tensors)
     best: _Attempt | None = None
     complete: list[_Attempt] = []
     for renamed, inner in chain([(tensors, ())], without_inner_words(tensors, target.present)):
@@ -325,7 +327,8 @@ def _finish(attempt: _Attempt, target: Target) -> Mapped:
     check_values(attempt.tensors, target.present)
     names = [one.name for one in fields(Mapped)]
     facts: dict[str, Any] = {k: v for k, v in vars(attempt).items() if k in names}
-    return Mapped(**facts | {k: tuple(v) for k, v in facts.items() if isinstance(v, list)})
+    facts |= {k: tuple(v) for k, v in facts.items() if isinstance(v, list)}
+    return Mapped(**facts, followed=target.followed)
 
 
 def _explain(attempt: _Attempt, target: Target, strict: bool, shapes_fit: int) -> str:

@@ -1,5 +1,6 @@
 """What a model expects of a checkpoint: the view of a model that the mapping works on."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,8 @@ class Target:
 
     def __init__(self, model: nn.Module) -> None:
         self.module = inner_module(model)
+        self.followed: Mapping[str, Any] = {}
+        """Arguments of a checkpoint's model, where the module here is its twin with these."""
         self.present: dict[str, Tensor] = dict(self.module.state_dict())
         # Merged weights fit one form only: renames and pruned parts belong to the training form.
         self.deployed = bool(getattr(self.module, "deployed", False))
@@ -64,6 +67,27 @@ class Target:
             return frozenset()
         return frozenset(shapes()) - self.present.keys()
 
+    def following(self, tensors: Mapping[str, Tensor]) -> "Target":
+        """Return the model with the parts that a checkpoint has, as far as a family leaves it open.
+
+        The model itself stays as it is: what is returned is a twin without values.
+        """
+        shown = self._shown(tensors)
+        followed = {k: value for k, value in shown.items() if getattr(self.module, k) != value}
+        if not followed:
+            return self
+        values = [*self.module.parameters(), *self.module.buffers()]
+        twin: Any = copy.deepcopy(self.module, {id(one): _without_values(one) for one in values})
+        twin.follow(followed)
+        target = Target(twin)
+        target.followed = followed
+        return target
+
+    def _shown(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Return the arguments that entries show; those of a re-parameterized model show none."""
+        hook: Any = getattr(self.module, "shown_arguments", None)
+        return {} if hook is None or self.deployed else hook(tensors)
+
     def require_form(self, checkpoint: Checkpoint) -> None:
         """Refuse a file in deploy form for a model in training form."""
         if checkpoint.deploy and not self.deployed:
@@ -93,8 +117,15 @@ class Target:
     def assumed_arguments(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Return the model's arguments that neither a shape nor what a file says confirms."""
         stated = self._stated(checkpoint)
-        names = getattr(self.module, "invisible_arguments", ())
+        names = self._hidden(checkpoint)
         return tuple(f"{one}={getattr(self.module, one)}" for one in names if one not in stated)
+
+    def _hidden(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the arguments of which the file's entries say nothing."""
+        names = getattr(self.module, "invisible_arguments", ())
+        hook: Any = getattr(self.module, "shown_arguments", None)
+        shown = hook(checkpoint.tensors) if hook else {}
+        return [name for name in names if name not in shown]
 
     def _stated(self, checkpoint: Checkpoint) -> dict[str, tuple[Any, str]]:
         """Return what a file says of invisible arguments: the value, and by which name of a model.
@@ -102,7 +133,7 @@ class Target:
         What `save_checkpoint` wrote counts; of files of others their names do.
         """
         found: dict[str, tuple[Any, str]] = {}
-        hidden = getattr(self.module, "invisible_arguments", ())
+        hidden = self._hidden(checkpoint)
         saved = checkpoint.description.get("arguments")
         if isinstance(saved, Mapping):
             parameters = inspect.signature(type(self.module)).parameters
@@ -136,6 +167,11 @@ class Target:
         """Let the model fill in or convert what its own layout allows to be absent."""
         hook: Any = getattr(self.module, "complete_checkpoint", None)
         return tensors if hook is None or self.deployed else hook(dict(tensors))
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def inner_module(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from merge_layers import (
     value,
     width,
 )
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, RmsNorm2d
 from torch import nn
 
 from backbones import merge
@@ -58,23 +58,6 @@ class NormAfterLayer(Scene):
         self.norm = merge.norm_into_previous(self.linear, self.norm)
 
 
-class NormBeforeLayers(Scene):
-    counts = {"norm into the linear layer after": 1}
-    shape = TOKENS
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-        self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
-
-    def forward(self, x):
-        x = self.norm(x)
-        return self.first(x) + self.second(x).tanh()
-
-    def fold(self):
-        self.norm = merge.norm_into_next(self.norm, self.first, self.second)
-
-
 class NormBeforeLayer(Scene):
     counts = {"norm into the linear layer after": 1}
 
@@ -89,6 +72,24 @@ class NormBeforeLayer(Scene):
 
     def fold(self):
         self.norm = merge.norm_into_next(self.norm, self.linear)
+
+
+class NormBeforeLayers(Scene):
+    """Two layers read the norm, one of them its average over positions."""
+
+    counts = {"norm into the linear layer after": 1}
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.first = norm, nn.Conv2d(8, 6, 1, bias=False)
+        self.other = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.first(x) * self.other(x.mean((2, 3), keepdim=True)).tanh()
+
+    def fold(self):
+        self.norm = merge.norm_into_next(self.norm, self.first, self.other)
 
 
 class Centered(Scene):
@@ -469,6 +470,30 @@ class BiasesSideBySide(Scene):
         merge.biases_into_next(self.first, slice(3), [self.other], self.after)
 
 
+class LessMean(Scene):
+    counts = {
+        "mean of outputs into the linear layer before": 1,
+        "function of a parameter into a parameter": 1,
+    }
+    shape = TOKENS
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.linear = nn.Linear(8, 6, bias=bias)
+        self.share = nn.Parameter(torch.empty(5, 1))
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.linear.out_features == 6:
+            return y - self.share.sigmoid() * y.mean(-1, keepdim=True)
+        return y[..., :6] - self.share * y[..., 6:]
+
+    def fold(self):
+        if self.linear.out_features == 6:
+            self.linear = merge.mean_as_output(self.linear)
+            self.share = merge.function_into_parameter(self.share, torch.sigmoid)
+
+
 class SideBySide(Scene):
     counts = {"linear layers of one input into one": 1}
 
@@ -568,7 +593,8 @@ SCENES = {
     ),
     "layer_norm_into_next": lambda: NormBeforeLayer(LayerNorm2d(8), linear_layer("even_strided")),
     "group_norm_into_next": lambda: NormBeforeLayer(nn.GroupNorm(4, 8), linear_layer("depthwise")),
-    "norm_into_several_next": NormBeforeLayers,
+    "rms_norm_into_next": lambda: NormBeforeLayer(RmsNorm2d(8), linear_layer("grouped", False)),
+    "layer_norm_into_two": lambda: NormBeforeLayers(LayerNorm2d(8)),
     "center_outputs": lambda: Centered(linear_layer("padded")),
     "scale_into_previous": lambda: Scaled(linear_layer("padded"), slice(2, 5)),
     "shift_into_previous": lambda: Shifted(linear_layer("padded", False), slice(2, 5)),
@@ -596,6 +622,8 @@ SCENES = {
     "norm_into_shortcut": NormedShortcut,
     "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
     "biases_into_next": BiasesSideBySide,
+    "mean_as_output": LessMean,
+    "function_into_parameter": lambda: LessMean(bias=False),
     "stack_linear_layers": lambda: SideBySide(
         linear_layer("padded"), linear_layer("padded", out_channels=3)
     ),

@@ -15,6 +15,10 @@ def neighborhood(height, width, k):
 
 
 CASES = {
+    "attentive": (
+        ops.attentive_convolution,
+        [torch.randn(2, 16, 9, 11), torch.randn(2, 16, 3, 3)],
+    ),
     "small_kernel": (
         ops.small_kernel_aggregation,
         [torch.randn(2, 16, 9, 11), torch.randn(2, 4, 9, 9, 11)],

@@ -7,6 +7,11 @@ from torch import nn
 from backbones import ops
 
 
+class Attentive(nn.Module):
+    def forward(self, x, kernels):
+        return ops.attentive_convolution(x, kernels)
+
+
 class SmallKernel(nn.Module):
     def forward(self, x, weight):
         return ops.small_kernel_aggregation(x, weight)
@@ -47,6 +52,7 @@ def neighborhood_inputs(batch, height, width, k):
 
 # name: module, inputs for a batch size
 CASES = {
+    "attentive": (Attentive, lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 16, 3, 3))),
     "small_kernel": (
         SmallKernel,
         lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 4, 9, 9, 11)),
@@ -66,7 +72,7 @@ CASES = {
     "spectral_resized": (lambda: Spectral(14, 8), lambda b: (torch.randn(b, 4, 13, 16),)),
     "spectral_large": (lambda: Spectral(34, 18), lambda b: (torch.randn(b, 4, 34, 34),)),
 }
-SHORT = ["small_kernel", "involution_strided", "neighborhood", "spectral_resized"]
+SHORT = ["attentive", "small_kernel", "involution_strided", "neighborhood", "spectral_resized"]
 
 
 @pytest.fixture(params=CASES)
@@ -108,6 +114,7 @@ def test_exports_with_a_dynamic_batch(case, strict):
 
 
 SIZES = {
+    "attentive": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 8, 3, 3)),
     "small_kernel": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 2, 9, h, w)),
     "involution": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 2, 49, h, w)),
     "neighborhood": lambda h, w: neighborhood_inputs(1, h, w, 5),
@@ -119,7 +126,9 @@ def test_exports_with_dynamic_height_and_width(name):
     module, inputs = CASES[name][0](), SIZES[name]
     height, width = (torch.export.Dim(side, min=6, max=64) for side in ("height", "width"))
     example = inputs(14, 17)
-    shapes = tuple({x.shape.index(14): height, x.shape.index(17): width} for x in example)
+    shapes = tuple(
+        {d: {14: height, 17: width}.get(n) for d, n in enumerate(x.shape)} for x in example
+    )
     program = torch.export.export(module, example, dynamic_shapes=shapes)
     for other in (inputs(14, 14), inputs(9, 31)):
         assert_same(program.module()(*other), module(*other))

@@ -10,6 +10,11 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 from backbones import ops
 
 
+def attentive(k, channels, height, width):
+    shapes = [(2, channels, height, width), (2, channels, k, k)]
+    return ops.attentive_convolution, shapes
+
+
 def small_kernel(k, channels, groups, height, width):
     shapes = [(2, channels, height, width), (2, groups, k * k, height, width)]
     return ops.small_kernel_aggregation, shapes
@@ -31,6 +36,8 @@ def spectral(height, width, rows, columns):
 
 
 CASES = {
+    "attentive": attentive(3, 2, 3, 2),
+    "attentive_wide": attentive(5, 2, 2, 1),
     "small_kernel": small_kernel(3, 4, 2, 3, 2),
     "kernel_of_one": small_kernel(1, 2, 2, 2, 2),
     "wide_kernel": small_kernel(5, 3, 1, 2, 1),
@@ -46,7 +53,7 @@ CASES = {
     "spectral_mixed": spectral(24, 2, 24, 2),
     "spectral_fast": spectral(48, 1, 48, 1),
 }
-SMALL = ["small_kernel", "one_tile", "spectral_resized"]
+SMALL = ["attentive", "small_kernel", "one_tile", "spectral_resized"]
 
 
 def leaves(shapes):

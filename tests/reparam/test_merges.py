@@ -77,6 +77,29 @@ ROWS = [
         r"",
         18,
     ),
+    # AttNet
+    Row("attnet_t1", "norms of stem and downsampling", PREVIOUS, r"conv$", 5, 1),
+    Row("attnet_t1", "norm1 into both projections", NEXT, r"norm1$", 20, 0),
+    Row("attnet_t1", "norm2 into fc1", NEXT, r"norm2$", 20, 0),
+    Row("attnet_t1", "root mean square norm into fc2", NEXT, r"mlp\.norm$", 20, 0),
+    Row("attnet_t1", "final norm into the head", NEXT, r"head\.norm$", 1, 0),
+    Row("attnet_t1", "layer scales", SCALE, r"(proj|fc2)$", 40),
+    Row(
+        "attnet_t1",
+        "mean of the kernels",
+        "backbones.merge:mean_as_output",
+        r"kernel_gen$",
+        20,
+        0,
+    ),
+    Row(
+        "attnet_t1",
+        "share of the mean",
+        "backbones.merge:function_into_parameter",
+        r"",
+        20,
+        0,
+    ),
     # InceptionNeXt
     Row("inception_next_atto", "stem norm", PREVIOUS, r"stem\.0$", 1, 1),
     Row("inception_next_atto", "downsampling norm into its 2x2", NEXT, r"downsample\.0$", 3, 0),
@@ -393,6 +416,16 @@ LEFT_OUT = [
     LeftOut("convnext_atto", "centered stem", "measured: not faster", r"stem\.1\.bias", 1),
     LeftOut("convnext_atto", "norm of the stem", "its output is the residual", r"stem\.1\.w", 1),
     LeftOut("convnext_tiny_k3", "3x3 kernels into 7x7", COSTS, r"conv_dw\.weight$", 18),
+    LeftOut(
+        "attnet_t1",
+        "value_proj and proj",
+        "kernels differ by image",
+        r"mixer\.(value_)?proj\.w",
+        40,
+    ),
+    LeftOut("attnet_t1", "bias of value_proj", ZEROS, r"value_proj\.bias$", 20),
+    LeftOut("attnet_t1", "gate half of fc1 and its 3x3", COSTS, r"(fc1|conv_dw)\.weight$", 40),
+    LeftOut("attnet_t1", "share of the mean", "it differs by channel", r"difference$", 20),
     LeftOut("inception_next_atto", "branches into 11x11", COSTS, r"dwconv_(hw|w|h)\.weight$", 36),
     LeftOut(
         "unireplknet_a", "norm of stem and downsampling", ZEROS, r"(stem|sample)\.\d\.bias", 10
