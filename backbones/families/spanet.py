@@ -84,7 +84,8 @@ class SpectralMixer(nn.Module):
     def reparameterize(self) -> None:
         """Make the convolutions of the shares, and their factors, one convolution."""
         if len(self.pws) > 1:
-            self.pws = nn.ModuleList([merge.sum_linear_layers([*self.pws], self.factors)])  # type: ignore[list-item]
+            whole = merge.sum_linear_layers([*self.pws], self.factors)  # type: ignore[list-item]
+            self.pws = nn.ModuleList([whole]).train(self.training)
 
 
 class Block(nn.Module):
@@ -123,32 +124,6 @@ def spectral_filter(height: int, width: int, radius: int, balance: tuple[float, 
     return beyond.masked_fill(distance < radius**2, low).unsqueeze(0)
 
 
-def from_authors(tensors: Tensors, model: Any) -> Tensors:
-    """Rename the authors' keys; see to it that their stored filters are those computed here.
-
-    Raises:
-        CheckpointError: a filter of other values.
-    """
-    renamed: Tensors = {}
-    for key, tensor in tensors.items():
-        for pattern, replacement in AUTHORS:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = tensor
-        found = FILTER.match(key)
-        if found and not tensor.is_meta:
-            stage, share = map(int, found.groups())
-            height, width = tensor.shape[-2:]
-            expected = spectral_filter(height, width, RADII[stage], BALANCES[share])
-            if not torch.allclose(tensor.detach().cpu().float(), expected, rtol=0, atol=1e-3):
-                raise CheckpointError(
-                    f"{key!r} is not the filter of radius {RADII[stage]} around frequency zero that"
-                    " SPANet defines; the authors' code for detection displaces filters when the"
-                    " size of images changes. If the file is from there, remove its entries that"
-                    " end with .filter to load the rest with filters in place"
-                )
-    return renamed
-
-
 class SPANet(StagedBackbone):
     """SPANet; see :class:`StagedBackbone` for the common arguments.
 
@@ -164,8 +139,7 @@ class SPANet(StagedBackbone):
     """
 
     first_conv = "stem"
-    layouts = {"authors": from_authors}
-    derived_keys = (r"\.token_mixer\.sps\.\d\.filter$",)
+    layouts = {"authors": AUTHORS}
 
     def __init__(self, depths: Sequence[int], dims: Sequence[int], **common: Any) -> None:
         super().__init__(dims, depths, **common)
@@ -194,3 +168,26 @@ class SPANet(StagedBackbone):
             module.reset_parameters()
         else:
             super().init_layer(module, name)
+
+    def complete_checkpoint(self, tensors: Tensors) -> Tensors:
+        """Leave out the filters that the authors store, which are to be those computed here.
+
+        Raises:
+            CheckpointError: a filter of other values.
+        """
+        for key in list(tensors):
+            if not (found := FILTER.match(key)):
+                continue
+            given, (stage, share) = tensors.pop(key), map(int, found.groups())
+            if given.is_meta:
+                continue
+            height, width = given.shape[-2:]
+            expected = spectral_filter(height, width, RADII[stage], BALANCES[share])
+            if not torch.allclose(given.cpu().float(), expected, rtol=0, atol=1e-3):
+                raise CheckpointError(
+                    f"{key!r} is not the filter of radius {RADII[stage]} around frequency zero that"
+                    " SPANet defines; the authors' code for detection displaces filters when the"
+                    " size of images changes. If the file is from there, remove its entries that"
+                    " end with .filter to load the rest with filters in place"
+                )
+        return tensors

@@ -429,7 +429,7 @@ class SumOfShares(Scene):
     def fold(self):
         if len(self.convs) > 1:
             whole = merge.sum_linear_layers([*self.convs], (0.5, -2, 3))
-            self.convs = nn.ModuleList([whole])
+            self.convs = nn.ModuleList([whole]).train(self.training)
 
 
 class Averaged(Scene):
