@@ -37,6 +37,7 @@ FINAL = {
     "lsnet": ("head.l.", "head_dist.l."),
     "unireplknet": ("head.",),
     "hornet": ("head.",),
+    "spanet": ("head.",),
     "spartan": ("linear.",),
     "moganet": ("head.",),
     "overlock": ("head.4.", "aux_head.2."),
@@ -49,6 +50,7 @@ INITIALIZERS = frozenset(
 )
 MANY = 4000  # entries
 COUNTERS = "num_batches_tracked"
+DERIVED = (".dwconv.P", ".filter")  # what our models have another entry for, or none
 SHARED_POSITIONS = re.compile(r"^(stages\.\d+)\.positions$")
 
 
@@ -203,7 +205,7 @@ def _pairs(variant: str) -> list[tuple[str, str, tuple[int, ...], torch.Size]]:
     mapped = map_checkpoint(file, _own_model(variant))
     # What is mapped stays in order; positions become another entry, of another name.
     ours = {k: v for k, v in mapped.tensors.items() if not SHARED_POSITIONS.match(k)}
-    theirs = {k: v for k, v in file.items() if not k.endswith(".dwconv.P")}
+    theirs = {k: v for k, v in file.items() if not k.endswith(DERIVED)}
     pairs = []
     for (our, given), (their, taken) in zip(ours.items(), theirs.items(), strict=True):
         assert given is taken or given.shape != taken.shape
@@ -257,6 +259,10 @@ def from_siblings(variant: str) -> Shapes:
         two, width, points = tensor.shape
         for weight in [k for k in shapes if re.fullmatch(rf"{stage}\.\d+\.dwconv\.weight", k)]:
             shapes[weight.replace(".weight", ".P")] = (two, width, 1, points)
+    for key in list(shapes):  # SPANet's filters, one beside each convolution of a share
+        if found := re.fullmatch(r"(network\.(\d)\.\d+\.token_mixer)\.pws\.(\d)\.weight", key):
+            side = 56 >> int(found[2]) // 2
+            shapes[f"{found[1]}.sps.{found[3]}.filter"] = (1, side, side)
     return shapes
 
 
