@@ -53,6 +53,7 @@ __all__ = [
     "shift_together",
     "split_contrast",
     "stack_linear_layers",
+    "sum_linear_layers",
     "uniform_bias_into_next",
 ]
 
@@ -140,20 +141,28 @@ def norm_into_next(norm: nn.Module, *linears: nn.Module) -> nn.Module:
 
 
 def map_norm_into_next(norm: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
-    """Fold a batch norm of a feature map (B, C, H, W) into what reads the map by positions.
+    """Fold a norm of a feature map (B, C, H, W) into what reads the map by positions.
 
     The layers act on its channels at every position, or on their average over positions, with which
     a factor and an offset per channel may change places: ``W' = W s``, ``b' = b + W t`` in each.
 
     Returns:
-        An identity; or the norm, where it is no batch norm or not all are an ``nn.Linear``.
+        An identity for a batch norm, the norm without parameters for a group norm; or the norm,
+        where it is neither or not all that reads it is an ``nn.Linear``.
     """
-    if not isinstance(norm, nn.BatchNorm2d) or any(type(one) is not nn.Linear for one in linears):
+    foldable = isinstance(norm, (nn.BatchNorm2d, nn.GroupNorm)) and not _has_activation(norm)
+    if not foldable or any(type(one) is not nn.Linear for one in linears):
+        return norm
+    batch = isinstance(norm, nn.BatchNorm2d)
+    if not batch and norm.weight is None and norm.bias is None:
         return norm
     for linear in linears:
         _fold_into_next(norm, linear)
     record("norm of a feature map into the linear layers after")
-    return nn.Identity()
+    if batch:
+        return nn.Identity()
+    norm.weight = norm.bias = None  # type: ignore[assignment]
+    return norm
 
 
 def norm_into_shortcut(norm: nn.Module, scale: Tensor, branch: nn.Module) -> nn.Parameter:
@@ -496,6 +505,26 @@ def stack_linear_layers(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     return both
 
 
+def sum_linear_layers(layers: Sequence[nn.Conv2d], factors: Sequence[float]) -> nn.Conv2d:
+    """Return one 1x1 convolution for the sum of several, each of a factor times its own inputs.
+
+    With ``sum of W_i (f_i x_i) + b_i`` that is ``[f_1 W_1 | f_2 W_2 | ...] x + sum of b_i``, where
+    x holds the inputs side by side.
+
+    Raises:
+        ValueError: a layer that is padded, strided or grouped.
+    """
+    for layer in layers:
+        dense = layer.groups == 1 and layer.stride == (1, 1) and _is_unpadded(layer)
+        _require(dense, "only plain dense layers of shares can be added to one", layer)
+    first, channels = layers[0], sum(layer.in_channels for layer in layers)
+    whole = _like(first, channels, first.out_channels, groups=1)
+    weight = torch.cat([_weight(one) * factor for one, factor in zip(layers, factors)], dim=1)
+    _store(whole, weight, torch.stack([_bias(layer) for layer in layers]).sum(0))
+    record("sum of linear layers into one")
+    return whole
+
+
 def average_linear_layers(first: nn.Linear, second: nn.Linear) -> None:
     """Turn `first` into the mean of two linear layers of the same input."""
     _store(first, (_weight(first) + _weight(second)) / 2, (_bias(first) + _bias(second)) / 2)
@@ -614,13 +643,17 @@ def _fold_into_next(norm: nn.Module, linear: nn.Module) -> None:
 
 def _acts_on_outputs(norm: Any, linear: nn.Module) -> bool:
     """Whether a norm is one, without an activation inside, over the channels of a linear layer."""
-    act = getattr(norm, "act", None)
-    if not is_linear_layer(linear) or not isinstance(act, (nn.Identity, type(None))):
+    if not is_linear_layer(linear) or _has_activation(norm):
         return False
     spatial = (nn.BatchNorm2d, LayerNorm2d, nn.GroupNorm, RmsNorm2d)
     if isinstance(linear, nn.Conv2d):
         return isinstance(norm, spatial)
     return isinstance(norm, (nn.BatchNorm1d, nn.LayerNorm)) and not isinstance(norm, spatial)
+
+
+def _has_activation(norm: Any) -> bool:
+    """Whether a norm is one of timm's that activate too."""
+    return not isinstance(getattr(norm, "act", None), (nn.Identity, type(None)))
 
 
 def _require(condition: bool, rule: str, linear: nn.Module) -> None:

@@ -36,6 +36,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.conv2\.norm\.weight$", 0.4),
     ],
     "uniformer": [(r"\.(conv2|proj|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
+    "spanet": [(r"\.(proj_out|fc2)\.(weight|bias)$", 0.2)],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
     "unireplknet": [(r"blocks\.\d+\.gamma$", 0.2)],
     "overlock": [

@@ -12,6 +12,7 @@ from backbones.errors import UnsupportedError
 
 __all__ = ["Head"]
 
+AVERAGES = ("", "avg", "fast", "fastavg")  # poolings that a norm per channel may change places with
 POOL_TYPES = ("avg", "max", "avgmax", "fast", "fastavg", "fastmax", "fastavgmax", "")
 
 
@@ -135,5 +136,9 @@ class Head(nn.Module):
     def reparameterize(self) -> None:
         """Fold the norms before and after pooling into the linear layers beside them."""
         merge.fold_chain(self, self.map_parts)
+        if self.map_parts and not self.vector_parts and self.pool_type in AVERAGES:
+            norm = getattr(self, self.map_parts[-1])
+            norm = merge.map_norm_into_next(norm, (self.get_classifier(),))
+            setattr(self, self.map_parts[-1], norm)
         merge.fold_chain(self, (*self.vector_parts, self.classifier_name.split(".")[0]))
         self.deployed = True

@@ -14,11 +14,13 @@ from backbones.ops.dispatch import (
     without_autocast,
 )
 from backbones.ops.involution import involution
+from backbones.ops.low_frequencies import amplify_low_frequencies
 from backbones.ops.neighborhood import neighborhood_aggregation, neighborhood_bias
 from backbones.ops.small_kernel import small_kernel_aggregation
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
+    "amplify_low_frequencies",
     "at_least_float32",
     "attentive_convolution",
     "involution",

@@ -122,6 +122,44 @@ def horizontal(height: int, width: int, single: bool) -> Horizontal:
     )
 
 
+@lru_cache(maxsize=64)
+def low_waves(height: int, width: int, radius: int, single: bool) -> Array:
+    """Real waves (K, H*W) of the bins in :func:`disc`, products of one for each axis.
+
+    They are orthonormal where a map has them; what a small map lacks is zero, and a bin that is its
+    own negative has its cosine once.
+    """
+    rows, columns, _ = disc(radius)
+    down, across = _low_axis(height, radius)[rows], _low_axis(width, radius)[columns]
+    waves = down[:, :, None] * across[:, None, :]
+    return _finish(waves.reshape(len(rows), height * width), single)
+
+
+@lru_cache(maxsize=8)
+def disc(radius: int) -> tuple[list[int], list[int], list[bool]]:
+    """Vertical and horizontal wave of each product within `radius` bins, and if it is on the edge.
+
+    Waves of an axis are the constant, then cosine and sine of one turn, of two turns and so on.
+    """
+    waves = range(2 * radius + 1)
+    found = [(i, j, ((i + 1) // 2) ** 2 + ((j + 1) // 2) ** 2) for i in waves for j in waves]
+    found = [one for one in found if one[2] <= radius**2]
+    return (
+        [i for i, _, _ in found],
+        [j for _, j, _ in found],
+        [distance == radius**2 for _, _, distance in found],
+    )
+
+
+def _low_axis(length: int, radius: int) -> Array:
+    """Waves of up to `radius` turns, (2 * radius + 1, length), scaled for :func:`low_waves`."""
+    cosine, sine = _waves(length, radius + 1)
+    orders = np.arange(1, radius + 1)
+    counts = np.clip(length + 1 - 2 * orders, 0, 2)  # which of a frequency and its negative exist
+    pairs = np.stack([cosine[1:], sine[1:]], 1) * np.sqrt(counts)[:, None, None]
+    return np.concatenate([cosine[:1], pairs.reshape(2 * radius, length)]) * length**-0.5
+
+
 def _turned(matrix: Array) -> Array:
     """Return the matrix (..., real/imaginary) that gives i times what this one gives."""
     return np.stack([-matrix[..., 1], matrix[..., 0]], -1)

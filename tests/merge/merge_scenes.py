@@ -419,9 +419,9 @@ class ContrastWithMap(Scene):
 class NormBeforePooling(Scene):
     counts = {"norm of a feature map into the linear layers after": 1}
 
-    def __init__(self, **options):
+    def __init__(self, norm=None, **options):
         super().__init__()
-        self.norm = nn.BatchNorm2d(8, **options)
+        self.norm = nn.BatchNorm2d(8, **options) if norm is None else norm
         self.pooled, self.places = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
 
     def forward(self, x):
@@ -509,6 +509,27 @@ class SideBySide(Scene):
     def fold(self):
         if self.second is not None:
             self.first, self.second = merge.stack_linear_layers(self.first, self.second), None
+
+
+class SumOfShares(Scene):
+    counts = {"sum of linear layers into one": 1}
+
+    def __init__(self, *biases):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, 6, 1, bias=bias) for width, bias in zip((3, 4, 1), biases, strict=True)
+        )
+
+    def forward(self, x):
+        if len(self.convs) == 1:
+            return self.convs[0](x)
+        shares = zip(self.convs, x.split((3, 4, 1), 1), (0.5, -2, 3), strict=True)
+        return sum(conv(factor * share) for conv, share, factor in shares)
+
+    def fold(self):
+        if len(self.convs) > 1:
+            whole = merge.sum_linear_layers([*self.convs], (0.5, -2, 3))
+            self.convs = nn.ModuleList([whole]).train(self.training)
 
 
 class Averaged(Scene):
@@ -619,11 +640,14 @@ SCENES = {
     "contrast_into_next": ContrastWithMap,
     "map_norm_into_next": NormBeforePooling,
     "map_norm_without_parameters_into_next": lambda: NormBeforePooling(affine=False),
+    "map_group_norm_into_next": lambda: NormBeforePooling(nn.GroupNorm(1, 8)),
     "norm_into_shortcut": NormedShortcut,
     "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
     "biases_into_next": BiasesSideBySide,
     "mean_as_output": LessMean,
     "function_into_parameter": lambda: LessMean(bias=False),
+    "sum_linear_layers": lambda: SumOfShares(True, True, True),
+    "sum_linear_layers_one_bias": lambda: SumOfShares(False, False, True),
     "stack_linear_layers": lambda: SideBySide(
         linear_layer("padded"), linear_layer("padded", out_channels=3)
     ),

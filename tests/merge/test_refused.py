@@ -14,6 +14,7 @@ from merge_scenes import (
     Rotated,
     Scene,
     SideBySide,
+    SumOfShares,
 )
 from timm.layers import BatchNormAct2d, LayerNorm2d, LayerNormAct2d
 from torch import nn
@@ -65,12 +66,20 @@ def narrowing():
     return scene
 
 
+def strided_share():
+    scene = SumOfShares(True, True, True)
+    for part in scene.convs:
+        part.stride = 2, 2
+    return scene
+
+
 REFUSED = {
     "linear_layer_of_another_width": narrowing,
     "center_grouped": lambda: Centered(linear_layer("grouped")),
     "center_depthwise": lambda: Centered(linear_layer("padded_depthwise")),
     "stack_grouped": lambda: SideBySide(linear_layer("grouped"), linear_layer("grouped")),
     "rotation_into_a_multiplier": lambda: Rotated(linear_layer("padded_multiplier")),
+    "sum_of_a_strided_share": strided_share,
     "padding_mode_of_a_new_convolution": reflecting,
     "activation_in_a_batch_norm": lambda: Chained(conv(), BatchNormAct2d(8)),
     "activation_in_a_layer_norm": lambda: Chained(LayerNormAct2d(8), conv("1x1")),

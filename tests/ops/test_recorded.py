@@ -46,6 +46,11 @@ class Spectral(nn.Module):
         return ops.spectral_filter(x, self.weight)
 
 
+class LowFrequencies(nn.Module):
+    def forward(self, x):
+        return ops.amplify_low_frequencies(x, 2, ((2, 1.25, 0.5), (2, 7.0, 2.5)))
+
+
 def neighborhood_inputs(batch, height, width, k):
     return torch.randn(batch, 2, 3, height, width), torch.randn(batch, 2, height, width, k * k)
 
@@ -68,6 +73,7 @@ CASES = {
     "neighborhood": (lambda: Neighborhood(5), lambda b: neighborhood_inputs(b, 14, 9, 5)),
     "one_window": (lambda: Neighborhood(7), lambda b: neighborhood_inputs(b, 7, 7, 7)),
     "tiles": (lambda: Neighborhood(4), lambda b: neighborhood_inputs(b, 17, 20, 4)),
+    "low_frequencies": (LowFrequencies, lambda b: (torch.randn(b, 4, 12, 15),)),
     "spectral_dense": (lambda: Spectral(7, 4), lambda b: (torch.randn(b, 4, 7, 7),)),
     "spectral_resized": (lambda: Spectral(14, 8), lambda b: (torch.randn(b, 4, 13, 16),)),
     "spectral_large": (lambda: Spectral(34, 18), lambda b: (torch.randn(b, 4, 34, 34),)),

@@ -51,6 +51,7 @@ SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_i
 SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
 KEYS, VALUES = "backbones.merge:drop_softmax_bias", "backbones.merge:uniform_bias_into_next"
 MAP_NORM = "backbones.merge:map_norm_into_next"
+SHARES = "backbones.families.spanet:SpectralMixer.reparameterize"
 CENTER = "backbones.merge:center_outputs"
 BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
 IDENTITY = "backbones.layers.residual_conv:ResidualConv.merged"
@@ -184,6 +185,11 @@ ROWS = [
     Row("spartan_t", "norm1 into proj_in", NEXT, r"norm1$", 20, 0),
     Row("spartan_t", "contrast", "backbones.merge:split_contrast", r"proj_in$", 20, 0),
     Row("spartan_t", "layer scales into proj_out", SCALE, r"proj_out$", 40),
+    # SPANet
+    Row("spanet_small", "norm1 into proj_in", NEXT, r"norm1$", 24, 0),
+    Row("spanet_small", "norm2 into fc1", NEXT, r"norm2$", 24, 0),
+    Row("spanet_small", "norm before pooling into the head", MAP_NORM, r"head\.norm$", 1, 0),
+    Row("spanet_small", "shares of the context", SHARES, r"", 24),
     # MogaNet
     Row("moganet_xtiny", "stem and downsampling norms", PREVIOUS, r"(stem|sample)\.\d$", 5, 1),
     Row("moganet_xtiny", "norm1 into proj_1", NEXT, r"norm1$", 18, 0),
@@ -443,6 +449,10 @@ LEFT_OUT = [
     LeftOut("overlock_xt", "layer scale on the identity", "the branch has none", r"ls2?\.w", 13),
     LeftOut("spartan_t", "norm2", "it takes part in the argmax", r"norm2\.", 40),
     LeftOut("spartan_t", "two dilated convolutions", ZEROS, r"conv_l.*weight$", 40),
+    LeftOut("spanet_small", "1x7 and 7x1 into 7x7", ZEROS, r"conv_[wh]\.weight$", 48),
+    LeftOut("spanet_small", "proj_in into the 1x7", ZEROS, r"proj_in\.(weight|bias)$", 48),
+    LeftOut("spanet_small", "context into proj_out", "a product is between", r"pws\.0\.w", 24),
+    LeftOut("spanet_small", "factors of shortcuts", "a norm reads the sum", r"res_scale\d$", 32),
     LeftOut("moganet_xtiny", "norm before the downsampling", ZEROS, r"sample\.0\.(w|b)", 6),
     LeftOut("moganet_xtiny", "dilated kernels into 5x5", ZEROS, r"conv_dw[12]\.weight$", 36),
     LeftOut("moganet_xtiny", "other biases of the 5x5", ZEROS, r"conv_dw0\.bias$", 18),

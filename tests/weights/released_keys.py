@@ -38,6 +38,7 @@ FINAL = {
     "lsnet": ("head.l.", "head_dist.l."),
     "unireplknet": ("head.",),
     "hornet": ("head.",),
+    "spanet": ("head.",),
     "spartan": ("linear.",),
     "glnet": ("head.", "tklb_aux_head."),
     "moganet": ("head.",),
@@ -62,6 +63,7 @@ MANY = 4000  # entries
 COUNTERS = "num_batches_tracked"
 # What the authors call as we do, of variants without a golden.
 NAMED_ALIKE = re.compile(r"\.init_slots$")
+DERIVED = (".dwconv.P", ".filter")  # what our models have another entry for, or none
 SHARED_POSITIONS = re.compile(r"^(stages\.\d+)\.positions$")
 
 
@@ -216,7 +218,7 @@ def _pairs(variant: str) -> list[tuple[str, str, tuple[int, ...], torch.Size]]:
     mapped = map_checkpoint(file, _own_model(variant))
     # What is mapped stays in order; positions become another entry, of another name.
     ours = {k: v for k, v in mapped.tensors.items() if not SHARED_POSITIONS.match(k)}
-    theirs = {k: v for k, v in file.items() if not k.endswith(".dwconv.P")}
+    theirs = {k: v for k, v in file.items() if not k.endswith(DERIVED)}
     pairs = []
     for (our, given), (their, taken) in zip(ours.items(), theirs.items(), strict=True):
         assert given is taken or given.shape != taken.shape
@@ -273,6 +275,10 @@ def from_siblings(variant: str) -> Shapes:
         two, width, points = tensor.shape
         for weight in [k for k in shapes if re.fullmatch(rf"{stage}\.\d+\.dwconv\.weight", k)]:
             shapes[weight.replace(".weight", ".P")] = (two, width, 1, points)
+    for key in list(shapes):  # SPANet's filters, one beside each convolution of a share
+        if found := re.fullmatch(r"(network\.(\d)\.\d+\.token_mixer)\.pws\.(\d)\.weight", key):
+            side = 56 >> int(found[2]) // 2
+            shapes[f"{found[1]}.sps.{found[3]}.filter"] = (1, side, side)
     return shapes
 
 

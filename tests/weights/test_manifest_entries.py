@@ -50,6 +50,7 @@ CARRIED_OVER = (
     "moganet_tiny",
     "patchconvnet_b60",
     "rednet38",
+    "spanet_base",
     "uniformer_small_tl",
     "uniformer_xs",
 )

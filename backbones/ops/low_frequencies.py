@@ -1,0 +1,105 @@
+"""Filters that change a map's lowest frequencies only, as a product of low rank.
+
+Source: SPANet (Yun et al., ICCV 2023, arXiv 2308.11568), section 3.2, spectral pooling.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from backbones.ops.dispatch import (
+    at_least_float32,
+    fixed,
+    is_symbolic,
+    reference_active,
+    without_autocast,
+)
+from backbones.ops.fourier import disc, low_waves
+
+Gains = tuple[tuple[int, float, float], ...]
+
+
+def amplify_low_frequencies(x: Tensor, radius: int, gains: Gains) -> Tensor:
+    """Add to `x` a multiple of its components around frequency zero.
+
+    A bin of the two-dimensional spectrum at distance d of bin (0, 0), both counted in bins, gains
+    the factor ``1 + inside`` for ``d < radius`` and ``1 + edge`` for ``d == radius``. The spectrum
+    of n rows has the bins ``-(n // 2)`` to ``(n - 1) // 2``. These few components are products with
+    real waves, (H * W, K), K = 5 or 13 for a radius of 1 or 2, in the type of `x`.
+
+    Args:
+        x: (B, C, H, W), real.
+        radius: of the disc, in bins.
+        gains: (channels, inside, edge) of each share of the channels, in order.
+
+    Returns:
+        (B, C, H, W) of `x`'s type.
+    """
+    if reference_active():
+        return _reference(x, radius, gains)
+    height, width = x.shape[2:]
+    single = x.dtype != torch.float64
+    if is_symbolic(height, width):
+        waves = _computed_waves(x, radius)
+    else:
+        waves = _waves(fixed(height), fixed(width), radius, single)
+    waves = waves.to(x.device, x.dtype)  # (K, N)
+    factors = _factors(radius, gains, single).to(x.device, x.dtype)  # (C, K)
+    found = x.flatten(2) @ waves.mT * factors  # (B, C, N) to (B, C, K)
+    return x + (found @ waves).reshape(x.shape)
+
+
+@torch.compiler.assume_constant_result  # so that a compiled graph holds them and computes nothing
+def _waves(height: int, width: int, radius: int, single: bool) -> Tensor:
+    return torch.from_numpy(low_waves(height, width, radius, single))
+
+
+@torch.compiler.assume_constant_result
+def _factors(radius: int, gains: Gains, single: bool) -> Tensor:
+    _, _, is_edge = disc(radius)
+    rows = [
+        [edge if on else inside for on in is_edge]
+        for channels, inside, edge in gains
+        for _ in range(channels)
+    ]
+    return torch.tensor(rows, dtype=torch.float32 if single else torch.float64)
+
+
+def _computed_waves(x: Tensor, radius: int) -> Tensor:
+    """What :func:`backbones.ops.fourier.low_waves` returns, for sizes that are left open."""
+    rows, columns, _ = disc(radius)
+    of_rows, of_columns = (_computed_axis(x, side, radius) for side in x.shape[2:])
+    down = torch.stack([of_rows[i] for i in rows])  # (K, H)
+    across = torch.stack([of_columns[j] for j in columns])  # (K, W)
+    return (down.unsqueeze(2) * across.unsqueeze(1)).flatten(1)
+
+
+def _computed_axis(x: Tensor, side: int, radius: int) -> list[Tensor]:
+    dtype = at_least_float32(x)
+    length = torch.scalar_tensor(side, device=x.device, dtype=dtype)
+    turns = torch.arange(side, device=x.device, dtype=dtype) / length
+    waves = [turns.new_ones(side) / length.sqrt()]
+    for order in range(1, radius + 1):
+        amplitude = ((length + 1 - 2 * order).clamp(0, 2) / length).sqrt()
+        angles = turns * (2 * math.pi * order)
+        waves += [amplitude * angles.cos(), amplitude * angles.sin()]
+    return waves
+
+
+def _reference(x: Tensor, radius: int, gains: Gains) -> Tensor:
+    height, width = x.shape[2:]
+    rows = torch.arange(height, device=x.device) - height // 2
+    columns = torch.arange(width, device=x.device) - width // 2
+    distance = rows.unsqueeze(1) ** 2 + columns**2  # squared; (H, W)
+    dtype = at_least_float32(x)
+    is_inside = (distance < radius**2).to(dtype)
+    is_edge = (distance == radius**2).to(dtype)
+    shares = [
+        (1 + inside * is_inside + edge * is_edge).expand(channels, -1, -1)
+        for channels, inside, edge in gains
+    ]
+    factor = torch.fft.ifftshift(torch.cat(shares), (1, 2))
+    with without_autocast(x):
+        spectrum = torch.fft.fft2(x.to(dtype)) * factor
+        return torch.fft.ifft2(spectrum).real.to(x.dtype)
