@@ -11,7 +11,7 @@ work on the meta device too. Modules must be in evaluation mode (`reparameterize
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Union
@@ -30,7 +30,9 @@ __all__ = [
     "factor_into_norm",
     "factor_into_outputs",
     "fold_chain",
+    "function_into_parameter",
     "is_linear_layer",
+    "linear_into_next",
     "map_norm_into_next",
     "norm_into_next",
     "norm_into_previous",
@@ -223,6 +225,15 @@ def scale_parameter(parameter: Tensor, scale: Tensor, rows: slice = EVERY) -> No
     parameter[rows] = (_wide(parameter[rows]) * _wide(scale)).to(parameter.dtype)
 
 
+def function_into_parameter(
+    parameter: nn.Parameter, function: Callable[[Tensor], Tensor]
+) -> nn.Parameter:
+    """Return what a function makes of a parameter, as a parameter that takes its place."""
+    record("function of a parameter into a parameter")
+    value = function(_wide(parameter)).to(parameter.device, parameter.dtype)
+    return nn.Parameter(value, parameter.requires_grad)
+
+
 @torch.no_grad()
 def shift_together(offset: Tensor | None, other: Tensor | None) -> None:
     """Add one of two offsets of a sum to the other. The caller removes the one added."""
@@ -321,7 +332,35 @@ def biases_into_next(
     record("biases into the linear layer after")
 
 
-# Linear layers side by side.
+# Linear layers one after the other, and side by side.
+
+
+def linear_into_next(conv: nn.Conv2d, after: nn.Conv2d, columns: slice = EVERY) -> nn.Module:
+    """Fold a 1x1 convolution into the one after it: ``W' = W V``, ``b' = b + W c``.
+
+    Args:
+        conv: ``V x + c``, with as many inputs as outputs.
+        after: the 1x1 convolution that reads it.
+        columns: which of the inputs of `after` are the outputs of `conv`.
+
+    Returns:
+        What takes the place of `conv`: an identity.
+
+    Raises:
+        ValueError: a layer that is padded, strided, grouped or wider than 1x1, or one of another
+            number of outputs than inputs.
+    """
+    for one in (conv, after):
+        plain = one.kernel_size == one.stride == (1, 1) and one.groups == 1 and _is_unpadded(one)
+        _require(plain, "only dense 1x1 convolutions become one", one)
+    _require(conv.in_channels == conv.out_channels, "as many outputs as inputs are needed", conv)
+    weight = _weight(after)
+    part = weight[:, columns, 0, 0]
+    shift = None if conv.bias is None else _bias(after) + part @ _bias(conv)
+    weight[:, columns, 0, 0] = part @ _weight(conv)[:, :, 0, 0]
+    _store(after, weight, shift)
+    record("linear layer into the one after")
+    return nn.Identity()
 
 
 def branches_into_kernel(

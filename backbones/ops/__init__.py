@@ -5,6 +5,7 @@ whether the operations are being recorded, and every path is tested against the 
 values and gradients. :func:`use_reference` forces the reference.
 """
 
+from backbones.ops.adaptive_spectral import adaptive_spectral_filter
 from backbones.ops.dispatch import (
     at_least_float32,
     is_recorded,
@@ -17,6 +18,7 @@ from backbones.ops.small_kernel import small_kernel_aggregation
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
+    "adaptive_spectral_filter",
     "at_least_float32",
     "is_recorded",
     "neighborhood_aggregation",

@@ -394,6 +394,42 @@ class BiasesSideBySide(Scene):
         merge.biases_into_next(self.first, slice(3), [self.other], self.after)
 
 
+class Activated(Scene):
+    """A factor that is a function of a parameter."""
+
+    counts = {"function of a parameter into a parameter": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.raw = nn.Parameter(torch.empty(8, 1, 1))
+        self.factor = None
+
+    def forward(self, x):
+        return x * (self.raw.exp() if self.factor is None else self.factor)
+
+    def fold(self):
+        if self.factor is None:
+            self.factor = merge.function_into_parameter(self.raw, torch.exp)
+            self.raw = None
+
+
+class OneAfterTheOther(Scene):
+    """A layer that reads the input beside what another makes of it."""
+
+    counts = {"linear layer into the one after": 1}
+
+    def __init__(self, first, after):
+        super().__init__()
+        self.first, self.after = first, after
+
+    def forward(self, x):
+        return self.after(torch.cat((x, self.first(x)), 1))
+
+    def fold(self):
+        if not isinstance(self.first, nn.Identity):
+            self.first = merge.linear_into_next(self.first, self.after, slice(8, None))
+
+
 class SideBySide(Scene):
     counts = {"linear layers of one input into one": 1}
 
@@ -484,6 +520,13 @@ SCENES = {
     "contrast_into_next": ContrastWithMap,
     "map_norm_into_next": NormBeforePooling,
     "map_norm_without_parameters_into_next": lambda: NormBeforePooling(affine=False),
+    "function_into_parameter": Activated,
+    "linear_into_next": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 8, 1), nn.Conv2d(16, 5, 1, bias=False)
+    ),
+    "linear_without_bias_into_next": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(16, 5, 1)
+    ),
     "norm_into_shortcut": NormedShortcut,
     "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
     "biases_into_next": BiasesSideBySide,

@@ -24,6 +24,15 @@ def spectral(height, width, rows, columns):
     return ops.spectral_filter, [(2, 2, height, width), (2, rows, columns, 2)]
 
 
+def adaptive(height, width):
+    def function(x, numbers):
+        w1, b1, w2, b2 = numbers.split((16, 4, 16, 4))
+        weights = w1.reshape(4, 4, 1, 1), w2.reshape(4, 4, 1, 1)
+        return ops.adaptive_spectral_filter(x, weights[0], b1, weights[1], b2)
+
+    return function, [(2, 2, height, width), (40,)]
+
+
 CASES = {
     "small_kernel": small_kernel(3, 4, 2, 3, 2),
     "kernel_of_one": small_kernel(1, 2, 2, 2, 2),
@@ -37,6 +46,9 @@ CASES = {
     "spectral_separable": spectral(13, 12, 13, 7),
     "spectral_mixed": spectral(24, 2, 24, 2),
     "spectral_fast": spectral(48, 1, 48, 1),
+    "adaptive_dense": adaptive(3, 4),
+    "adaptive_separable": adaptive(13, 12),
+    "adaptive_fast": adaptive(48, 1),
 }
 SMALL = ["small_kernel", "one_tile", "spectral_resized"]
 
