@@ -251,6 +251,15 @@ def scale_parameter(parameter: Tensor, scale: Tensor, rows: slice = EVERY) -> No
     parameter[rows] = (_wide(parameter[rows]) * _wide(scale)).to(parameter.dtype)
 
 
+def function_into_parameter(
+    parameter: nn.Parameter, function: Callable[[Tensor], Tensor]
+) -> nn.Parameter:
+    """Return what a function makes of a parameter, as a parameter that takes its place."""
+    record("function of a parameter into a parameter")
+    value = function(_wide(parameter)).to(parameter.device, parameter.dtype)
+    return nn.Parameter(value, parameter.requires_grad)
+
+
 @torch.no_grad()
 def scale_into_directions(vectors: Tensor, scale: Tensor) -> None:
     """Turn vectors (..., C), of which only directions count, into ``scale * v / ||v||``.
@@ -261,15 +270,6 @@ def scale_into_directions(vectors: Tensor, scale: Tensor) -> None:
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
     vectors.copy_(wide / length * _wide(scale))
     record("factor into directions")
-
-
-def function_into_parameter(
-    parameter: nn.Parameter, function: Callable[[Tensor], Tensor]
-) -> nn.Parameter:
-    """Return what a function makes of a parameter, as a parameter that takes its place."""
-    record("function of a parameter into a parameter")
-    value = function(_wide(parameter)).to(parameter.device, parameter.dtype)
-    return nn.Parameter(value, parameter.requires_grad)
 
 
 @torch.no_grad()
@@ -370,22 +370,6 @@ def constant_query_into_keys(vectors: Tensor, query: nn.Linear, keys: nn.Linear)
     )
 
 
-def linear_into_next(first: nn.Linear, second: nn.Linear) -> None:
-    """Fold a linear layer into the one after it: ``W' = W_2 W_1``, ``b' = b_2 + W_2 b_1``.
-
-    An average, weighted by weights whose sum is one, may stand between them. The caller removes
-    the first.
-
-    Raises:
-        ValueError: the first changes the number of channels.
-    """
-    square = first.in_features == first.out_features
-    _require(square, "only a layer with as many outputs as inputs fits into the next", first)
-    _shift_inputs(second, _bias(first))
-    _store(second, _weight(second) @ _weight(first), None)
-    record("linear layer into the linear layer after")
-
-
 def biases_into_next(
     linear: nn.Module, rows: slice, others: Sequence[nn.Module], after: nn.Module
 ) -> None:
@@ -407,7 +391,42 @@ def biases_into_next(
     record("biases into the linear layer after")
 
 
-# Linear layers side by side.
+# Linear layers one after the other, and side by side.
+
+
+def linear_into_next(first: nn.Module, after: nn.Module, columns: slice = EVERY) -> nn.Module:
+    """Fold a linear layer into the one after it: ``W' = W V``, ``b' = b + W c``.
+
+    An average, weighted by weights whose sum is one, may stand between them.
+
+    Args:
+        first: ``V x + c``, an ``nn.Linear`` or a 1x1 convolution, with as many inputs as outputs.
+        after: the layer of the same kind that reads it.
+        columns: which of the inputs of `after` are the outputs of `first`.
+
+    Returns:
+        What takes the place of `first`: an identity.
+
+    Raises:
+        ValueError: a convolution that is padded, strided, grouped or wider than 1x1, or a first
+            layer with another number of outputs than inputs.
+    """
+    for one in (first, after):
+        plain = isinstance(one, nn.Linear) or (
+            isinstance(one, nn.Conv2d)
+            and one.kernel_size == one.stride == (1, 1)
+            and one.groups == 1
+            and _is_unpadded(one)
+        )
+        _require(plain, "only nn.Linear and dense 1x1 convolutions become one", one)
+    inner, weight = _weight(first).flatten(1), _weight(after).clone()
+    _require(len(inner) == inner.shape[1], "as many outputs as inputs are needed", first)
+    part = weight.flatten(1)[:, columns]
+    shift = None if first.bias is None else _bias(after) + part @ _bias(first)
+    weight.view(len(weight), -1)[:, columns] = part @ inner
+    _store(after, weight, shift)
+    record("linear layer into the linear layer after")
+    return nn.Identity()
 
 
 def branches_into_kernel(

@@ -5,6 +5,7 @@ whether the operations are being recorded, and every path is tested against the 
 values and gradients. :func:`use_reference` forces the reference.
 """
 
+from backbones.ops.adaptive_spectral import adaptive_spectral_filter
 from backbones.ops.attentive import attentive_convolution
 from backbones.ops.dispatch import (
     at_least_float32,
@@ -21,6 +22,7 @@ from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
     "amplify_low_frequencies",
+    "adaptive_spectral_filter",
     "at_least_float32",
     "attentive_convolution",
     "involution",

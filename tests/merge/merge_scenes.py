@@ -494,6 +494,42 @@ class LessMean(Scene):
             self.share = merge.function_into_parameter(self.share, torch.sigmoid)
 
 
+class Activated(Scene):
+    """A factor that is a function of a parameter."""
+
+    counts = {"function of a parameter into a parameter": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.raw = nn.Parameter(torch.empty(8, 1, 1))
+        self.factor = None
+
+    def forward(self, x):
+        return x * (self.raw.exp() if self.factor is None else self.factor)
+
+    def fold(self):
+        if self.factor is None:
+            self.factor = merge.function_into_parameter(self.raw, torch.exp)
+            self.raw = None
+
+
+class OneAfterTheOther(Scene):
+    """A layer that reads the input beside what another makes of it."""
+
+    counts = {"linear layer into the linear layer after": 1}
+
+    def __init__(self, first, after):
+        super().__init__()
+        self.first, self.after = first, after
+
+    def forward(self, x):
+        return self.after(torch.cat((x, self.first(x)), 1))
+
+    def fold(self):
+        if not isinstance(self.first, nn.Identity):
+            self.first = merge.linear_into_next(self.first, self.after, slice(8, None))
+
+
 class SideBySide(Scene):
     counts = {"linear layers of one input into one": 1}
 
@@ -632,7 +668,7 @@ SCENES = {
     "norm_of_constant": NormedConstant,
     "norm_of_constant_without_offset": lambda: NormedConstant(bias=False),
     "norm_of_constant_without_parameters": lambda: NormedConstant(elementwise_affine=False),
-    "linear_into_next": AveragedBetween,
+    "linear_into_next_beyond_an_average": AveragedBetween,
     "linear_without_bias_into_next": lambda: AveragedBetween(bias=False, last_bias=False),
     "branches_into_kernel": Parallel,
     "pass_outputs_into_kernel": PartlyPassed,
@@ -641,11 +677,18 @@ SCENES = {
     "map_norm_into_next": NormBeforePooling,
     "map_norm_without_parameters_into_next": lambda: NormBeforePooling(affine=False),
     "map_group_norm_into_next": lambda: NormBeforePooling(nn.GroupNorm(1, 8)),
+    "function_into_parameter": Activated,
+    "linear_into_next": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 8, 1), nn.Conv2d(16, 5, 1, bias=False)
+    ),
+    "linear_without_bias_into_next": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(16, 5, 1)
+    ),
     "norm_into_shortcut": NormedShortcut,
     "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
     "biases_into_next": BiasesSideBySide,
     "mean_as_output": LessMean,
-    "function_into_parameter": lambda: LessMean(bias=False),
+    "mean_as_output_without_bias": lambda: LessMean(bias=False),
     "sum_linear_layers": lambda: SumOfShares(True, True, True),
     "sum_linear_layers_one_bias": lambda: SumOfShares(False, False, True),
     "stack_linear_layers": lambda: SideBySide(

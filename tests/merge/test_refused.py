@@ -9,6 +9,7 @@ from merge_scenes import (
     AveragedBetween,
     Centered,
     FactorAfterNorm,
+    OneAfterTheOther,
     Parallel,
     PartlyPassed,
     Rotated,
@@ -78,6 +79,18 @@ REFUSED = {
     "center_grouped": lambda: Centered(linear_layer("grouped")),
     "center_depthwise": lambda: Centered(linear_layer("padded_depthwise")),
     "stack_grouped": lambda: SideBySide(linear_layer("grouped"), linear_layer("grouped")),
+    "linear_layer_into_a_padded_one": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 8, 1), nn.Conv2d(16, 5, 1, padding=1)
+    ),
+    "wide_layer_into_the_next": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 5, 1)
+    ),
+    "grouped_layer_into_the_next": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(16, 5, 1)
+    ),
+    "layer_of_another_width_into_the_next": lambda: OneAfterTheOther(
+        nn.Conv2d(8, 6, 1), nn.Conv2d(14, 5, 1)
+    ),
     "rotation_into_a_multiplier": lambda: Rotated(linear_layer("padded_multiplier")),
     "sum_of_a_strided_share": strided_share,
     "padding_mode_of_a_new_convolution": reflecting,

@@ -31,6 +31,10 @@ CASES = {
     "tiles": neighborhood(20, 33, 5),
     "bias": (lambda t: ops.neighborhood_bias(t, (9, 7)), [torch.randn(2, 9, 9)]),
     "spectral": (ops.spectral_filter, [torch.randn(2, 4, 14, 13), torch.randn(4, 14, 8, 2)]),
+    "adaptive_spectral": (
+        ops.adaptive_spectral_filter,
+        [torch.randn(2, 4, 14, 12), *[torch.randn(8, 4, 1, 1) / 2, torch.randn(8)] * 2],
+    ),
 }
 
 

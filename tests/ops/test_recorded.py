@@ -51,6 +51,16 @@ class LowFrequencies(nn.Module):
         return ops.amplify_low_frequencies(x, 2, ((2, 1.25, 0.5), (2, 7.0, 2.5)))
 
 
+class AdaptiveSpectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        shapes = [(8, 4, 1, 1), (8,)] * 2
+        self.layers = nn.ParameterList(torch.randn(shape) / 2 for shape in shapes)
+
+    def forward(self, x):
+        return ops.adaptive_spectral_filter(x, *self.layers)
+
+
 def neighborhood_inputs(batch, height, width, k):
     return torch.randn(batch, 2, 3, height, width), torch.randn(batch, 2, height, width, k * k)
 
@@ -77,6 +87,8 @@ CASES = {
     "spectral_dense": (lambda: Spectral(7, 4), lambda b: (torch.randn(b, 4, 7, 7),)),
     "spectral_resized": (lambda: Spectral(14, 8), lambda b: (torch.randn(b, 4, 13, 16),)),
     "spectral_large": (lambda: Spectral(34, 18), lambda b: (torch.randn(b, 4, 34, 34),)),
+    "adaptive_dense": (AdaptiveSpectral, lambda b: (torch.randn(b, 4, 7, 7),)),
+    "adaptive_large": (AdaptiveSpectral, lambda b: (torch.randn(b, 4, 13, 16),)),
 }
 SHORT = ["attentive", "small_kernel", "involution_strided", "neighborhood", "spectral_resized"]
 

@@ -35,6 +35,15 @@ def spectral(height, width, rows, columns):
     return ops.spectral_filter, [(2, 2, height, width), (2, rows, columns, 2)]
 
 
+def adaptive(height, width):
+    def function(x, numbers):
+        w1, b1, w2, b2 = numbers.split((16, 4, 16, 4))
+        weights = w1.reshape(4, 4, 1, 1), w2.reshape(4, 4, 1, 1)
+        return ops.adaptive_spectral_filter(x, weights[0], b1, weights[1], b2)
+
+    return function, [(2, 2, height, width), (40,)]
+
+
 CASES = {
     "attentive": attentive(3, 2, 3, 2),
     "attentive_wide": attentive(5, 2, 2, 1),
@@ -52,6 +61,9 @@ CASES = {
     "spectral_separable": spectral(13, 12, 13, 7),
     "spectral_mixed": spectral(24, 2, 24, 2),
     "spectral_fast": spectral(48, 1, 48, 1),
+    "adaptive_dense": adaptive(3, 4),
+    "adaptive_separable": adaptive(13, 12),
+    "adaptive_fast": adaptive(48, 1),
 }
 SMALL = ["attentive", "small_kernel", "one_tile", "spectral_resized"]
 

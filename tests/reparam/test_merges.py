@@ -50,6 +50,7 @@ NEXT, PREVIOUS = "backbones.merge:norm_into_next", "backbones.merge:norm_into_pr
 SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_into_outputs"
 SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
 KEYS, VALUES = "backbones.merge:drop_softmax_bias", "backbones.merge:uniform_bias_into_next"
+OF_PARAMETERS = "backbones.merge:function_into_parameter"
 MAP_NORM = "backbones.merge:map_norm_into_next"
 SHARES = "backbones.families.spanet:SpectralMixer.reparameterize"
 CENTER = "backbones.merge:center_outputs"
@@ -57,6 +58,18 @@ BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
 IDENTITY = "backbones.layers.residual_conv:ResidualConv.merged"
 
 ROWS = [
+    # AFFNet
+    Row("affnet_et", "norms after convolutions", PREVIOUS, r"", 56, 1),
+    Row("affnet_et", "norm into the projection", NEXT, r"^stages\.\d\.norm$", 3, 0),
+    Row(
+        "affnet_et",
+        "projection into the fusion",
+        "backbones.merge:linear_into_next",
+        r"proj\.conv$",
+        3,
+        0,
+    ),
+    Row("affnet_et", "complex numbers into real convolutions", OF_PARAMETERS, r"", 36, 0),
     # ConvNeXt
     Row("convnext_atto", "block norm into fc1", NEXT, r"blocks\.\d+\.norm$", 12, 0),
     Row("convnext_atto", "layer scale into fc2", SCALE, r"mlp\.fc2$", 12),
@@ -419,6 +432,9 @@ SHARED = (
 COSTS = "the merged form costs more operations than the parts"
 
 LEFT_OUT = [
+    LeftOut("affnet_et", "norm1 and norm2", "they are shortcuts, too", r"\.norm[12]\.(w|b)", 36),
+    LeftOut("affnet_et", "shortcut of a filter into b2", "rounding grows", r"filter\.b2$", 9),
+    LeftOut("affnet_et", "1x1 before a 1x1", "a stage's output", r"0\.blocks\.0\.conv_pwl.*w", 1),
     LeftOut("convnext_atto", "centered stem", "measured: not faster", r"stem\.1\.bias", 1),
     LeftOut("convnext_atto", "norm of the stem", "its output is the residual", r"stem\.1\.w", 1),
     LeftOut("convnext_tiny_k3", "3x3 kernels into 7x7", COSTS, r"conv_dw\.weight$", 18),

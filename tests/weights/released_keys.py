@@ -32,6 +32,7 @@ TIMM_WITH_NORMS = {
 # The authors' names of the final layers, auxiliary ones included.
 FINAL = {
     "attnet": ("head.",),
+    "affnet": ("classifier.",),
     "convnext": ("head.",),
     "inception_next": ("head.fc2.",),
     "cpubone": ("head.op_list.3.",),
