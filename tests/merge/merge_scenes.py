@@ -669,7 +669,9 @@ SCENES = {
     "norm_of_constant_without_offset": lambda: NormedConstant(bias=False),
     "norm_of_constant_without_parameters": lambda: NormedConstant(elementwise_affine=False),
     "linear_into_next_beyond_an_average": AveragedBetween,
-    "linear_without_bias_into_next": lambda: AveragedBetween(bias=False, last_bias=False),
+    "linear_into_next_beyond_an_average_without_bias": lambda: AveragedBetween(
+        bias=False, last_bias=False
+    ),
     "branches_into_kernel": Parallel,
     "pass_outputs_into_kernel": PartlyPassed,
     "split_contrast": Contrast,
