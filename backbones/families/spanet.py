@@ -77,9 +77,10 @@ class SpectralMixer(nn.Module):
         """Return the sum of the shares' convolutions, (B, C, H, W) to the same."""
         if len(self.pws) == 1:
             return self.pws[0](balanced)
-        shares = zip(self.pws, balanced.split(self.split, dim=1), self.factors)
-        low, middle, high = (conv(share * factor) for conv, share, factor in shares)
-        return low + middle + high
+        first, second, third = balanced.split(self.split, dim=1)  # torch.fx unpacks into names only
+        shares = zip(self.pws, (first, second, third), self.factors)
+        one, two, three = (conv(share * factor) for conv, share, factor in shares)
+        return one + two + three
 
     def reparameterize(self) -> None:
         """Make the convolutions of the shares, and their factors, one convolution."""

@@ -135,7 +135,6 @@ def low_waves(height: int, width: int, radius: int, single: bool) -> Array:
     return _finish(waves.reshape(len(rows), height * width), single)
 
 
-@lru_cache(maxsize=8)
 def disc(radius: int) -> tuple[list[int], list[int], list[bool]]:
     """Vertical and horizontal wave of each product within `radius` bins, and if it is on the edge.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
-    is_symbolic,
     reference_active,
     without_autocast,
 )
@@ -38,36 +37,29 @@ def amplify_low_frequencies(x: Tensor, radius: int, gains: Gains) -> Tensor:
     """
     if reference_active():
         return _reference(x, radius, gains)
-    height, width = x.shape[2:]
-    single = x.dtype != torch.float64
-    if is_symbolic(height, width):
-        waves = _computed_waves(x, radius)
+    if torch.compiler.is_compiling():
+        waves = _recorded_waves(x, radius)
     else:
-        waves = _waves(fixed(height), fixed(width), radius, single)
+        height, width = map(fixed, x.shape[2:])
+        waves = torch.from_numpy(low_waves(height, width, radius, x.dtype != torch.float64))
     waves = waves.to(x.device, x.dtype)  # (K, N)
-    factors = _factors(radius, gains, single).to(x.device, x.dtype)  # (C, K)
-    found = x.flatten(2) @ waves.mT * factors  # (B, C, N) to (B, C, K)
+    found = x.flatten(2) @ waves.mT * _factors(x, radius, gains)  # (B, C, N) to (B, C, K)
     return x + (found @ waves).reshape(x.shape)
 
 
-@torch.compiler.assume_constant_result  # so that a compiled graph holds them and computes nothing
-def _waves(height: int, width: int, radius: int, single: bool) -> Tensor:
-    return torch.from_numpy(low_waves(height, width, radius, single))
-
-
-@torch.compiler.assume_constant_result
-def _factors(radius: int, gains: Gains, single: bool) -> Tensor:
+def _factors(x: Tensor, radius: int, gains: Gains) -> Tensor:
+    """Return the factor of each wave in each channel, (C, K)."""
     _, _, is_edge = disc(radius)
-    rows = [
-        [edge if on else inside for on in is_edge]
-        for channels, inside, edge in gains
-        for _ in range(channels)
-    ]
-    return torch.tensor(rows, dtype=torch.float32 if single else torch.float64)
+    shares = []
+    for channels, inside, edge in gains:
+        row = [edge if on else inside for on in is_edge]
+        share = torch.tensor(row, device=x.device, dtype=x.dtype)
+        shares.append(share.expand(channels, -1))
+    return torch.cat(shares)
 
 
-def _computed_waves(x: Tensor, radius: int) -> Tensor:
-    """What :func:`backbones.ops.fourier.low_waves` returns, for sizes that are left open."""
+def _recorded_waves(x: Tensor, radius: int) -> Tensor:
+    """Compute :func:`backbones.ops.fourier.low_waves` in a graph, which may leave sizes open."""
     rows, columns, _ = disc(radius)
     of_rows, of_columns = (_computed_axis(x, side, radius) for side in x.shape[2:])
     down = torch.stack([of_rows[i] for i in rows])  # (K, H)
