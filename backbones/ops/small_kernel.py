@@ -170,9 +170,10 @@ def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, .
     else:  # a table would have to be sent there
         masked = weight.clone(memory_format=torch.contiguous_format)
         _zero_wrapped(masked, k)
-    maps = x.contiguous().view(batch, channels // groups, groups, size)
+    # Of four axes, padding would keep the layout that a map of one position seems to have.
+    flat = F.pad(x.contiguous().view(batch, channels, size), (edge, edge))
     taps = masked.view(batch, 1, groups, k * k, size).unbind(3)
-    return F.pad(maps, (edge, edge)), taps
+    return flat.view(batch, channels // groups, groups, -1), taps
 
 
 def _shifted(flat: Tensor, width: int, k: int) -> Iterator[Tensor]:

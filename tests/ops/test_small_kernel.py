@@ -48,6 +48,7 @@ def test_reference_is_the_definition(k):
         (6, 3, 5, 4, 1),  # a kernel wider than the map
         (6, 3, 7, 1, 4),
         (8, 4, 3, 1, 1),
+        (4, 1, 3, 1, 1),
         (64, 8, 3, 28, 28),  # more products than one go takes
     ],
 )
