@@ -13,7 +13,7 @@ from backbones.ops.dispatch import (
     without_autocast,
 )
 from backbones.ops.neighborhood import neighborhood_aggregation, neighborhood_bias
-from backbones.ops.small_kernel import small_kernel_aggregation
+from backbones.ops.small_kernel import small_kernel_aggregation, small_kernel_correlation
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "reference_active",
     "resize_filter",
     "small_kernel_aggregation",
+    "small_kernel_correlation",
     "spectral_filter",
     "use_reference",
     "without_autocast",

@@ -19,6 +19,10 @@ CASES = {
         ops.small_kernel_aggregation,
         [torch.randn(2, 16, 9, 11), torch.randn(2, 4, 9, 9, 11)],
     ),
+    "correlation": (
+        lambda query, key: ops.small_kernel_correlation(query, key, 3),
+        list(torch.randn(2, 2, 16, 9, 11)),
+    ),
     "one_tile": neighborhood(14, 13, 13),
     "tiles": neighborhood(20, 33, 5),
     "bias": (lambda t: ops.neighborhood_bias(t, (9, 7)), [torch.randn(2, 9, 9)]),

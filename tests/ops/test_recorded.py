@@ -12,6 +12,11 @@ class SmallKernel(nn.Module):
         return ops.small_kernel_aggregation(x, weight)
 
 
+class Correlation(nn.Module):
+    def forward(self, query, key):
+        return ops.small_kernel_correlation(query, key, 3)
+
+
 class Neighborhood(nn.Module):
     def __init__(self, k):
         super().__init__()
@@ -42,6 +47,7 @@ CASES = {
         SmallKernel,
         lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 4, 9, 9, 11)),
     ),
+    "correlation": (Correlation, lambda b: tuple(torch.randn(2, b, 16, 9, 11))),
     "neighborhood": (lambda: Neighborhood(5), lambda b: neighborhood_inputs(b, 14, 9, 5)),
     "one_window": (lambda: Neighborhood(7), lambda b: neighborhood_inputs(b, 7, 7, 7)),
     "tiles": (lambda: Neighborhood(4), lambda b: neighborhood_inputs(b, 17, 20, 4)),
@@ -49,7 +55,7 @@ CASES = {
     "spectral_resized": (lambda: Spectral(14, 8), lambda b: (torch.randn(b, 4, 13, 16),)),
     "spectral_large": (lambda: Spectral(34, 18), lambda b: (torch.randn(b, 4, 34, 34),)),
 }
-SHORT = ["small_kernel", "neighborhood", "spectral_resized"]
+SHORT = ["small_kernel", "correlation", "neighborhood", "spectral_resized"]
 
 
 @pytest.fixture(params=CASES)
@@ -92,6 +98,7 @@ def test_exports_with_a_dynamic_batch(case, strict):
 
 SIZES = {
     "small_kernel": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 2, 9, h, w)),
+    "correlation": lambda h, w: tuple(torch.randn(2, 1, 8, h, w)),
     "neighborhood": lambda h, w: neighborhood_inputs(1, h, w, 5),
 }
 

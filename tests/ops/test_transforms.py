@@ -15,6 +15,11 @@ def small_kernel(k, channels, groups, height, width):
     return ops.small_kernel_aggregation, shapes
 
 
+def correlation(k, channels, height, width):
+    shape = (2, channels, height, width)
+    return (lambda query, key: ops.small_kernel_correlation(query, key, k)), [shape, shape]
+
+
 def neighborhood(k, height, width, groups=2, channels=2):
     shapes = [(2, groups, channels, height, width), (2, groups, height, width, k * k)]
     return (lambda v, a: ops.neighborhood_aggregation(v, a, k)), shapes
@@ -28,6 +33,8 @@ CASES = {
     "small_kernel": small_kernel(3, 4, 2, 3, 2),
     "kernel_of_one": small_kernel(1, 2, 2, 2, 2),
     "wide_kernel": small_kernel(5, 3, 1, 2, 1),
+    "correlation": correlation(3, 4, 3, 2),
+    "wide_correlation": correlation(5, 3, 2, 1),
     "one_window": neighborhood(3, 3, 3),
     "one_tile": neighborhood(2, 3, 4),
     "tiles": neighborhood(2, 9, 29, 1, 1),
@@ -38,7 +45,7 @@ CASES = {
     "spectral_mixed": spectral(24, 2, 24, 2),
     "spectral_fast": spectral(48, 1, 48, 1),
 }
-SMALL = ["small_kernel", "one_tile", "spectral_resized"]
+SMALL = ["small_kernel", "correlation", "one_tile", "spectral_resized"]
 
 
 def leaves(shapes):
