@@ -10,11 +10,12 @@ Values are computed in float64 and stored in the layer's own type, device and me
 work on the meta device too. Modules must be in evaluation mode (`reparameterize` checks).
 """
 
+import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import torch
 from timm.layers import LayerNorm2d
@@ -30,6 +31,7 @@ __all__ = [
     "factor_into_norm",
     "factor_into_outputs",
     "fold_chain",
+    "function_into_parameter",
     "is_linear_layer",
     "map_norm_into_next",
     "norm_into_next",
@@ -49,6 +51,7 @@ __all__ = [
     "uniform_bias_into_next",
 ]
 
+Linear = TypeVar("Linear", nn.Conv2d, nn.Linear)
 Rows = Union[slice, Tensor]
 EVERY = slice(None)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -131,20 +134,29 @@ def norm_into_next(norm: nn.Module, linear: nn.Module) -> nn.Module:
 
 
 def map_norm_into_next(norm: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
-    """Fold a batch norm of a feature map (B, C, H, W) into what reads the map by positions.
+    """Fold a norm of a feature map (B, C, H, W) into what reads the map by positions.
 
     The layers act on its channels at every position, or on their average over positions, with which
     a factor and an offset per channel may change places: ``W' = W s``, ``b' = b + W t`` in each.
 
     Returns:
-        An identity; or the norm, where it is no batch norm or not all are an ``nn.Linear``.
+        An identity for a batch norm; a layer norm without parameters; or the norm as it is, where
+        it is neither or not all are an ``nn.Linear``.
     """
-    if not isinstance(norm, nn.BatchNorm2d) or any(type(one) is not nn.Linear for one in linears):
+    batch = isinstance(norm, nn.BatchNorm2d)
+    if not isinstance(norm, (nn.BatchNorm2d, LayerNorm2d)):
+        return norm
+    if any(type(one) is not nn.Linear for one in linears):
+        return norm
+    if not batch and norm.weight is None and norm.bias is None:
         return norm
     for linear in linears:
         _fold_into_next(norm, linear)
     record("norm of a feature map into the linear layers after")
-    return nn.Identity()
+    if batch:
+        return nn.Identity()
+    norm.weight = norm.bias = None  # type: ignore[assignment]
+    return norm
 
 
 def norm_into_shortcut(norm: nn.Module, scale: Tensor, branch: nn.Module) -> nn.Parameter:
@@ -223,6 +235,15 @@ def scale_parameter(parameter: Tensor, scale: Tensor, rows: slice = EVERY) -> No
     parameter[rows] = (_wide(parameter[rows]) * _wide(scale)).to(parameter.dtype)
 
 
+def function_into_parameter(
+    parameter: nn.Parameter, function: Callable[[Tensor], Tensor]
+) -> nn.Parameter:
+    """Return what a function makes of a parameter, as a parameter that takes its place."""
+    record("function of a parameter into a parameter")
+    value = function(_wide(parameter)).to(parameter.device, parameter.dtype)
+    return nn.Parameter(value, parameter.requires_grad)
+
+
 @torch.no_grad()
 def shift_together(offset: Tensor | None, other: Tensor | None) -> None:
     """Add one of two offsets of a sum to the other. The caller removes the one added."""
@@ -281,9 +302,9 @@ def shift_into_next(shift: Tensor | None, linear: nn.Module) -> None:
 
 
 def drop_softmax_bias(linear: nn.Module, rows: Rows) -> None:
-    """Set the bias of attention keys to zero.
+    """Set the bias of attention keys, or of position biases of all keys alike, to zero.
 
-    It adds ``q . b`` to all logits of a query alike, which the softmax over keys takes out.
+    It adds the same, ``q . b`` of keys, to all logits of a query, which the softmax takes out.
     """
     if _take_bias(linear, rows) is not None:
         record("bias that softmax ignores")
@@ -405,14 +426,24 @@ def contrast_into_next(gain: Tensor, conv: nn.Conv2d) -> nn.Parameter:
     return nn.Parameter(along.to(gain.device, gain.dtype), gain.requires_grad)
 
 
-def stack_linear_layers(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
-    """Return one convolution with the outputs of two of the same input, the first's in front.
+def stack_linear_layers(first: Linear, second: Linear) -> Linear:
+    """Return one layer with the outputs of two of the same kind and input, the first's in front.
 
     Raises:
         ValueError: grouped convolutions, whose outputs see different inputs.
     """
-    _require(first.groups == second.groups == 1, "grouped convolutions cannot be stacked", first)
-    both = _like(first, first.in_channels, first.out_channels + second.out_channels, first.groups)
+    if isinstance(first, nn.Conv2d):
+        same = first.groups == second.groups == 1
+        _require(same, "grouped convolutions cannot be stacked", first)
+        outputs = first.out_channels + second.out_channels
+        both = _like(first, first.in_channels, outputs, first.groups)
+    else:
+        both = copy.deepcopy(first)
+        both.out_features += second.out_features
+        both.weight = nn.Parameter(
+            first.weight.new_empty(both.out_features, both.in_features), first.weight.requires_grad
+        )
+        both.register_parameter("bias", None)
     weight = torch.cat((_weight(first), _weight(second)))
     _store(both, weight, torch.cat((_bias(first), _bias(second))))
     record("linear layers of one input into one")

@@ -7,6 +7,7 @@ values and gradients. :func:`use_reference` forces the reference.
 
 from backbones.ops.dispatch import (
     at_least_float32,
+    fixed,
     is_recorded,
     reference_active,
     use_reference,
@@ -18,6 +19,7 @@ from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
     "at_least_float32",
+    "fixed",
     "is_recorded",
     "neighborhood_aggregation",
     "neighborhood_bias",
