@@ -29,6 +29,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.mlp\.fc2\.norm\.weight$", 0.2),
     ],
     "moganet": [(r"\.(gamma\d|sigma)$", 0.2), (r"\.(attn\.proj_2|mlp\.fc2)\.", 0.2)],
+    "transnext": [(r"\.(proj|fc2)\.(weight|bias)$", 0.2)],
     "uniformer": [(r"\.(conv2|proj|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],
     "unireplknet": [(r"blocks\.\d+\.gamma$", 0.2)],

@@ -343,9 +343,9 @@ class ContrastWithMap(Scene):
 class NormBeforePooling(Scene):
     counts = {"norm of a feature map into the linear layers after": 1}
 
-    def __init__(self, **options):
+    def __init__(self, norm):
         super().__init__()
-        self.norm = nn.BatchNorm2d(8, **options)
+        self.norm = norm
         self.pooled, self.places = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
 
     def forward(self, x):
@@ -394,6 +394,25 @@ class BiasesSideBySide(Scene):
         merge.biases_into_next(self.first, slice(3), [self.other], self.after)
 
 
+class Activated(Scene):
+    """A factor that is a function of a parameter."""
+
+    counts = {"function of a parameter into a parameter": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.raw = nn.Parameter(torch.empty(8, 1, 1))
+        self.factor = None
+
+    def forward(self, x):
+        return x * (self.raw.exp() if self.factor is None else self.factor)
+
+    def fold(self):
+        if self.factor is None:
+            self.factor = merge.function_into_parameter(self.raw, torch.exp)
+            self.raw = None
+
+
 class SideBySide(Scene):
     counts = {"linear layers of one input into one": 1}
 
@@ -404,7 +423,8 @@ class SideBySide(Scene):
     def forward(self, x):
         if self.second is None:
             return self.first(x)
-        return torch.cat((self.first(x), self.second(x)), 1)
+        axis = -1 if isinstance(self.first, nn.Linear) else 1
+        return torch.cat((self.first(x), self.second(x)), axis)
 
     def fold(self):
         if self.second is not None:
@@ -482,14 +502,19 @@ SCENES = {
     "pass_outputs_into_kernel": PartlyPassed,
     "split_contrast": Contrast,
     "contrast_into_next": ContrastWithMap,
-    "map_norm_into_next": NormBeforePooling,
-    "map_norm_without_parameters_into_next": lambda: NormBeforePooling(affine=False),
+    "map_norm_into_next": lambda: NormBeforePooling(nn.BatchNorm2d(8)),
+    "map_norm_without_parameters_into_next": lambda: NormBeforePooling(
+        nn.BatchNorm2d(8, affine=False)
+    ),
+    "map_layer_norm_into_next": lambda: NormBeforePooling(LayerNorm2d(8)),
+    "function_into_parameter": Activated,
     "norm_into_shortcut": NormedShortcut,
     "norm_without_parameters_into_shortcut": lambda: NormedShortcut(affine=False),
     "biases_into_next": BiasesSideBySide,
     "stack_linear_layers": lambda: SideBySide(
         linear_layer("padded"), linear_layer("padded", out_channels=3)
     ),
+    "stack_linear_layers_of_maps": lambda: SideBySide(nn.Linear(8, 6), nn.Linear(8, 3, bias=False)),
     "average_linear_layers": Averaged,
     "rotation_into_next": lambda: Rotated(linear_layer("padded_grouped", out_channels=4)),
     "rotation_into_depthwise": lambda: Rotated(linear_layer("padded_depthwise", False)),

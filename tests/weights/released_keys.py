@@ -40,6 +40,7 @@ FINAL = {
     "spartan": ("linear.",),
     "moganet": ("head.",),
     "overlock": ("head.4.", "aux_head.2."),
+    "transnext": ("head.",),
     "uniformer": ("head.", "aux_head.", "head_cls."),
 }
 # Arguments that decide the authors' names.

@@ -48,6 +48,7 @@ CARRIED_OVER = (
     "hornet_tiny_gf",
     "overlock_xt",
     "moganet_tiny",
+    "transnext_tiny",
     "uniformer_small_tl",
     "uniformer_xs",
 )

@@ -19,6 +19,7 @@ from backbones.layers import fx_leaf
 __all__ = ["PositionBias", "Tables", "tables_of"]
 
 HIDDEN = 512  # of the network that computes the biases
+AT_ONCE = 1024  # distances whose biases eager mode computes in one go
 Array = npt.NDArray[np.generic]
 
 
@@ -98,12 +99,12 @@ class PositionBias(nn.Module):
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(2, HIDDEN)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.fc2 = nn.Linear(HIDDEN, num_heads)
 
     def forward(self, tables: Tables) -> Tensor:
         """Return the biases of every pooled and every other position, (G, P, N)."""
-        bias = _in_its_type(self.act(_in_its_type(tables.coordinates, self.fc1)), self.fc2)  # U V G
+        bias = _by_distance(tables.coordinates, self)  # U V G
         bias = bias.permute(2, 0, 1).index_select(1, tables.rows).index_select(2, tables.columns)
         bias = bias.unflatten(2, tables.pool_columns.shape)  # G pH*H pW W
         bias = bias.unflatten(1, tables.pool_rows.shape)  # G pH H pW W
@@ -111,9 +112,20 @@ class PositionBias(nn.Module):
 
 
 @fx_leaf
-def _in_its_type(x: Tensor, linear: nn.Linear) -> Tensor:
-    """Apply a linear layer in the type of `x`, also where its weight has another."""
-    with ops.without_autocast(x):
-        if linear.weight.dtype == x.dtype:
-            return linear(x)
-        return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+def _by_distance(coordinates: Tensor, network: PositionBias) -> Tensor:
+    """Return the bias of each distance: coordinates (U, V, 2) to (U, V, G), in their type."""
+    with ops.without_autocast(coordinates):
+        if ops.is_recorded():
+            return _run(coordinates, network)
+        # The hidden features of all at once are many times what the processor's cache holds.
+        parts = [_run(part, network) for part in coordinates.flatten(0, 1).split(AT_ONCE)]
+        return torch.cat(parts).unflatten(0, coordinates.shape[:2])
+
+
+def _run(x: Tensor, network: PositionBias) -> Tensor:
+    for layer in (network.fc1, network.act, network.fc2):
+        if isinstance(layer, nn.Linear) and layer.weight.dtype != x.dtype:
+            x = F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        else:
+            x = layer(x)
+    return x
