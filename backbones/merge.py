@@ -10,11 +10,12 @@ Values are computed in float64 and stored in the layer's own type, device and me
 work on the meta device too. Modules must be in evaluation mode (`reparameterize` checks).
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ __all__ = [
     "uniform_bias_into_next",
 ]
 
+Linear = TypeVar("Linear", nn.Conv2d, nn.Linear)
 Rows = Union[slice, Tensor]
 EVERY = slice(None)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -147,13 +149,14 @@ def map_norm_into_next(norm: nn.Module, linears: Sequence[nn.Module]) -> nn.Modu
     a factor and an offset per channel may change places: ``W' = W s``, ``b' = b + W t`` in each.
 
     Returns:
-        An identity for a batch norm, the norm without parameters for a group norm; or the norm,
-        where it is neither or not all that reads it is an ``nn.Linear``.
+        An identity for a batch norm, the norm without parameters for a layer or group norm; or the
+        norm, where it is none of these or not all that reads it is an ``nn.Linear``.
     """
-    foldable = isinstance(norm, (nn.BatchNorm2d, nn.GroupNorm)) and not _has_activation(norm)
-    if not foldable or any(type(one) is not nn.Linear for one in linears):
-        return norm
     batch = isinstance(norm, nn.BatchNorm2d)
+    if (not batch and not isinstance(norm, (LayerNorm2d, nn.GroupNorm))) or _has_activation(norm):
+        return norm
+    if any(type(one) is not nn.Linear for one in linears):
+        return norm
     if not batch and norm.weight is None and norm.bias is None:
         return norm
     for linear in linears:
@@ -330,9 +333,9 @@ def shift_into_next(shift: Tensor | None, linear: nn.Module) -> None:
 
 
 def drop_softmax_bias(linear: nn.Module, rows: Rows) -> None:
-    """Set the bias of attention keys to zero.
+    """Set the bias of attention keys, or of position biases of all keys alike, to zero.
 
-    It adds ``q . b`` to all logits of a query alike, which the softmax over keys takes out.
+    It adds the same, ``q . b`` of keys, to all logits of a query, which the softmax takes out.
     """
     if _take_bias(linear, rows) is not None:
         record("bias that softmax ignores")
@@ -510,14 +513,24 @@ def contrast_into_next(gain: Tensor, conv: nn.Conv2d) -> nn.Parameter:
     return nn.Parameter(along.to(gain.device, gain.dtype), gain.requires_grad)
 
 
-def stack_linear_layers(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
-    """Return one convolution with the outputs of two of the same input, the first's in front.
+def stack_linear_layers(first: Linear, second: Linear) -> Linear:
+    """Return one layer with the outputs of two of the same kind and input, the first's in front.
 
     Raises:
         ValueError: grouped convolutions, whose outputs see different inputs.
     """
-    _require(first.groups == second.groups == 1, "grouped convolutions cannot be stacked", first)
-    both = _like(first, first.in_channels, first.out_channels + second.out_channels, first.groups)
+    if isinstance(first, nn.Conv2d):
+        same = first.groups == second.groups == 1
+        _require(same, "grouped convolutions cannot be stacked", first)
+        outputs = first.out_channels + second.out_channels
+        both = _like(first, first.in_channels, outputs, first.groups)
+    else:
+        both = copy.deepcopy(first)
+        both.out_features += second.out_features
+        both.weight = nn.Parameter(
+            first.weight.new_empty(both.out_features, both.in_features), first.weight.requires_grad
+        )
+        both.register_parameter("bias", None)
     weight = torch.cat((_weight(first), _weight(second)))
     _store(both, weight, torch.cat((_bias(first), _bias(second))))
     record("linear layers of one input into one")

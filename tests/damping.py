@@ -35,6 +35,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.involution\.predict\.(weight|bias)$", 0.15),
         (r"\.conv2\.norm\.weight$", 0.4),
     ],
+    "transnext": [(r"\.(proj|fc2)\.(weight|bias)$", 0.2)],
     "uniformer": [(r"\.(conv2|proj|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
     "spanet": [(r"\.(proj_out|fc2)\.(weight|bias)$", 0.2)],
     "spartan": [(r"\.ls\d\.gamma$", 0.2)],

@@ -9,6 +9,7 @@ from backbones.ops.adaptive_spectral import adaptive_spectral_filter
 from backbones.ops.attentive import attentive_convolution
 from backbones.ops.dispatch import (
     at_least_float32,
+    fixed,
     is_recorded,
     reference_active,
     use_reference,
@@ -17,7 +18,7 @@ from backbones.ops.dispatch import (
 from backbones.ops.involution import involution
 from backbones.ops.low_frequencies import amplify_low_frequencies
 from backbones.ops.neighborhood import neighborhood_aggregation, neighborhood_bias
-from backbones.ops.small_kernel import small_kernel_aggregation
+from backbones.ops.small_kernel import small_kernel_aggregation, small_kernel_correlation
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
@@ -26,12 +27,14 @@ __all__ = [
     "at_least_float32",
     "attentive_convolution",
     "involution",
+    "fixed",
     "is_recorded",
     "neighborhood_aggregation",
     "neighborhood_bias",
     "reference_active",
     "resize_filter",
     "small_kernel_aggregation",
+    "small_kernel_correlation",
     "spectral_filter",
     "use_reference",
     "without_autocast",

@@ -1,7 +1,9 @@
 """Small-kernel aggregation: a depthwise convolution whose kernel differs at every position.
 
 Source: LSNet (Wang et al., CVPR 2025, arXiv 2503.23135), section 3.3, the aggregation step of
-large-small convolution.
+large-small convolution. Small-kernel correlation, the gradient by the kernels, compares each
+position with its neighborhood: TransNeXt (Shi, CVPR 2024, arXiv 2311.17132), section 3.1, takes the
+logits of its sliding windows so, and sums the values by aggregation.
 """
 
 from collections.abc import Iterator
@@ -59,6 +61,45 @@ def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
         return out.to(x.dtype)
 
 
+def small_kernel_correlation(query: Tensor, key: Tensor, kernel_size: int) -> Tensor:
+    """Multiply each position of `query` with the k x k neighborhood of `key`, summed over channels.
+
+    ``out[k*a + b, i, j] = sum_c query[c, i, j] * key[c, i - k//2 + a, j - k//2 + b]`` with zeros
+    outside the map, a and b from 0 to k - 1. Heads of an attention are part of the batch.
+
+    No memory beyond the arguments, a padded map and the result. Half types are computed in float32
+    and rounded once.
+
+    Args:
+        query: (B, C, H, W), any memory layout.
+        key: (B, C, H, W), any memory layout; its type may differ.
+        kernel_size: k, odd.
+
+    Returns:
+        (B, k*k, H, W) of `query`'s type.
+
+    Raises:
+        InputSizeError: the shapes do not fit each other, or k is no odd integer.
+    """
+    if query.ndim != 4 or query.shape != key.shape or kernel_size < 1 or kernel_size % 2 == 0:
+        raise InputSizeError(
+            "small_kernel_correlation takes query and key (B, C, H, W) and an odd kernel size, "
+            f"not {tuple(query.shape)}, {tuple(key.shape)} and {kernel_size}"
+        )
+    dtype = at_least_float32(query, key)
+    with without_autocast(query):
+        q, k = query.to(dtype), key.to(dtype)
+        if reference_active():
+            out = _correlation_reference(q, k, kernel_size)
+        elif is_recorded():
+            out = _correlation_recorded(q, k, kernel_size)
+        elif _is_differentiated(query, key) or is_transformed(query, key):
+            out = _SmallKernelCorrelation.apply(q, k, kernel_size)
+        else:
+            out = _correlation_eager(q, k, kernel_size)
+        return out.to(query.dtype)
+
+
 def _is_differentiated(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
@@ -97,14 +138,8 @@ def _reference(x: Tensor, weight: Tensor, k: int) -> Tensor:
 
 def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
     """The eager path in operations that graphs have; height and width may be symbolic."""
-    (height, width), pad = x.shape[2:], k // 2
-    columns = (
-        torch.arange(width, device=x.device) + torch.arange(-pad, pad + 1, device=x.device)[:, None]
-    )
-    inside = (columns >= 0) & (columns < width)  # (column of the kernel, column of the map)
-    mask = inside.to(weight.dtype)[None, :, None].expand(k, k, height, width).flatten(0, 1)
-    taps = (weight * mask).flatten(3)
-    edge = pad * (width + 1)
+    (height, width), edge = x.shape[2:], k // 2 * (x.shape[3] + 1)
+    taps = (weight * _inside_recorded(x, k)).flatten(3)
     flat = F.pad(x.flatten(2), (edge, edge)).unflatten(1, (-1, weight.shape[1]))
     out = None
     for tap in range(k * k):
@@ -114,6 +149,16 @@ def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
         out = term if out is None else out + term
     assert out is not None  # k >= 1
     return out.flatten(1, 2).view_as(x)
+
+
+def _inside_recorded(x: Tensor, k: int) -> Tensor:
+    """:func:`_inside` for a map `x` as operations, in its type."""
+    (height, width), pad = x.shape[2:], k // 2
+    columns = (
+        torch.arange(width, device=x.device) + torch.arange(-pad, pad + 1, device=x.device)[:, None]
+    )
+    inside = (columns >= 0) & (columns < width)  # (column of the kernel, column of the map)
+    return inside.to(x.dtype)[None, :, None].expand(k, k, height, width).flatten(0, 1)
 
 
 def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:
@@ -161,6 +206,60 @@ class _SmallKernel(Bilinear):
         return grad_x, grad_weight
 
 
+def _correlation_reference(query: Tensor, key: Tensor, k: int) -> Tensor:
+    patches = F.unfold(key, k, padding=k // 2).view(*key.shape[:2], k * k, *key.shape[2:])
+    return (patches * query.unsqueeze(2)).sum(1)
+
+
+def _correlation_recorded(query: Tensor, key: Tensor, k: int) -> Tensor:
+    """The eager path in operations that graphs have; height and width may be symbolic."""
+    height, width = key.shape[2:]
+    edge, size = k // 2 * (width + 1), height * width
+    maps, flat = query.flatten(2), F.pad(key.flatten(2), (edge, edge))
+    starts = [row * width + col for row in range(k) for col in range(k)]
+    by_tap = [(maps * flat[..., start : start + size]).sum(1) for start in starts]
+    out = torch.stack(by_tap, 1).unflatten(2, (height, width))
+    return out * _inside_recorded(query, k)
+
+
+def _correlation_eager(query: Tensor, key: Tensor, k: int) -> Tensor:
+    """One multiply-add per channel, of all taps at once, on the flattened map.
+
+    As in :func:`_eager`, what wraps around is set to zero.
+    """
+    batch, channels, height, width = query.shape
+    edge = k // 2 * (width + 1)
+    maps = query.contiguous().view(batch, channels, 1, 1, height * width)
+    flat = F.pad(key.contiguous().view(batch, channels, height * width), (edge, edge))
+    shape, stride = (*maps.shape[:2], k, k, height * width), flat.stride()
+    windows = flat.as_strided(shape, (*stride[:2], width, 1, 1))  # (B, C, row, column, H*W)
+    out = query.new_zeros(batch, k, k, height * width)
+    for channel in range(channels):
+        out.addcmul_(windows[:, channel], maps[:, channel])
+    out = out.view(batch, k * k, height, width)
+    _zero_wrapped(out.unsqueeze(1), k)
+    return out
+
+
+class _SmallKernelCorrelation(Bilinear):
+    """The eager path, forward and backward; the gradients are those of aggregation."""
+
+    recorded = staticmethod(_correlation_recorded)
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, k: int) -> Tensor:
+        return _correlation_eager(query, key, k)
+
+    @staticmethod
+    def gradients(
+        query: Tensor, key: Tensor, k: int, grad: Tensor, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        weight = grad.unsqueeze(1)
+        of_query = _eager(key, weight, k) if needed[0] else None
+        of_key, _ = _SmallKernel.gradients(key, weight, k, query, (needed[1], False))
+        return of_query, of_key
+
+
 def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The map as (B, C/wc, wc, e + H*W + e) with zero ends; per tap (B, 1, wc, H*W) weights."""
     batch, channels, height, width = x.shape
@@ -172,9 +271,10 @@ def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, .
     else:  # a table would have to be sent there
         masked = weight.clone(memory_format=torch.contiguous_format)
         _zero_wrapped(masked, k)
-    maps = x.contiguous().view(batch, channels // groups, groups, size)
+    # Of four axes, padding would keep the layout that a map of one position seems to have.
+    flat = F.pad(x.contiguous().view(batch, channels, size), (edge, edge))
     taps = masked.view(batch, 1, groups, k * k, size).unbind(3)
-    return F.pad(maps, (edge, edge)), taps
+    return flat.view(batch, channels // groups, groups, -1), taps
 
 
 def _shifted(flat: Tensor, width: int, k: int) -> Iterator[Tensor]:

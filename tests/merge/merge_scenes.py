@@ -419,9 +419,9 @@ class ContrastWithMap(Scene):
 class NormBeforePooling(Scene):
     counts = {"norm of a feature map into the linear layers after": 1}
 
-    def __init__(self, norm=None, **options):
+    def __init__(self, norm):
         super().__init__()
-        self.norm = nn.BatchNorm2d(8, **options) if norm is None else norm
+        self.norm = norm
         self.pooled, self.places = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
 
     def forward(self, x):
@@ -540,7 +540,8 @@ class SideBySide(Scene):
     def forward(self, x):
         if self.second is None:
             return self.first(x)
-        return torch.cat((self.first(x), self.second(x)), 1)
+        axis = -1 if isinstance(self.first, nn.Linear) else 1
+        return torch.cat((self.first(x), self.second(x)), axis)
 
     def fold(self):
         if self.second is not None:
@@ -676,9 +677,12 @@ SCENES = {
     "pass_outputs_into_kernel": PartlyPassed,
     "split_contrast": Contrast,
     "contrast_into_next": ContrastWithMap,
-    "map_norm_into_next": NormBeforePooling,
-    "map_norm_without_parameters_into_next": lambda: NormBeforePooling(affine=False),
+    "map_norm_into_next": lambda: NormBeforePooling(nn.BatchNorm2d(8)),
+    "map_norm_without_parameters_into_next": lambda: NormBeforePooling(
+        nn.BatchNorm2d(8, affine=False)
+    ),
     "map_group_norm_into_next": lambda: NormBeforePooling(nn.GroupNorm(1, 8)),
+    "map_layer_norm_into_next": lambda: NormBeforePooling(LayerNorm2d(8)),
     "function_into_parameter": Activated,
     "linear_into_next": lambda: OneAfterTheOther(
         nn.Conv2d(8, 8, 1), nn.Conv2d(16, 5, 1, bias=False)
@@ -696,6 +700,7 @@ SCENES = {
     "stack_linear_layers": lambda: SideBySide(
         linear_layer("padded"), linear_layer("padded", out_channels=3)
     ),
+    "stack_linear_layers_of_maps": lambda: SideBySide(nn.Linear(8, 6), nn.Linear(8, 3, bias=False)),
     "average_linear_layers": Averaged,
     "rotation_into_next": lambda: Rotated(linear_layer("padded_grouped", out_channels=4)),
     "rotation_into_depthwise": lambda: Rotated(linear_layer("padded_depthwise", False)),

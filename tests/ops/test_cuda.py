@@ -27,6 +27,10 @@ CASES = {
         lambda x, w: ops.involution(x, w, 2),
         [torch.randn(2, 16, 9, 10), torch.randn(2, 4, 49, 5, 5)],
     ),
+    "correlation": (
+        lambda query, key: ops.small_kernel_correlation(query, key, 3),
+        list(torch.randn(2, 2, 16, 9, 11)),
+    ),
     "one_tile": neighborhood(14, 13, 13),
     "tiles": neighborhood(20, 33, 5),
     "bias": (lambda t: ops.neighborhood_bias(t, (9, 7)), [torch.randn(2, 9, 9)]),

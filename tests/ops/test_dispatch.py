@@ -32,6 +32,7 @@ def test_switch_nests_and_closes_after_an_error():
     [
         (ops.attentive_convolution, [(1, 4, 5, 5), (1, 4, 3, 3)]),
         (ops.small_kernel_aggregation, [(1, 4, 5, 5), (1, 2, 9, 5, 5)]),
+        (lambda q, k: ops.small_kernel_correlation(q, k, 3), [(1, 4, 5, 5), (1, 4, 5, 5)]),
         (lambda v, a: ops.neighborhood_aggregation(v, a, 3), [(1, 2, 3, 5, 5), (1, 2, 5, 5, 9)]),
         (ops.spectral_filter, [(1, 2, 14, 14), (2, 14, 8, 2)]),
         (ops.adaptive_spectral_filter, [(1, 2, 14, 14), *[(4, 4, 1, 1), (4,)] * 2]),

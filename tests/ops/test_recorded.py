@@ -26,6 +26,11 @@ class Involution(nn.Module):
         return ops.involution(x, weight, self.stride)
 
 
+class Correlation(nn.Module):
+    def forward(self, query, key):
+        return ops.small_kernel_correlation(query, key, 3)
+
+
 class Neighborhood(nn.Module):
     def __init__(self, k):
         super().__init__()
@@ -80,6 +85,7 @@ CASES = {
         lambda: Involution(2),
         lambda b: (torch.randn(b, 16, 9, 12), torch.randn(b, 4, 9, 5, 6)),
     ),
+    "correlation": (Correlation, lambda b: tuple(torch.randn(2, b, 16, 9, 11))),
     "neighborhood": (lambda: Neighborhood(5), lambda b: neighborhood_inputs(b, 14, 9, 5)),
     "one_window": (lambda: Neighborhood(7), lambda b: neighborhood_inputs(b, 7, 7, 7)),
     "tiles": (lambda: Neighborhood(4), lambda b: neighborhood_inputs(b, 17, 20, 4)),
@@ -90,7 +96,14 @@ CASES = {
     "adaptive_dense": (AdaptiveSpectral, lambda b: (torch.randn(b, 4, 7, 7),)),
     "adaptive_large": (AdaptiveSpectral, lambda b: (torch.randn(b, 4, 13, 16),)),
 }
-SHORT = ["attentive", "small_kernel", "involution_strided", "neighborhood", "spectral_resized"]
+SHORT = [
+    "attentive",
+    "small_kernel",
+    "correlation",
+    "involution_strided",
+    "neighborhood",
+    "spectral_resized",
+]
 
 
 @pytest.fixture(params=CASES)
@@ -135,6 +148,7 @@ SIZES = {
     "attentive": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 8, 3, 3)),
     "small_kernel": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 2, 9, h, w)),
     "involution": lambda h, w: (torch.randn(1, 8, h, w), torch.randn(1, 2, 49, h, w)),
+    "correlation": lambda h, w: tuple(torch.randn(2, 1, 8, h, w)),
     "neighborhood": lambda h, w: neighborhood_inputs(1, h, w, 5),
 }
 

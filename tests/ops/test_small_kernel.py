@@ -1,4 +1,4 @@
-"""Small-kernel aggregation: definition, paths, types, layouts, errors."""
+"""Small-kernel aggregation and correlation: definition, paths, types, layouts, errors."""
 
 import itertools
 
@@ -48,6 +48,7 @@ def test_reference_is_the_definition(k):
         (6, 3, 5, 4, 1),  # a kernel wider than the map
         (6, 3, 7, 1, 4),
         (8, 4, 3, 1, 1),
+        (4, 1, 3, 1, 1),
         (64, 8, 3, 28, 28),  # more products than one go takes
     ],
 )
@@ -109,3 +110,82 @@ def test_channels_last_stays_channels_last():
 def test_shapes_that_do_not_fit(x, weight, message):
     with pytest.raises(InputSizeError, match=message):
         ops.small_kernel_aggregation(torch.zeros(x), torch.zeros(weight))
+
+
+# Correlation.
+
+
+def maps(batch, channels, height, width, dtype=torch.float64):
+    return list(torch.randn(2, batch, channels, height, width, dtype=dtype))
+
+
+def correlation(k):
+    return lambda query, key: ops.small_kernel_correlation(query, key, k)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_reference_of_the_correlation_is_its_definition(k):
+    query, key = maps(2, 3, 4, 5)
+    expected = torch.zeros(2, k * k, 4, 5, dtype=torch.float64)
+    for i, j, a, b in itertools.product(range(4), range(5), range(k), range(k)):
+        row, col = i - k // 2 + a, j - k // 2 + b
+        if 0 <= row < 4 and 0 <= col < 5:
+            expected[:, k * a + b, i, j] = (query[:, :, i, j] * key[:, :, row, col]).sum(1)
+    with ops.use_reference():
+        out = ops.small_kernel_correlation(query, key, k)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("channels", "k", "height", "width"),
+    [(8, 3, 7, 9), (1, 3, 3, 3), (5, 1, 2, 3), (6, 5, 4, 1), (6, 7, 1, 4), (4, 3, 1, 1)],
+)
+def test_paths_of_the_correlation_agree(layout, batch, channels, k, height, width):
+    inputs = [LAYOUTS[layout](x) for x in maps(batch, channels, height, width)]
+    found = assert_matches_reference(correlation(k), inputs)
+    without_gradients = correlation(k)(*inputs)
+    assert torch.allclose(without_gradients, found, rtol=0, atol=1e-13)
+
+
+def test_the_correlation_is_the_gradient_of_the_aggregation():
+    x, weight = arguments(2, 6, 1, 3, 4, 5)
+    grad = torch.randn_like(x)
+    out = ops.small_kernel_aggregation(x, weight.requires_grad_())
+    (expected,) = torch.autograd.grad(out, weight, grad)
+    found = ops.small_kernel_correlation(grad, x, 3)
+    assert torch.allclose(found.unsqueeze(1), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_gradcheck_of_the_correlation(k):
+    inputs = [x.requires_grad_() for x in maps(2, 2, 3, 4)]
+    assert torch.autograd.gradcheck(correlation(k), inputs)
+
+
+def test_gradient_of_one_argument_of_the_correlation_alone():
+    for leaf, other in ((0, 1), (1, 0)):
+        inputs = maps(1, 4, 5, 5)
+        inputs[leaf].requires_grad_()
+        ops.small_kernel_correlation(*inputs, 3).sum().backward()
+        assert inputs[leaf].grad.abs().sum() > 0
+        assert inputs[other].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_correlation_rounds_half_types_once(dtype):
+    query, key = (t.to(dtype) for t in maps(2, 8, 9, 7))
+    out = ops.small_kernel_correlation(query, key, 3)
+    exact = ops.small_kernel_correlation(query.double(), key.double(), 3)
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max() / 2
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "k"),
+    [((4, 5, 5), (4, 5, 5), 3), ((1, 4, 5, 5), (1, 4, 5, 6), 3), ((1, 4, 5, 5), (1, 4, 5, 5), 2)],
+)
+def test_what_does_not_fit_a_correlation(query, key, k):
+    with pytest.raises(InputSizeError, match="odd kernel size, not"):
+        ops.small_kernel_correlation(torch.zeros(query), torch.zeros(key), k)

@@ -26,6 +26,11 @@ def involution(k, channels, groups, height, width, stride):
     return (lambda x, w: ops.involution(x, w, stride)), shapes
 
 
+def correlation(k, channels, height, width):
+    shape = (2, channels, height, width)
+    return (lambda query, key: ops.small_kernel_correlation(query, key, k)), [shape, shape]
+
+
 def neighborhood(k, height, width, groups=2, channels=2):
     shapes = [(2, groups, channels, height, width), (2, groups, height, width, k * k)]
     return (lambda v, a: ops.neighborhood_aggregation(v, a, k)), shapes
@@ -52,6 +57,8 @@ CASES = {
     "wide_kernel": small_kernel(5, 3, 1, 2, 1),
     "involution": involution(3, 4, 2, 3, 2, 1),
     "involution_strided": involution(3, 4, 2, 3, 4, 2),
+    "correlation": correlation(3, 4, 3, 2),
+    "wide_correlation": correlation(5, 3, 2, 1),
     "one_window": neighborhood(3, 3, 3),
     "one_tile": neighborhood(2, 3, 4),
     "tiles": neighborhood(2, 9, 29, 1, 1),
@@ -65,7 +72,7 @@ CASES = {
     "adaptive_separable": adaptive(13, 12),
     "adaptive_fast": adaptive(48, 1),
 }
-SMALL = ["attentive", "small_kernel", "one_tile", "spectral_resized"]
+SMALL = ["attentive", "small_kernel", "correlation", "one_tile", "spectral_resized"]
 
 
 def leaves(shapes):

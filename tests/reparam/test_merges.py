@@ -51,7 +51,7 @@ SCALE, FACTOR = "backbones.merge:scale_into_previous", "backbones.merge:factor_i
 SHIFT_NEXT, SHIFT = "backbones.merge:shift_into_next", "backbones.merge:shift_into_previous"
 KEYS, VALUES = "backbones.merge:drop_softmax_bias", "backbones.merge:uniform_bias_into_next"
 OF_PARAMETERS = "backbones.merge:function_into_parameter"
-MAP_NORM = "backbones.merge:map_norm_into_next"
+MAP_NORM, STACK = "backbones.merge:map_norm_into_next", "backbones.merge:stack_linear_layers"
 SHARES = "backbones.families.spanet:SpectralMixer.reparameterize"
 CENTER = "backbones.merge:center_outputs"
 BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
@@ -230,9 +230,7 @@ ROWS = [
         r"mlp\.fc2$",
         18,
     ),
-    Row(
-        "moganet_xtiny", "fc2 and decompose", "backbones.merge:stack_linear_layers", r"fc2$", 18, 0
-    ),
+    Row("moganet_xtiny", "fc2 and decompose", STACK, r"fc2$", 18, 0),
     Row("moganet_xtiny", "layer scales", SCALE, r"(proj_2|fc2)$", 36),
     # GLNet
     Few("glnet_4g", "stem and downsampling norms", PREVIOUS, r"(stem|sample)\.\d$", 5, 1),
@@ -288,6 +286,16 @@ ROWS = [
     # RedNet
     Row("rednet26", "norms after convolutions", PREVIOUS, r"conv$", 31, 1),
     Row("rednet26", "bias of conv2 into the shortcut's", SHIFT, r"downsample\.conv$", 4),
+    # TransNeXt
+    Row("transnext_micro", "norm1 into what reads the map", NEXT, r"norm1$", 21, 0),
+    Row("transnext_micro", "norm2 into fc1", NEXT, r"norm2$", 21, 0),
+    Row("transnext_micro", "norm of the pooled map", NEXT, r"attn\.norm$", 19, 0),
+    Row("transnext_micro", "queries, keys and values", STACK, r"\.q$", 19, 0),
+    Row("transnext_micro", "and what is pooled", STACK, r"\.sr$", 19, 0),
+    Row("transnext_micro", "softplus of the temperature", OF_PARAMETERS, r"", 21, 0),
+    Row("transnext_micro", "offset of biases of all positions", KEYS, r"cpb\.fc2$", 2),
+    Row("transnext_micro", "bias of values of all positions", VALUES, r"qkv$", 2),
+    Row("transnext_micro", "norm before pooling into the head", MAP_NORM, r"head\.norm$", 1, 0),
     # UniFormer
     Row("uniformer_xxs", "norms of the stem", PREVIOUS, r"stem\.\d$", 2, 1),
     Row("uniformer_xxs", "identity into the positional 3x3", IDENTITY, r"pos_conv$", 17, 0),
@@ -489,6 +497,14 @@ LEFT_OUT = [
     LeftOut("patchconvnet_s60", "SE factors", "they differ by image", r"se\.fc\d\.", 240),
     LeftOut("rednet26", "norm after an involution", SHARED, r"(stem\.2|blocks\.\d+\.norm)\.w", 9),
     LeftOut("rednet26", "pool and 1x1 into a strided 2x2", COSTS, r"reduce\.conv\.weight$", 9),
+    LeftOut("transnext_micro", "norm before the downsampling", ZEROS, r"sample\.0\.(w|b)", 6),
+    LeftOut("transnext_micro", "norm after it", "its output is residual", r"sample\.2\.(w|b)", 6),
+    LeftOut("transnext_micro", "centered stem", "channels are last here", r"stem\.1\.(w|b)", 2),
+    LeftOut("transnext_micro", "bias of keys", "keys are scaled to length one", r"qkv\.bias$", 21),
+    LeftOut("transnext_micro", "bias of values", "windows sum to any", r"kv_pool\.bias$", 19),
+    LeftOut("transnext_micro", "offset of biases", "windows have none", r"cpb\.fc2\.bias$", 21),
+    LeftOut("transnext_micro", "bias of fc1", ZEROS, r"mlp\.fc1\.bias$", 21),
+    LeftOut("transnext_micro", "biases of a size", "they depend on it", r"cpb\.fc\d\.weight$", 42),
     LeftOut("uniformer_xxs", "norm of a patch embedding", ZEROS, r"sample\.1\.(w|b)", 6),
     LeftOut("uniformer_xxs", "bias of conv1 through the 5x5", ZEROS, r"conv1\.bias$", 7),
     LeftOut("uniformer_xxs", "1x1, 5x5 and 1x1", COSTS, r"(conv\d|conv_dw)\.weight$", 21),

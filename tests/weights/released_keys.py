@@ -46,6 +46,7 @@ FINAL = {
     "overlock": ("head.4.", "aux_head.2."),
     "patchconvnet": ("head.weight", "head.bias"),  # of one class token
     "rednet": ("head.fc.",),
+    "transnext": ("head.",),
     "uniformer": ("head.", "aux_head.", "head_cls."),
 }
 # Arguments that decide the authors' names.

@@ -51,6 +51,7 @@ CARRIED_OVER = (
     "patchconvnet_b60",
     "rednet38",
     "spanet_base",
+    "transnext_tiny",
     "uniformer_small_tl",
     "uniformer_xs",
 )
