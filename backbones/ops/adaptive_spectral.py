@@ -74,10 +74,12 @@ def adaptive_spectral_filter(
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
-    weights, biases = {tuple(w1.shape), tuple(w2.shape)}, {tuple(b1.shape), tuple(b2.shape)}
-    wide = 2 * x.shape[1] if x.ndim == 4 else 0
-    inputs = w1.shape[1] if w1.ndim == 4 else 0
-    if inputs < 2 or wide % inputs or weights != {(wide, inputs, 1, 1)} or biases != {(wide,)}:
+    weights = [tuple(map(fixed, one.shape)) for one in (w1, w2)]
+    biases = [tuple(map(fixed, one.shape)) for one in (b1, b2)]
+    wide = 2 * fixed(x.shape[1]) if x.ndim == 4 else 0
+    inputs = weights[0][1] if w1.ndim == 4 else 0
+    fit = weights == [(wide, inputs, 1, 1)] * 2 and biases == [(wide,)] * 2
+    if inputs < 2 or wide % inputs or not fit:
         raise InputSizeError(
             "adaptive_spectral_filter takes x (B, C, H, W), weights (2C, 2C/G, 1, 1) and biases"
             f" (2C,), not {tuple(x.shape)}, {weights} and {biases}"
