@@ -60,7 +60,7 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tables = tables_of(x, 1, self.pretrain)
-        mixed = attend(self.qkv(x), self.cpb(tables), self)  # B N C
+        mixed = _attend(self.qkv(x), self.cpb(tables), self)  # B N C
         return self.proj(mixed).view(x.shape)
 
     def queries(self, q: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ class AggregatedAttention(CosineAttention):
             dim = self.proj.in_features
             q, kv, pooled = self.qkv(x).split((dim, 2 * dim, dim), -1)
             kv_pool = self.kv_pool
-        pooled = kv_pool(self.norm(pool(self.act(pooled), tables)))  # B P 2C
-        mixed = aggregate(q, kv, pooled, self.cpb(tables), tables, self)  # B N C
+        pooled = kv_pool(self.norm(_pool(self.act(pooled), tables)))  # B P 2C
+        mixed = _aggregate(q, kv, pooled, self.cpb(tables), tables, self)  # B N C
         return self.proj(mixed).view(x.shape)
 
     def reparameterize(self) -> None:
@@ -150,21 +150,21 @@ class AggregatedAttention(CosineAttention):
 
 
 @fx_leaf
-def pool(x: Tensor, tables: Tables) -> Tensor:
+def _pool(x: Tensor, tables: Tables) -> Tensor:
     """Pool a map (B, H, W, C) to (B, P, C)."""
     rows, columns = tables.pool_rows.to(x.dtype), tables.pool_columns.to(x.dtype)
     x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])  # B pH W C
     return (columns @ x).flatten(1, 2)
 
 
-def split_heads(x: Tensor, parts: int) -> Sequence[Tensor]:
+def _split_heads(x: Tensor, parts: int) -> Sequence[Tensor]:
     """Split (B, N, parts * C) into parts (B, G, c, N) in memory of their own, at least float32."""
     x = x.mT.to(ops.at_least_float32(x)).contiguous()
     return x.unflatten(1, (parts, -1, HEAD_DIM)).unbind(1)
 
 
 @fx_leaf
-def attend(qkv: Tensor, bias: Tensor, attn: CosineAttention) -> Tensor:
+def _attend(qkv: Tensor, bias: Tensor, attn: CosineAttention) -> Tensor:
     """Mix the values of a map: queries, keys and values (B, H, W, 3C) to (B, N, C).
 
     Args:
@@ -173,14 +173,14 @@ def attend(qkv: Tensor, bias: Tensor, attn: CosineAttention) -> Tensor:
         attn: whose parameters are taken.
     """
     with ops.without_autocast(qkv):
-        q, k, v = split_heads(qkv.flatten(1, 2), 3)  # B G c N
+        q, k, v = _split_heads(qkv.flatten(1, 2), 3)  # B G c N
         q = attn.queries(F.normalize(q, dim=2)) * math.log(ops.fixed(q.shape[3]))
         weights = (F.normalize(k, dim=2).mT @ q + bias).softmax(2)  # B G keys queries
         return (v @ weights).flatten(1, 2).mT.to(qkv.dtype)
 
 
 @fx_leaf
-def aggregate(
+def _aggregate(
     q: Tensor, kv: Tensor, pooled: Tensor, bias: Tensor, tables: Tables, attn: AggregatedAttention
 ) -> Tensor:
     """Mix the values of windows and of the pooled map for each position, to (B, N, C).
@@ -195,9 +195,9 @@ def aggregate(
     """
     size, taps = q.shape[1:3], WINDOW**2
     with ops.without_autocast(q):
-        (query,) = split_heads(q.flatten(1, 2), 1)  # B G c N
-        k, v = split_heads(kv.flatten(1, 2), 2)
-        far_k, far_v = split_heads(pooled, 2)  # B G c P
+        (query,) = _split_heads(q.flatten(1, 2), 1)  # B G c N
+        k, v = _split_heads(kv.flatten(1, 2), 2)
+        far_k, far_v = _split_heads(pooled, 2)  # B G c P
         query, k, far_k = (F.normalize(x, dim=2) for x in (query, k, far_k))
         scaled = attn.queries(query) * tables.lengths
         maps = [x.flatten(0, 1).unflatten(2, size) for x in (scaled, k)]  # B*G c H W
