@@ -406,6 +406,12 @@ class StagedBackbone(nn.Module):
             if any(re.search(pattern, name) for pattern in self.no_decay_patterns)
         }
 
+    def clamp_parameters(self) -> None:
+        """Bring parameters that left their range back to its border, after an optimizer's step.
+
+        Our trainer calls it; a hook for families.
+        """
+
     # Checkpoints.
 
     def expected_shapes(self) -> dict[str, torch.Size]:

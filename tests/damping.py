@@ -35,6 +35,10 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.involution\.predict\.(weight|bias)$", 0.15),
         (r"\.conv2\.norm\.weight$", 0.4),
     ],
+    "smpnet": [  # large kernels add up what comes in; filled radii reach over half of them
+        (r"\.radius$", 0.2),
+        (r"\.(mixer\.conv2|mlp\.fc2)\.norm\.weight$", 0.2),
+    ],
     "transnext": [(r"\.(proj|fc2)\.(weight|bias)$", 0.2)],
     "uniformer": [(r"\.(conv2|proj|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
     "spanet": [(r"\.(proj_out|fc2)\.(weight|bias)$", 0.2)],

@@ -23,6 +23,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             continue
         if name.endswith("running_var"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+        elif name.endswith("radius"):
+            tensor.copy_(0.1 + 0.4 * torch.rand(tensor.shape, generator=generator))
         elif tensor.ndim < 2 or name.endswith(("bias", "gamma", "grn.weight", "rotation")):
             tensor.copy_((0.3 if name.endswith("bias") else 0.7) * normal(tensor.shape))
         elif name.endswith(("positions", "attention_biases")):

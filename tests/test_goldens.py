@@ -15,6 +15,8 @@ from backbones.weights import map_checkpoint
 SPECIAL = ("_dense", "_custom", "convnext_dcls", "_deploy", "_reparam")
 # A golden of a weight tag whose architecture is another name's.
 RENAMED = {"inception_next_base_384": "inception_next_base"}
+# Large depthwise kernels, for which gradients in float64 take minutes, and longer in NCHW.
+LARGE_KERNELS = ("smpnet",)
 DEFAULT_PIXELS = 224 * 224 * 2
 # Parameters that the authors' count has and ours, without auxiliary heads, has not.
 AUTHORS_EXTRA = {"overlock": ("aux_head.",), "uniformer": ("norm_cls.", "head_cls.")}
@@ -38,6 +40,7 @@ def collect(with_gradients: bool = False) -> list[object]:
             continue
         name = variant_of(golden)
         slow = name not in registry.variants or parameters_of(name) > DEFAULT_LIMIT
+        slow |= with_gradients and name.startswith(LARGE_KERNELS)
         result.append(pytest.param(path, id=golden.name, marks=[pytest.mark.slow] if slow else []))
     return result
 
@@ -90,8 +93,11 @@ def test_gradients(path):
     model = backbones.create_model(variant_of(golden), dtype=torch.float64).eval()
     checkpoint = golden.checkpoint()
     backbones.load_checkpoint(model, checkpoint)
-    grads = golden.grads
-    logits = model(golden.input_tensor())
+    grads, x = golden.grads, golden.input_tensor()
+    if golden.variant.startswith(LARGE_KERNELS):
+        model.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+    logits = model(x)
     logits.square().mean().backward()
     mapped = map_checkpoint(checkpoint, model)
     ours = {tensor.data_ptr(): key for key, tensor in mapped.tensors.items()}

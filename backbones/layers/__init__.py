@@ -6,6 +6,7 @@ from backbones.layers.branched_conv import (
     BranchedConv,
     split_merged_kernels,
 )
+from backbones.layers.cached import CachedTensor
 from backbones.layers.chain import Chain, bias_as_norm, conv_norm, norm_conv_downsample
 from backbones.layers.head import Head
 from backbones.layers.initial_values import init_by_fan_out
@@ -21,6 +22,7 @@ __all__ = [
     "CONVNEXT_LAYOUT",
     "PYRAMID_LAYOUT",
     "BranchedConv",
+    "CachedTensor",
     "Chain",
     "ChannelMlp",
     "GlobalResponseNorm",

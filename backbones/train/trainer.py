@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from backbones.errors import BackbonesError
+from backbones.skeleton import StagedBackbone
 from backbones.train.config import TrainConfig
 from backbones.train.distributed import ProcessGroup
 
@@ -88,6 +89,7 @@ class Trainer:
             part.eval()
         if self.mixup is not None and config.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < config.mixup_off_epoch
+        backbones = [part for part in module.modules() if isinstance(part, StagedBackbone)]
         total, count = 0.0, 0
         update = epoch * self.updates_per_epoch
         if self._start == (0.0, 0):
@@ -113,6 +115,8 @@ class Trainer:
                 continue
             update += 1
             self.optimizer.zero_grad()
+            for backbone in backbones:
+                backbone.clamp_parameters()
             task.update_ema(step=update)
             if self.scheduler is not None:
                 self.scheduler.step_update(num_updates=update)

@@ -241,7 +241,7 @@ def test_training_moves_points_and_clamping_brings_them_back():
         assert (moved > 0).float().mean() > 0.5
         with torch.no_grad():
             stage.positions[0, 0, 0], stage.positions[1, 0, 0] = 9.5, -11.0
-    model.clamp_positions()
+    model.clamp_parameters()
     for stage in model.stages:
         assert stage.positions.abs().max() == 8
         assert stage.positions[:, 0, 0].tolist() == [8, -8]

@@ -54,6 +54,7 @@ OF_PARAMETERS = "backbones.merge:function_into_parameter"
 MAP_NORM, STACK = "backbones.merge:map_norm_into_next", "backbones.merge:stack_linear_layers"
 SHARES = "backbones.families.spanet:SpectralMixer.reparameterize"
 CENTER = "backbones.merge:center_outputs"
+POINTS = "backbones.families.smpnet:PointConv.merged"
 BRANCHES = "backbones.layers.branched_conv:BranchedConv.merged"
 IDENTITY = "backbones.layers.residual_conv:ResidualConv.merged"
 
@@ -198,6 +199,13 @@ ROWS = [
     Row("spartan_t", "norm1 into proj_in", NEXT, r"norm1$", 20, 0),
     Row("spartan_t", "contrast", "backbones.merge:split_contrast", r"proj_in$", 20, 0),
     Row("spartan_t", "layer scales into proj_out", SCALE, r"proj_out$", 40),
+    # SMPNet
+    Row("smpnet_tiny", "norms after convolutions", PREVIOUS, r"", 94, 1),
+    Row("smpnet_tiny", "norm into conv1", NEXT, r"mixer\.norm$", 14, 0),
+    Row("smpnet_tiny", "norm into fc1", NEXT, r"mlp\.norm$", 14, 0),
+    Row("smpnet_tiny", "points into a dense kernel", POINTS, r"large\.conv$", 14, 0),
+    Row("smpnet_tiny", "5x5 into the large kernel", BRANCHES, r"conv_dw$", 14, 0),
+    Row("smpnet_tiny", "norm before pooling into the head", MAP_NORM, r"head\.norm$", 1, 0),
     # SPANet
     Row("spanet_small", "norm1 into proj_in", NEXT, r"norm1$", 24, 0),
     Row("spanet_small", "norm2 into fc1", NEXT, r"norm2$", 24, 0),
@@ -473,6 +481,8 @@ LEFT_OUT = [
     LeftOut("overlock_xt", "layer scale on the identity", "the branch has none", r"ls2?\.w", 13),
     LeftOut("spartan_t", "norm2", "it takes part in the argmax", r"norm2\.", 40),
     LeftOut("spartan_t", "two dilated convolutions", ZEROS, r"conv_l.*weight$", 40),
+    LeftOut("smpnet_tiny", "1x1 into the large kernel", COSTS, r"mixer\.conv.*weight$", 42),
+    LeftOut("smpnet_tiny", "bias of conv1 through the kernel", ZEROS, r"conv1\.conv\.bias$", 14),
     LeftOut("spanet_small", "1x7 and 7x1 into 7x7", ZEROS, r"conv_[wh]\.weight$", 48),
     LeftOut("spanet_small", "proj_in into the 1x7", ZEROS, r"proj_in\.(weight|bias)$", 48),
     LeftOut("spanet_small", "context into proj_out", "a product is between", r"pws\.0\.w", 24),

@@ -39,6 +39,7 @@ FINAL = {
     "lsnet": ("head.l.", "head_dist.l."),
     "unireplknet": ("head.",),
     "hornet": ("head.",),
+    "smpnet": ("head.",),
     "spanet": ("head.",),
     "spartan": ("linear.",),
     "glnet": ("head.", "tklb_aux_head."),
@@ -294,11 +295,15 @@ def _carried_over(examples: list[Example], block: int) -> tuple[str, tuple[bool,
     assert {(t, o is None) for _, t, _, o in examples} == {(template, ones is None)}, template
     numbers = []
     for place in range(template.count("#")):
-        # A number of theirs is always the same, or is the block's.
+        # A number of theirs is always the same, or is the block's, or that of one of its halves.
         seen = {theirs[place] for _, _, theirs, _ in examples}
-        follows = all(theirs[place] == number for number, _, theirs, _ in examples)
+        follows = [
+            factor * block + more
+            for factor, more in ((1, 0), (2, 0), (2, 1))
+            if all(theirs[place] == factor * at + more for at, _, theirs, _ in examples)
+        ]
         assert len(seen) == 1 or follows, (template, place)
-        numbers.append(str(seen.pop() if len(seen) == 1 else block))
+        numbers.append(str(seen.pop() if len(seen) == 1 else follows[0]))
     parts = template.split("#")
     return "".join(a + b for a, b in zip(parts, [*numbers, ""], strict=True)), ones
 

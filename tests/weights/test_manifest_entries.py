@@ -93,7 +93,7 @@ def kind_of(entry):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_files_load_completely(variant):
     """Each kind of file that the variant's entries name, once."""
-    unneeded = re.compile(r"(^|\.)aux_head\.|\.attention_bias_idxs$")
+    unneeded = re.compile(r"(^|\.)aux_head\.|\.(attention_bias_idxs|kernel_coord)$")
     for entry in {kind_of(e): e for e in MANIFEST.by_variant[variant].values()}.values():
         layout, classes, lacks, merged = kind_of(entry)
         model = own_model(variant, classes)

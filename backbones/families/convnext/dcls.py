@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.families.convnext.cached import CachedTensor
-from backbones.layers import fx_leaf
+from backbones.layers import CachedTensor, fx_leaf
 from backbones.ops import at_least_float32, without_autocast
 
 __all__ = ["SpacedConv", "kernel_from_points"]

@@ -137,7 +137,7 @@ class ConvNeXt(StagedBackbone):
         conv_ratio: share of the channels that the depthwise convolution sees (the last ones).
         points: make each kernel of this many points whose positions are learned, shared by the
             stage's blocks (DCLS); None for dense kernels. Training wants no weight decay and five
-            times the learning rate for positions, and :meth:`clamp_positions` after each step.
+            times the learning rate for positions, and :meth:`clamp_parameters` after each step.
         conv_mlp: pointwise layers as 1x1 convolutions instead of linear layers.
         use_grn: global response norm in the MLP (V2).
         ls_init_value: initial layer scale; None for no layer scale (V2).
@@ -231,7 +231,7 @@ class ConvNeXt(StagedBackbone):
             nn.init.zeros_(module.bias)
         elif isinstance(module, SpacedStage):
             nn.init.normal_(module.get_parameter("positions"), std=0.5)
-            self.clamp_positions()
+            self.clamp_parameters()
 
     def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and isinstance(stage, SpacedStage)):
@@ -240,8 +240,8 @@ class ConvNeXt(StagedBackbone):
         return checkpoint_seq(blocks, stage.downsample(x))
 
     @torch.no_grad()
-    def clamp_positions(self) -> None:
-        """Move points that left their kernels back to the border; for use in training."""
+    def clamp_parameters(self) -> None:
+        """Move points that left their kernels back to the border."""
         for stage, size in zip(self.stages, self.kernel_sizes):
             if isinstance(stage, SpacedStage) and stage.positions is not None:
                 stage.positions.clamp_(-(size // 2), size // 2)
