@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import FOLDER, Golden, assert_feature, assert_logits
-from tiers import DEFAULT_LIMIT, parameters_of
+from tiers import GOLDEN_LIMIT, parameters_of
 
 import backbones
 from backbones.registry import registry
@@ -39,7 +39,7 @@ def collect(with_gradients: bool = False) -> list[object]:
         if with_gradients and (not golden.content.get("grads") or golden.name == "lsnet_t"):
             continue
         name = variant_of(golden)
-        slow = name not in registry.variants or parameters_of(name) > DEFAULT_LIMIT
+        slow = name not in registry.variants or parameters_of(name) > GOLDEN_LIMIT
         slow |= with_gradients and name.startswith(LARGE_KERNELS)
         result.append(pytest.param(path, id=golden.name, marks=[pytest.mark.slow] if slow else []))
     return result

@@ -15,8 +15,8 @@ from backbones.manifest import load_manifest
 from backbones.registry import registry
 from backbones.schema import constructor_hints
 
-DEFAULT_LIMIT = 31e6  # one of each structure, and all with golden files
-SIZE_LIMIT = 16e6  # variants that differ from one of these in widths and depths alone
+GOLDEN_LIMIT = 31e6  # parameters of the models whose golden files are compared by default
+DEFAULT_LIMIT = 10e6  # of other variants than the smallest of their family
 
 
 @cache
@@ -26,27 +26,31 @@ def parameters_of(name: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def by_size(limit: float = SIZE_LIMIT) -> list[Any]:
-    """Every variant, those above `limit` parameters marked slow."""
-    return [
-        pytest.param(name, marks=[pytest.mark.slow] if parameters_of(name) > limit else [])
-        for name in backbones.list_models()
-    ]
+def by_size(limit: float = DEFAULT_LIMIT) -> list[Any]:
+    """Every variant; slow are those above `limit` parameters, but for the smallest of a family."""
+    default = {name for name in backbones.list_models() if parameters_of(name) <= limit}
+    if limit:
+        default.update(smallest_of_each_family())
+    return _slow_but(default)
 
 
-def representatives(limit: float = DEFAULT_LIMIT) -> list[Any]:
+def representatives() -> list[Any]:
     """The smallest variant of each distinct set of structural arguments by default, all if slow.
 
     Two variants of a family are alike in structure when they differ only in widths and depths.
+    What `by_size` leaves to the slow tier stays there.
     """
     smallest: dict[Any, str] = {}
     for name in backbones.list_models():
         key = _structure(name)
         if key not in smallest or parameters_of(name) < parameters_of(smallest[key]):
             smallest[key] = name
-    chosen = {name for name in smallest.values() if parameters_of(name) <= limit}
+    return _slow_but({p.values[0] for p in by_size() if not p.marks} & {*smallest.values()})
+
+
+def _slow_but(default: set[str]) -> list[Any]:
     return [
-        pytest.param(name, marks=[] if name in chosen else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name in default else [pytest.mark.slow])
         for name in backbones.list_models()
     ]
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from golden import FOLDER, Golden, assert_feature, assert_logits
 from randomized import randomize
-from tiers import DEFAULT_LIMIT, parameters_of, smallest_of_each_family
+from tiers import GOLDEN_LIMIT, parameters_of, smallest_of_each_family
 from torch import nn
 
 import backbones
@@ -35,7 +35,7 @@ def merged_goldens() -> list[object]:
         pytest.param(
             path,
             id=path.name,
-            marks=[pytest.mark.slow] if parameters_of(Golden(path).variant) > DEFAULT_LIMIT else [],
+            marks=[pytest.mark.slow] if parameters_of(Golden(path).variant) > GOLDEN_LIMIT else [],
         )
         for path in sorted(FOLDER.glob("*.json.gz"))
         if "_deploy" in path.name or "_reparam" in path.name
