@@ -1,6 +1,6 @@
 """Runs timm's own model tests over our names.
 
-    python scripts/run_timm_tests.py            # variants up to about 30 M parameters
+    python scripts/run_timm_tests.py            # variants up to 10 M, the smallest of each family
     python scripts/run_timm_tests.py --all      # every variant
     python scripts/run_timm_tests.py -k atto    # further arguments go to pytest
 

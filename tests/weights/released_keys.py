@@ -66,7 +66,8 @@ MANY = 4000  # entries
 COUNTERS = "num_batches_tracked"
 # What the authors call as we do, of variants without a golden.
 NAMED_ALIKE = re.compile(r"\.init_slots$")
-DERIVED = (".dwconv.P", ".filter", ".kernel_coord")  # what our models have another entry for, or none
+# What our models have another entry for, or none.
+DERIVED = (".dwconv.P", ".filter", ".kernel_coord")
 SHARED_POSITIONS = re.compile(r"^(stages\.\d+)\.positions$")
 
 
