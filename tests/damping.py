@@ -37,7 +37,6 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
     ],
     "smpnet": [  # large kernels add up what comes in; filled radii reach over half of them
         (r"\.radius$", 0.2),
-        (r"\.conv_dw\.large\.conv\.weight$", 0.05),
         (r"\.(mixer\.conv2|mlp\.fc2)\.norm\.weight$", 0.2),
     ],
     "transnext": [(r"\.(proj|fc2)\.(weight|bias)$", 0.2)],
