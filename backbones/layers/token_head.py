@@ -5,11 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from backbones import merge
-from backbones.layers.head import Head
+from backbones.layers.head import AVERAGES, Head
 
 __all__ = ["NormHead", "TokenHead"]
-
-AVERAGES = ("", "avg", "fast", "fastavg")  # poolings that a norm per channel may change places with
 
 
 class NormHead(Head):

@@ -18,7 +18,6 @@ from backbones.layers import Chain, Head, init_by_fan_out
 from backbones.skeleton import StagedBackbone, StagePlan, per_stage
 
 EPS = 1e-6  # of the layer norms in blocks and after stages; all others have PyTorch's
-AVERAGES = ("", "avg", "fast", "fastavg")  # poolings that a norm per channel may change places with
 AUTHORS = (
     (r"^head\.", "head.fc."),
     (r"^norm4\.", "head.norm."),
@@ -77,22 +76,6 @@ class Block(nn.Module):
         self.attn.reparameterize()
         self.norm1 = merge.norm_into_next(self.norm1, self.attn.qkv)
         self.norm2 = merge.norm_into_next(self.norm2, self.mlp.fc1)
-
-
-class NormHead(Head):
-    """Layer norm of the feature map, pooling, and a classifier."""
-
-    norm: nn.Module
-    fc: nn.Module
-
-    def __init__(self, dim: int, **common: Any) -> None:
-        super().__init__(dim, maps={"norm": LayerNorm2d(dim, eps=EPS)}, **common)
-
-    def reparameterize(self) -> None:
-        """Fold the norm's factor and offset into what reads the averages of its outputs."""
-        if self.map_parts and self.pool_type in AVERAGES:
-            self.norm = merge.map_norm_into_next(self.norm, (self.fc,))
-        self.deployed = True
 
 
 class TransNeXt(StagedBackbone):
@@ -172,7 +155,8 @@ class TransNeXt(StagedBackbone):
         return Block(dim, attn, mlp, drop_path)
 
     def build_head(self, **common: Any) -> Head:
-        return NormHead(self.plans[-1].dim, **common)
+        dim = self.plans[-1].dim
+        return Head(dim, maps={"norm": LayerNorm2d(dim, eps=EPS)}, **common)
 
     def init_layer(self, module: nn.Module, name: str) -> None:
         """Initialize convolutions by their fan-out; `sr`, too, is one for the authors."""
