@@ -366,6 +366,7 @@ def measure(model: nn.Module) -> tuple[Any, ...]:
             outputs = torch.full((1,), float("nan"))
             kinds[f"fails: {error}"] += 1
     scales = [getattr(module, "scale", None) for module in model.modules()]
+    scales = [scale for scale in scales if not isinstance(scale, torch.Tensor)]  # an entry
     return kinds, entries, numbers, scales, calls.count, outputs
 
 

@@ -77,6 +77,9 @@ class CosineAttention(nn.Module):
         merge.drop_softmax_bias(self.cpb.fc2, slice(None))
         merge.uniform_bias_into_next(self.qkv, slice(2 * self.proj.in_features, None), self.proj)
 
+    def stack_readers(self) -> None:
+        """Make one layer, `qkv`, of those that read the map; here it is one."""
+
     def fix_scale(self) -> None:
         """Let the scale and what it multiplies take the place of the temperature."""
         if self.temperature is not None:
@@ -139,8 +142,11 @@ class AggregatedAttention(CosineAttention):
         return self.proj(mixed).view(x.shape)
 
     def reparameterize(self) -> None:
-        """Make one layer of those that read the map, and another of those that read it pooled."""
         self.fix_scale()
+        self.stack_readers()
+
+    def stack_readers(self) -> None:
+        """Make one layer of those that read the map, and another of those that read it pooled."""
         if self.qkv is None:
             self.kv_pool = copy.deepcopy(self.kv)
             self.norm = merge.norm_into_next(self.norm, self.kv_pool)

@@ -73,8 +73,9 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
     def reparameterize(self) -> None:
-        self.attn.reparameterize()
+        self.attn.stack_readers()
         self.norm1 = merge.norm_into_next(self.norm1, self.attn.qkv)
+        self.attn.reparameterize()
         self.norm2 = merge.norm_into_next(self.norm2, self.mlp.fc1)
 
 
