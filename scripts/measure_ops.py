@@ -99,6 +99,18 @@ def involution_case(
     )
 
 
+def unfold_compare_sum(query: Tensor, key: Tensor) -> Tensor:
+    patches = F.unfold(key, 3, padding=1).unflatten(1, (-1, 9)).unflatten(3, key.shape[2:])
+    return (patches * query.unsqueeze(2)).sum(1)
+
+
+def correlation_case(heads: int, side: int) -> tuple[Operator, Operator, list[Tensor]]:
+    def ours(query: Tensor, key: Tensor) -> Tensor:
+        return ops.small_kernel_correlation(query, key, 3)
+
+    return unfold_compare_sum, ours, list(torch.randn(2, heads, 24, side, side))
+
+
 def neighborhood_case(
     groups: int, channels: int, side: int, k: int
 ) -> tuple[Operator, Operator, list[Tensor]]:
@@ -131,6 +143,9 @@ SPEED: dict[str, tuple[float, Callable[[], tuple[Operator, Operator, list[Tensor
     "involution 128x28x28 k=7 / unfold": (1.0, lambda: involution_case(128, 28, 7, 1)),
     "involution 128x56x56 k=7 s=2 / unfold": (1.0, lambda: involution_case(128, 56, 7, 2)),
     "involution 512x14x14 k=7 s=2 / unfold": (1.0, lambda: involution_case(512, 14, 7, 2)),
+    "correlation 2x24x56x56 k=3 / unfold": (1.0, lambda: correlation_case(2, 56)),
+    "correlation 4x24x28x28 k=3 / unfold": (1.0, lambda: correlation_case(4, 28)),
+    "correlation 8x24x14x14 k=3 / unfold": (1.0, lambda: correlation_case(8, 14)),
     "neighborhood 8x16x14x14 k=13 / shifted sum": (10.0, lambda: neighborhood_case(8, 16, 14, 13)),
     "neighborhood 8x16x14x14 k=5 / shifted sum": (1.0, lambda: neighborhood_case(8, 16, 14, 5)),
     "neighborhood 12x14x7x7 k=7 / shifted sum": (1.0, lambda: neighborhood_case(12, 14, 7, 7)),

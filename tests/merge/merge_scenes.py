@@ -536,6 +536,8 @@ class SideBySide(Scene):
     def __init__(self, first, second):
         super().__init__()
         self.first, self.second = first, second
+        if isinstance(first, nn.Linear):
+            self.shape = TOKENS
 
     def forward(self, x):
         if self.second is None:
@@ -700,7 +702,9 @@ SCENES = {
     "stack_linear_layers": lambda: SideBySide(
         linear_layer("padded"), linear_layer("padded", out_channels=3)
     ),
-    "stack_linear_layers_of_maps": lambda: SideBySide(nn.Linear(8, 6), nn.Linear(8, 3, bias=False)),
+    "stack_linear_layers_of_tokens": lambda: SideBySide(
+        nn.Linear(8, 6), nn.Linear(8, 3, bias=False)
+    ),
     "average_linear_layers": Averaged,
     "rotation_into_next": lambda: Rotated(linear_layer("padded_grouped", out_channels=4)),
     "rotation_into_depthwise": lambda: Rotated(linear_layer("padded_depthwise", False)),
