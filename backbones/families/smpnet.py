@@ -85,7 +85,7 @@ class PointConv(nn.Module):
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
         points = kernel_size**2 // 4
-        self.kernel_size = kernel_size
+        self.dim, self.kernel_size = dim, kernel_size
         self.weight = nn.Parameter(torch.empty(dim, points))
         self.positions = nn.Parameter(torch.empty(points, 2))
         self.radius = nn.Parameter(torch.empty(points))
@@ -99,7 +99,7 @@ class PointConv(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Conv2d:
         """Return the plain convolution with the dense kernel."""
-        dim, size = len(self.weight), self.kernel_size
+        dim, size = self.dim, self.kernel_size
         points = (self.weight.double(), self.positions.double(), self.radius.double())
         kernel = kernel_from_points(*points, size).to(self.weight.dtype)
         plain = nn.Conv2d(
@@ -111,7 +111,7 @@ class PointConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding = self.kernel_size // 2
-        return F.conv2d(x, self.kernel(), padding=padding, groups=len(self.weight))
+        return F.conv2d(x, self.kernel(), padding=padding, groups=self.dim)
 
 
 def large_conv(dim: int, kernel_size: int) -> BranchedConv:
