@@ -2,7 +2,7 @@
 
 Source: LSNet (Wang et al., CVPR 2025, arXiv 2503.23135), section 3.3, the aggregation step of
 large-small convolution. Small-kernel correlation, the gradient by the kernels, compares each
-position with its neighborhood: TransNeXt (Shi, CVPR 2024, arXiv 2311.17132), section 3.1, takes the
+position with its neighborhood: TransNeXt (Shi, CVPR 2024, arXiv 2311.17132), section 3, takes the
 logits of its sliding windows so, and sums the values by aggregation.
 """
 

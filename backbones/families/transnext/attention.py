@@ -25,7 +25,7 @@ WINDOW = 3
 
 
 class CosineAttention(nn.Module):
-    """Attention of every position of a map (B, H, W, C) to every other, by cosines.
+    """Attention of every position of a map (B, H, W, C) to every other, by cosines (section 3).
 
     ``softmax(softplus(temperature) * ln(N) * (q + query_embedding) k + bias) v``, with `q` and `k`
     of length one.
@@ -93,7 +93,7 @@ class AggregatedAttention(CosineAttention):
 
     ``sum_t (P_t + q learnable_tokens_t + learnable_bias_t) v_t + sum_m P_m v_m`` over the taps t of
     the window and the pooled positions m, with P the softmax over all that are inside the map.
-    Source: section 3.2, equations 4 to 12; figure 4.
+    Source: section 3, aggregated attention with query embedding and positional attention.
 
     Parts: `q`, `kv` (which also reads the pooled map), `sr` and `norm` before and after pooling.
     Once merged, `qkv` has queries, keys, values and `sr` of the map and `kv_pool` those of the

@@ -33,7 +33,7 @@ AUTHORS = (
 
 
 class ConvGlu(nn.Module):
-    """``fc2(GELU(conv_dw(u)) * g)`` with ``u, g = fc1(x)``, on (B, H, W, C) (section 3.4).
+    """Convolutional GLU: ``fc2(GELU(conv_dw(u)) * g)`` with ``u, g = fc1(x)`` (section 3).
 
     Args:
         dim: channels in and out.

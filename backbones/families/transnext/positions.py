@@ -1,6 +1,6 @@
 """What TransNeXt's attention knows of positions: it follows from a map's height and width.
 
-Source: TransNeXt (arXiv 2311.17132), sections 3.1 and 3.3, and the authors' code for segmentation
+Source: TransNeXt (arXiv 2311.17132), section 3, and the authors' code for segmentation
 with extrapolated biases, which takes any size.
 """
 
@@ -90,7 +90,7 @@ def _axis(n: int, ratio: int, pretrain: int) -> tuple[Array, Array, Array]:
 
 
 class PositionBias(nn.Module):
-    """Biases of attention logits by a small network of the distance (section 3.3).
+    """Biases of attention logits by a small network of the distance, log-spaced.
 
     Args:
         num_heads: biases of each distance, G.
