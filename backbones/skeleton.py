@@ -312,9 +312,10 @@ class StagedBackbone(nn.Module):
         """Width of the vector that enters the classifier."""
         return self.head.num_features
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier layer."""
-        return self.head.get_classifier()
+    def get_classifier(self) -> Any:
+        """Return the classifier layer; all of them where the head has several."""
+        layers = tuple(self.head.classifiers().values())
+        return layers if len(layers) > 1 else layers[0]
 
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
@@ -337,8 +338,8 @@ class StagedBackbone(nn.Module):
             in_features=self.num_features,
             **get_device_dtype(self),
         )
-        classifier = self.head.get_classifier()
-        self.init_layer(classifier, self.classifier_names[0])
+        for name, classifier in self.head.classifiers().items():
+            self.init_layer(classifier, f"head.{name}")
         self._scale_classifier()
 
     @classmethod

@@ -90,6 +90,10 @@ class Head(nn.Module):
         """Return the classifier layer, an ``Identity`` where there is none."""
         return self.get_submodule(self.classifier_name)
 
+    def classifiers(self) -> dict[str, nn.Module]:
+        """Return the layers as long as there are classes, by name; the classifier first."""
+        return {self.classifier_name: self.get_classifier()}
+
     def reset(
         self,
         num_classes: int,

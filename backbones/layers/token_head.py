@@ -59,6 +59,9 @@ class TokenHead(NormHead):
             fresh = nn.Linear(self.num_features, num_classes, **factory)
         self.token_fc = fresh.train(self.training)
 
+    def classifiers(self) -> dict[str, nn.Module]:
+        return {**super().classifiers(), "token_fc": self.token_fc}
+
     def reset(
         self,
         num_classes: int,

@@ -213,18 +213,6 @@ class GLNet(StagedBackbone):
         maps = with_region_of_others(tokens.mT.unflatten(2, x.shape[-2:]), box)
         return logits, maps.flatten(2).mT
 
-    def get_classifier(self) -> Any:
-        """Return the classifier layer; a pair of them where tokens have one, too."""
-        first = self.head.get_classifier()
-        return (first, self.head.token_fc) if isinstance(self.head, TokenHead) else first
-
-    def reset_classifier(
-        self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
-    ) -> None:
-        super().reset_classifier(num_classes, global_pool, reset_other)
-        if isinstance(self.head, TokenHead):
-            self.init_layer(self.head.token_fc, "head.token_fc")
-
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:
         """Refuse a file of the other form of slots, or of head.
 

@@ -26,6 +26,11 @@ class DistilledHead(Head):
         if self.dist is not None:
             self.dist.reset(*args, **options)
 
+    def classifiers(self) -> dict[str, nn.Module]:
+        if self.dist is None:
+            return super().classifiers()
+        return {**super().classifiers(), "dist.fc": self.dist.get_classifier()}
+
     def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
         ours = super().forward(x, pre_logits)
         if self.dist is None:

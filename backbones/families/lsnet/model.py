@@ -170,19 +170,6 @@ class LSNet(StagedBackbone):
             )
         self.head.distilled_training = enable
 
-    def get_classifier(self) -> Any:
-        """Return the classifier layer; a pair of them where there are two heads."""
-        first = self.head.get_classifier()
-        second = self.head.dist if isinstance(self.head, DistilledHead) else None
-        return first if second is None else (first, second.get_classifier())
-
-    def reset_classifier(
-        self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
-    ) -> None:
-        super().reset_classifier(num_classes, global_pool, reset_other)
-        if isinstance(self.head, DistilledHead) and self.head.dist is not None:
-            self.init_layer(self.head.dist.get_classifier(), "head.dist.fc")
-
     def complete_checkpoint(self, tensors: Tensors) -> Tensors:
         """Resize smaller bias tables, and add branches of zeros where all 1x1 ones are absent.
 

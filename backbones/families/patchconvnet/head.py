@@ -196,6 +196,12 @@ class ClassTokenHead(Head):
             fresh = RowwiseLinear(self.num_features, num_classes, **factory)
         self.fc = fresh.train(self.training)
 
+    def classifiers(self) -> dict[str, nn.Module]:
+        if not self.is_per_class:
+            return super().classifiers()
+        tokens: Any = self.global_pool
+        return {**super().classifiers(), "global_pool.cls_token": tokens.cls_token}
+
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if not self.is_per_class:
             return super().forward(x, pre_logits)

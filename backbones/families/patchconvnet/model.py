@@ -172,18 +172,11 @@ class PatchConvNet(StagedBackbone):
         elif isinstance(module, (Vectors, RowwiseLinear)):
             trunc_normal_(module.weight, std=0.02)
 
-    def get_classifier(self) -> Any:
-        """Return the classifier layer; with a token per class a pair, the tokens second."""
-        layers = tuple(map(self.get_submodule, self.classifier_names))
-        return layers if len(layers) > 1 else layers[0]
-
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
     ) -> None:
         super().reset_classifier(num_classes, global_pool, reset_other)
         self.name_classifiers()
-        for name in self.classifier_names[1:]:
-            self.init_layer(self.get_submodule(name), name)
 
     def expected_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of the whole model, which pools by tokens."""

@@ -214,17 +214,10 @@ class UniFormer(StagedBackbone):
             raise UnsupportedError("no classifier of tokens; create a _tl variant")
         self.head.token_training = enable
 
-    def get_classifier(self) -> Any:
-        """Return the classifier layer; a pair of them where tokens have one, too."""
-        first = self.head.get_classifier()
-        return (first, self.head.token_fc) if isinstance(self.head, TokenHead) else first
-
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
     ) -> None:
         super().reset_classifier(num_classes, global_pool, reset_other)
-        if isinstance(self.head, TokenHead):
-            self.init_layer(self.head.token_fc, "head.token_fc")
         last: Any = self.stages[-1]
         if self.aux_head is None:
             return
