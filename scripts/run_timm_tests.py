@@ -55,7 +55,7 @@ def main() -> int:
     folder = fetch_tests(args.cache)
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(HERE), environment.get("PYTHONPATH")])
+        filter(None, [str(HERE), str(HERE.parent / "tests"), environment.get("PYTHONPATH")])
     )
     environment["OMP_NUM_THREADS"] = "1"  # two processes of one thread each
     environment["BACKBONES_TIMM_TESTS_ALL"] = "1" if args.all else ""

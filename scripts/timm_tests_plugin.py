@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 import timm
+from tiers import by_size
 from timm.models import split_model_name_tag
 
 import backbones
 from backbones.registry import registry
 from backbones.skeleton import StagedBackbone
 
-LIMIT = 10e6  # parameters, of other variants than the smallest of their family
 # timm's tests for these need TorchScript or a download.
 LEFT_OUT = ("torchscript", "pretrained", "inference")
 MUST_RUN = (
@@ -30,28 +30,11 @@ MUST_RUN = (
 _list_models, _create_model = timm.list_models, timm.create_model
 
 
-def _parameters(name: str) -> int:
-    variant = registry.find(name)
-    assert variant is not None
-    model = registry.classes[variant.family](**variant.arguments, device="meta")
-    return sum(p.numel() for p in model.parameters())
-
-
-def _names() -> list[str]:
-    """Return the variants to test, as timm knows them."""
-    sizes = {name: _parameters(name) for name in registry.variants}
-    families = {variant.family for variant in registry.variants.values()}
-    chosen = {
-        min((name for name in sizes if registry.variants[name].family == family), key=sizes.get)
-        for family in families
-    }
-    if os.environ.get("BACKBONES_TIMM_TESTS_ALL"):
-        chosen = set(sizes)
-    chosen.update(name for name, size in sizes.items() if size <= LIMIT)
-    return [registry.variants[name].timm_name or name for name in chosen]
-
-
-OURS = {*_names()}
+OURS = {
+    registry.variants[choice.values[0]].timm_name or choice.values[0]
+    for choice in by_size()  # what our own tests take by default
+    if os.environ.get("BACKBONES_TIMM_TESTS_ALL") or not choice.marks
+}
 
 
 def list_models(*args, module="", **kwargs):
