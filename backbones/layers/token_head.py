@@ -27,12 +27,8 @@ class NormHead(Head):
     def reparameterize(self) -> None:
         """Fold the norm into what reads the averages of its outputs."""
         if self.map_parts and self.pool_type in AVERAGES:
-            self.norm = merge.map_norm_into_next(self.norm, self.readers())
+            self.norm = merge.map_norm_into_next(self.norm, tuple(self.classifiers().values()))
         self.deployed = True
-
-    def readers(self) -> tuple[nn.Module, ...]:
-        """Return the layers that read the normalized map or its average."""
-        return (self.fc,)
 
 
 class TokenHead(NormHead):
@@ -97,6 +93,3 @@ class TokenHead(NormHead):
         super().reparameterize()
         if isinstance(self.token_fc, nn.Linear):
             self.token_weight = merge.factor_into_outputs(self.token_fc, self.token_weight)
-
-    def readers(self) -> tuple[nn.Module, ...]:
-        return self.fc, self.token_fc

@@ -17,7 +17,7 @@ from backbones.train.config import TrainConfig
 from backbones.train.data import set_input
 from backbones.weights import load_checkpoint, read_checkpoint, sizes_in_file
 
-__all__ = ["InitialWeights", "create_initial_model", "hub_responds"]
+__all__ = ["InitialWeights", "classifier_layers", "create_initial_model", "hub_responds"]
 
 HUB_TIMEOUT_S = 5.0
 
@@ -42,6 +42,12 @@ class InitialWeights:
         return self.source is None
 
 
+def classifier_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the classifier of a model of ours or of timm, or all where it has several."""
+    found = model.get_classifier()  # type: ignore[operator]
+    return nn.ModuleList(found if isinstance(found, (tuple, list)) else [found])
+
+
 def create_initial_model(
     config: TrainConfig, num_classes: int, classes: list[str] | None = None
 ) -> tuple[nn.Module, InitialWeights]:
@@ -63,7 +69,7 @@ def create_initial_model(
     except TypeError as error:
         raise ConfigError(f"{config.model} cannot be created: {error}") from error
     if config.head_init_scale is not None:
-        for layer in model.get_classifier().modules():  # type: ignore[operator]
+        for layer in classifier_layers(model).modules():
             for value in layer.parameters(recurse=False):
                 value.data.mul_(config.head_init_scale)
     facts = ("crop_pct", "mean", "std", "interpolation")

@@ -25,6 +25,7 @@ from backbones.factory import create_model, load_model
 from backbones.train.config import TrainConfig
 from backbones.train.data import Splits, eval_loader, train_loader
 from backbones.train.distributed import ProcessGroup
+from backbones.train.initial_weights import classifier_layers
 from backbones.train.trainer import Trainer, Update
 
 __all__ = [
@@ -161,8 +162,7 @@ def _scaled_rate(config: TrainConfig, group: ProcessGroup, batches: Any) -> floa
 
 def _freeze_backbone(model: nn.Module) -> list[nn.Module]:
     """Stop gradients but in the classifier, and return the modules to keep in eval mode."""
-    found = model.get_classifier()  # type: ignore[operator]
-    classifier = nn.ModuleList(found) if isinstance(found, (tuple, list)) else found
+    classifier = classifier_layers(model)
     model.requires_grad_(False)
     classifier.requires_grad_(True)
     trained = set(classifier.modules())

@@ -137,6 +137,17 @@ def test_a_checkpoint_of_other_classes_to_start_from(fit, tmp_path, name, kwargs
         fit(initial_checkpoint=str(tmp_path / "m.pth"), **start)
 
 
+@pytest.mark.parametrize("name", ["lsnet_t_distill", "uniformer_small_tl", "glnet_4g_tklb"])
+def test_every_classifier_is_scaled(name):
+    """A head of two classifiers begins as quiet in both."""
+    config = train.TrainConfig(model=name, pretrained=False, head_init_scale=0.0)
+    model, _ = initial_weights.create_initial_model(config, 4)
+    layers = model.get_classifier()
+    assert len(layers) == 2
+    for layer in layers:
+        assert not any(value.any() for value in layer.parameters())
+
+
 def test_a_model_of_ones_own_is_rebuilt_without_its_yaml(fit, tmp_path, images, capsys):
     """What `train` prints at its end, "try it", needs the checkpoint alone."""
     yaml = tmp_path / "c#" / "mine.yaml"
