@@ -114,7 +114,7 @@ def test_no_batch_norm_is_left_beside_a_linear_layer_that_can_take_it(pair):
             source = made_by.get(id(value))
             if isinstance(module, BATCH_NORM) and merge.is_linear_layer(source):
                 pairs.append((source, module, value))
-            if merge._is_unpadded(module) and isinstance(source, BATCH_NORM):
+            if merge.is_unpadded(module) and isinstance(source, BATCH_NORM):
                 pairs.append((source, module, value))
         if isinstance(output, torch.Tensor) and not isinstance(module, nn.Identity):
             made_by[id(output)] = module

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pkgutil
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -406,6 +408,10 @@ def reparameterized(row: Row, monkeypatch: pytest.MonkeyPatch, skip: bool) -> tu
 
     with monkeypatch.context() as patch, merge.recorded() as merge_counter:
         patch.setattr(owner, attribute, rule)
+        if owner is merge:  # its own modules call each other's rules, not the package's
+            for module in merge_modules():
+                if attribute in vars(module):
+                    patch.setattr(module, attribute, rule)
         try:
             for _, child in model.named_children():
                 walk(child)
@@ -413,6 +419,11 @@ def reparameterized(row: Row, monkeypatch: pytest.MonkeyPatch, skip: bool) -> tu
             if not skip:
                 raise
     return model, made
+
+
+def merge_modules() -> list[ModuleType]:
+    names = (info.name for info in pkgutil.iter_modules(merge.__path__, "backbones.merge."))
+    return [importlib.import_module(name) for name in names]
 
 
 def walk(module: nn.Module) -> None:
