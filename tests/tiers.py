@@ -56,14 +56,14 @@ def _slow_but(default: set[str]) -> list[Any]:
 
 
 @cache
-def shallow(name: str) -> dict[str, Any]:
-    """Arguments for at most two blocks a stage, for costly tests of structure.
+def shallow(name: str, blocks: int = 2) -> dict[str, Any]:
+    """Arguments for at most so many blocks a stage, for costly tests of structure.
 
     Depth does not change their answer, and tracing takes as long as there are blocks.
     """
     arguments = registry.variants[name].arguments
     depths = {key: arguments[key] for key in ("depths", "focus_depths") if key in arguments}
-    return {key: [min(depth, 2) for depth in value] for key, value in depths.items()}
+    return {key: [min(depth, blocks) for depth in value] for key, value in depths.items()}
 
 
 def smallest_of_each_family() -> list[str]:
