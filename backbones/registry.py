@@ -133,6 +133,8 @@ def build_with_report(
     overlay = {key: value for key, value in (pretrained_cfg_overlay or {}).items() if value}
     cfg, entry = _resolve_cfg(variant, pretrained_cfg, overlay)
     by_timm = pretrained and checkpoint is None and any(key in overlay for key in SOURCES)
+    if pretrained and checkpoint is None and not by_timm and entry is not None:
+        weights.check_obtainable(entry, cache_dir)
     model = build_model_with_cfg(
         model_class,
         variant.timm_name or variant.name,

@@ -239,6 +239,7 @@ def test_every_test_over_the_registry_passes_inside_the_repository(tree):
     assert sum(counts.values()) >= 90
 
 
+@pytest.mark.slow
 def test_house_recipe_manifest_and_merge_tests_pass_inside_the_repository(tree):
     """Whole files, but for what is about another family alone."""
     written = run(tree, "scripts/update_tables.py", cwd=tree)  # as the tables' test says

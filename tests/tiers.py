@@ -15,7 +15,7 @@ from backbones.manifest import load_manifest
 from backbones.registry import registry
 from backbones.schema import constructor_hints
 
-GOLDEN_LIMIT = 31e6  # parameters of the models whose golden files are compared by default
+GOLDEN_LIMIT = 16e6  # parameters of the models whose golden files are compared by default
 DEFAULT_LIMIT = 10e6  # of other variants than the smallest of their family
 
 

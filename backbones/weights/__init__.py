@@ -1,6 +1,7 @@
 """Checkpoints: reading them safely, bringing them here, mapping them to a model, publishing."""
 
 from backbones.weights.download import (
+    check_obtainable,
     fetch,
     local_copy,
     measure_pin,
@@ -44,6 +45,7 @@ __all__ = [
     "LoadReport",
     "Mapped",
     "PublishError",
+    "check_obtainable",
     "check_repo_id",
     "fetch",
     "filter_for_timm",

@@ -276,7 +276,7 @@ def test_deepcopy_is_independent(name):
 @STRUCTURES
 @torch.no_grad()
 def test_compiles_as_one_graph(name):
-    model = build(name, **shallow(name), num_classes=3)
+    model = build(name, **shallow(name, blocks=1), num_classes=3)
     x = image(model, 2)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -286,7 +286,7 @@ def test_compiles_as_one_graph(name):
 @STRUCTURES
 @torch.no_grad()
 def test_exports_with_dynamic_batch(name):
-    model = build(name, **shallow(name), num_classes=3)
+    model = build(name, **shallow(name, blocks=1), num_classes=3)
     x = image(model, 2)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))

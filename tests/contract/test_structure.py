@@ -1,16 +1,17 @@
-"""What every variant owes, checked on the meta device: nothing is computed, all are covered."""
+"""What every variant owes, checked on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
 import pytest
 import timm
 import torch
-from tiers import families_by_default, smallest_size
+from tiers import by_size, families_by_default, smallest_size
 
 import backbones
 from backbones.registry import registry
 
 EVERY = pytest.mark.parametrize("name", backbones.list_models())
+BY_SIZE = pytest.mark.parametrize("name", by_size())  # what takes a second even without numbers
 
 
 def on_meta(name, **arguments):
@@ -25,7 +26,7 @@ def test_builds_without_memory_and_says_nothing(name, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@EVERY
+@BY_SIZE
 def test_classifier_first_convolution_and_registry_agree(name):
     model = on_meta(name)
     keys = model.state_dict()
@@ -47,7 +48,7 @@ def test_unknown_argument_raises(name):
         on_meta(name, no_such_argument=1)
 
 
-@EVERY
+@BY_SIZE
 def test_input_channels(name):
     model = on_meta(name, in_chans=4).eval()
     side = smallest_size(model)
@@ -56,7 +57,7 @@ def test_input_channels(name):
     assert weight.shape[1] == 4
 
 
-@EVERY
+@BY_SIZE
 def test_class_counts_and_pooling(name):
     model = on_meta(name, num_classes=10).eval()
     features = model.forward_features(torch.empty(2, 3, 128, 192, device="meta"))
@@ -71,7 +72,7 @@ def test_class_counts_and_pooling(name):
     assert unpooled.forward_head(features).shape == shape
 
 
-@EVERY
+@BY_SIZE
 def test_features_have_the_promised_channels_and_strides(name):
     model = on_meta(name, features_only=True).eval()
     maps = model(torch.empty(1, 3, 128, 192, device="meta"))

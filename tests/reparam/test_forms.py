@@ -10,7 +10,7 @@ import timm
 import torch
 from golden import FOLDER, Golden, assert_feature, assert_logits
 from randomized import randomize
-from tiers import GOLDEN_LIMIT, parameters_of, smallest_of_each_family
+from tiers import GOLDEN_LIMIT, parameters_of, shallow, smallest_of_each_family
 from torch import nn
 
 import backbones
@@ -58,13 +58,13 @@ def test_the_authors_merged_checkpoints_load_into_both_forms(path, deploy):
 
 @pytest.mark.parametrize("name", smallest_of_each_family())
 def test_checkpoints_of_the_training_form_are_merged_on_the_way(name, tmp_path):
-    source = make(name)
+    source = make(name, **shallow(name))
     path = backbones.save_checkpoint(source, tmp_path / "training.safetensors")
     created = backbones.create_model(name, num_classes=4, deploy=True, checkpoint_path=path)
-    loaded = backbones.create_model(name, num_classes=4, deploy=True)
+    loaded = backbones.create_model(name, num_classes=4, deploy=True, **shallow(name))
     report = backbones.load_checkpoint(loaded, path)
     assert report.layout == "backbones" and not report.missing
-    features = backbones.create_model(name, features_only=True, deploy=True)
+    features = backbones.create_model(name, features_only=True, deploy=True, **shallow(name))
     backbones.load_checkpoint(features, path)
     x = image()
     with torch.no_grad():
@@ -79,18 +79,18 @@ def test_checkpoints_of_the_training_form_are_merged_on_the_way(name, tmp_path):
 
 @pytest.mark.parametrize("name", smallest_of_each_family())
 def test_files_keep_their_form(name, tmp_path):
-    merged = backbones.reparameterize(make(name))
+    merged = backbones.reparameterize(make(name, **shallow(name)))
     path = backbones.save_checkpoint(merged, tmp_path / "deploy.safetensors", classes=list("abcd"))
     assert read_metadata(path)["backbones"]["deploy"] is True
     again = backbones.create_model(name, deploy=True, checkpoint_path=path)
     assert again.num_classes == 4
-    fresh = backbones.create_model(name, num_classes=4, deploy=True)
+    fresh = backbones.create_model(name, num_classes=4, deploy=True, **shallow(name))
     backbones.load_checkpoint(fresh, path)
     for model in (again, fresh):
         state = model.state_dict()
         assert state.keys() == merged.state_dict().keys()
         assert all(torch.equal(value, state[key]) for key, value in merged.state_dict().items())
-    training = backbones.create_model(name, num_classes=4)
+    training = backbones.create_model(name, num_classes=4, **shallow(name))
     with pytest.raises(CheckpointError, match="deploy=True"):
         backbones.load_checkpoint(training, path)
     with pytest.raises(CheckpointError, match="deploy=True"):

@@ -21,6 +21,8 @@ import backbones
 
 pytestmark = pytest.mark.smoke
 FAMILIES = pytest.mark.parametrize("name", smallest_of_each_family())
+# The default tier asks the same of more models, in other files; by this mark it leaves these out.
+ELSEWHERE = pytest.mark.slow
 
 
 def arguments_of(name):
@@ -45,6 +47,7 @@ def assert_close(found, expected, tolerance=1e-4):
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@ELSEWHERE
 @FAMILIES
 @torch.no_grad()
 def test_create(name):
@@ -55,6 +58,7 @@ def test_create(name):
     assert logits.isfinite().all()
 
 
+@ELSEWHERE
 @FAMILIES
 @torch.no_grad()
 def test_features(name):
@@ -65,6 +69,7 @@ def test_features(name):
     assert [side // m.shape[-1] for m in maps] == model.feature_info.reduction()
 
 
+@ELSEWHERE
 @FAMILIES
 def test_backward(name):
     model = backbones.create_model(name, **arguments_of(name)).train()
@@ -75,6 +80,7 @@ def test_backward(name):
         assert parameter.grad.isfinite().all(), key
 
 
+@ELSEWHERE
 @FAMILIES
 @torch.no_grad()
 def test_reparameterize(name):
@@ -85,6 +91,7 @@ def test_reparameterize(name):
     assert_close(merged(images), model(images))
 
 
+@ELSEWHERE
 @FAMILIES
 @torch.no_grad()
 def test_save_and_load(name, tmp_path):
@@ -95,6 +102,7 @@ def test_save_and_load(name, tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
+@ELSEWHERE
 @FAMILIES
 @pytest.mark.parametrize("deploy", [False, True], ids=["training-form", "deploy-form"])
 @torch.no_grad()

@@ -16,12 +16,38 @@ from backbones.weights.download.disk import sha256_of
 from backbones.weights.download.http import download
 from backbones.weights.download.hub import EntryMissingError, cached_file, hub_file
 
-__all__ = ["MIRROR", "REQUIRE_DIGEST", "fetch", "local_copy", "mirror_path", "verify"]
+__all__ = [
+    "MIRROR",
+    "REQUIRE_DIGEST",
+    "check_obtainable",
+    "fetch",
+    "local_copy",
+    "mirror_path",
+    "verify",
+]
 
 _logger = logging.getLogger(__name__)
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 MIRROR = "BACKBONES_WEIGHTS_DIR"
 REQUIRE_DIGEST = "BACKBONES_REQUIRE_DIGEST"
+
+
+def check_obtainable(source: WeightsEntry, cache_dir: str | Path | None = None) -> None:
+    """Raise what `fetch` would before it asks a server, so that no model is built in vain.
+
+    Raises:
+        WeightsUnavailableError: nothing was released, or the release is a web page, and there is no
+            copy on this machine.
+        CheckpointError: no digest is recorded, and one is required.
+    """
+    if not source.available and local_copy(source, cache_dir) is None:
+        raise WeightsUnavailableError(_why_unavailable(source))
+    if source.sha256 is None and _digest_required():
+        raise CheckpointError(
+            f"{source.name}: {REQUIRE_DIGEST} is set and no digest is recorded; record it with"
+            f" 'backbones weights lock {source.name}', or pass checkpoint_path=... with a file you"
+            " trust"
+        )
 
 
 def fetch(
@@ -47,15 +73,8 @@ def fetch(
     """
     if not isinstance(source, WeightsEntry):
         return _fetch_described(source, cache_dir)
+    check_obtainable(source, cache_dir)
     copy = local_copy(source, cache_dir)
-    if copy is None and not source.available:
-        raise WeightsUnavailableError(_why_unavailable(source))
-    if source.sha256 is None and _digest_required():
-        raise CheckpointError(
-            f"{source.name}: {REQUIRE_DIGEST} is set and no digest is recorded; record it with"
-            f" 'backbones weights lock {source.name}', or pass checkpoint_path=... with a file you"
-            " trust"
-        )
     if copy is not None and not (again and source.available):
         verify(copy, source)
         if source.sha256 or source.url or not source.available or _is_mirrored(copy, source):
