@@ -56,8 +56,8 @@ def test_half_types_stay_finite_at_an_oblong_size(name):
     assert_half_types_stay_finite(name, (3, 384, 128))
 
 
-@EACH
 @pytest.mark.slow
+@pytest.mark.parametrize("name", representatives())
 @torch.no_grad()
 def test_half_types_stay_finite_at_the_native_size(name):
     assert_half_types_stay_finite(name, backbones.model_info(name).input_size)

@@ -29,13 +29,11 @@ def parameters_of(name: str) -> int:
 def by_size(limit: float = DEFAULT_LIMIT) -> list[Any]:
     """Every variant; slow are those above `limit` parameters, but for the smallest of a family."""
     default = {name for name in backbones.list_models() if parameters_of(name) <= limit}
-    if limit:
-        default.update(smallest_of_each_family())
-    return _slow_but(default)
+    return _slow_but(default | {*smallest_of_each_family()})
 
 
 def representatives() -> list[Any]:
-    """The smallest variant of each distinct set of structural arguments by default, all if slow.
+    """The smallest variant of each distinct set of structural arguments.
 
     Two variants of a family are alike in structure when they differ only in widths and depths.
     What `by_size` leaves to the slow tier stays there.
@@ -45,7 +43,7 @@ def representatives() -> list[Any]:
         key = _structure(name)
         if key not in smallest or parameters_of(name) < parameters_of(smallest[key]):
             smallest[key] = name
-    return _slow_but({p.values[0] for p in by_size() if not p.marks} & {*smallest.values()})
+    return [param for param in by_size() if param.values[0] in smallest.values()]
 
 
 def _slow_but(default: set[str]) -> list[Any]:
@@ -77,10 +75,10 @@ def smallest_of_each_family() -> list[str]:
 def families_by_default() -> list[Any]:
     """The smallest variant of every family by default, all of `representatives` if slow."""
     small = set(smallest_of_each_family())
-    chosen = [p for p in representatives() if not p.marks or p.values[0] in small]
     return [
         pytest.param(p.values[0], marks=[] if p.values[0] in small else [pytest.mark.slow])
-        for p in chosen
+        for p in representatives()
+        if not p.marks
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from damping import damp
 from randomized import randomize
-from tiers import by_size, shallow, smallest_of_each_family, smallest_size
+from tiers import representatives, shallow, smallest_of_each_family, smallest_size
 
 import backbones
 from backbones.engines import export, open_exported
@@ -43,7 +43,7 @@ def cells():
     for name in smallest_of_each_family():
         for format in SUFFIXES:
             quick = name in QUICK[format]
-            arguments = QUICK_SIZE if quick and format == "aoti" else shallow(name)
+            arguments = QUICK_SIZE if quick and format == "aoti" else shallow(name, blocks=1)
             marks = () if quick else pytest.mark.slow
             yield pytest.param(name, format, arguments, marks=marks, id=f"{name}-{format}")
         yield pytest.param(name, "onnx", {}, marks=pytest.mark.slow, id=f"{name}-onnx-whole")
@@ -106,9 +106,9 @@ def test_height_and_width_stay_free_in_onnx(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", by_size(0))
-def test_every_variant_leaves_as_onnx(name, tmp_path):
-    model = model_of(name, **shallow(name))
+@pytest.mark.parametrize("name", representatives())
+def test_every_structure_leaves_as_onnx(name, tmp_path):
+    model = model_of(name, **shallow(name, blocks=1))
     side = max(64, smallest_size(model))
     report = export(model, tmp_path / "m.onnx", input_size=(3, side, side))
     assert max(check.agreement.relative_error for check in report.checks) < TOLERANCE

@@ -14,7 +14,7 @@ from tiers import (
     by_size,
     families_by_default,
     families_in_manifest,
-    parameters_of,
+    representatives,
     shallow,
     smallest_size,
 )
@@ -155,7 +155,7 @@ def test_timm_walks_to_the_same(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in backbones.list_models() if parameters_of(n) <= 100e6])
+@pytest.mark.parametrize("name", representatives())
 def test_the_native_size_gives_the_same(name):
     model = make(name, num_classes=7)
     merged = backbones.reparameterize(model, verify=False)
