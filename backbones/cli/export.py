@@ -12,8 +12,8 @@ from backbones.cli.opening import (
     open_model,
     refuse_same,
 )
-from backbones.cli.parsing import command, tell
-from backbones.engines import available_formats, file_suffixes
+from backbones.cli.parsing import command, positive, tell
+from backbones.engines import OnnxConfig, available_formats, file_suffixes
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint, label_names
 
@@ -50,6 +50,21 @@ def add_parser(commands: Any) -> None:
         help=f"sizes that stay free: {', '.join(DIMENSIONS)} (default: batch)",
     )
     parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="fix the number of images, for compilers that want static shapes",
+    )
+    onnx = parser.add_argument_group("ONNX files")
+    onnx.add_argument("--opset", type=positive, help="(default: the exporter's own)")
+    onnx.add_argument("--input-name", metavar="NAME", help="(default: input)")
+    onnx.add_argument(
+        "--output-names",
+        type=lambda text: text.split(","),
+        metavar="NAME[,NAME...]",
+        help="(default: logits, or features_0,features_1,...)",
+    )
+    parser.add_argument(
         "--precision",
         default="fp32",
         help="fp32, fp16, bf16 or int8, as far as the format has it (default: fp32)",
@@ -73,6 +88,18 @@ def add_parser(commands: Any) -> None:
     )
 
 
+def _format(args: argparse.Namespace) -> str | OnnxConfig | None:
+    """Return the format asked for, with its options."""
+    names = ("opset", "input_name", "output_names")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not given:
+        return args.format
+    if args.format != "onnx" and (args.format or Path(args.output).suffix != ".onnx"):
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{flags}: ONNX files alone have it; leave it out, or write OUT.onnx")
+    return OnnxConfig(**given)
+
+
 def _run(args: argparse.Namespace) -> int:
     """Write the file and print how well it agrees with the model."""
     size = asked_size(args)
@@ -85,9 +112,10 @@ def _run(args: argparse.Namespace) -> int:
     report = backbones.export(
         model,
         args.output,
-        format=args.format,
+        format=_format(args),
         input_size=size,
         dynamic=args.dynamic,
+        batch_size=args.batch,
         precision=args.precision,
         merge=not args.no_merge,
         preprocess=args.preprocess,

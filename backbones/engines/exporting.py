@@ -88,6 +88,7 @@ def export(
     format: str | FormatConfig | None = None,
     input_size: Sequence[int] | None = None,
     dynamic: Sequence[str] = ("batch",),
+    batch_size: int | None = None,
     precision: str = "fp32",
     verify: bool = True,
     merge: bool = True,
@@ -112,6 +113,8 @@ def export(
         format: a format's name or config; None for that of the path's suffix.
         input_size: ([channels,] height, width); None for the model's own.
         dynamic: which dimensions stay free: of ``batch``, ``height`` and ``width``.
+        batch_size: the number of images that the file takes, for compilers that want static shapes
+            (TensorRT, RKNN, Hailo, Vitis AI). None leaves it to `dynamic`: free, or else 1.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, as far as the format has it.
         verify: False leaves the comparison out.
         merge: False leaves the model as it is, un-merged.
@@ -126,8 +129,8 @@ def export(
 
     Raises:
         UnsupportedError: a format, precision or kind of model that cannot be exported.
-        ConfigError: an unknown dynamic dimension, an impossible input size, the path's folder does
-            not exist, or int8 without images.
+        ConfigError: an unknown dynamic dimension, an impossible input or batch size, the path's
+            folder does not exist, or int8 without images or with fewer than a batch.
         MissingDependencyError: an optional package is needed.
         EquivalenceError: the model cannot be merged exactly.
         ExportError: the conversion failed, or the file does not compute what the model computes;
@@ -135,6 +138,8 @@ def export(
     """
     start, path, model = time.perf_counter(), Path(path), unwrapped(model)
     target, config = find_format(format, path)
+    if batch_size is not None:
+        dynamic = tuple(name for name in dynamic if name != "batch")
     free = _free_dimensions(target, dynamic, preprocess)
     _check_request(target, free, precision, path)
     if calibration is None and precision == "int8":
@@ -143,9 +148,16 @@ def export(
         )
     if calibration is not None and preprocess:
         raise UnsupportedError("calibration images are normalized; leave preprocess out")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ConfigError(f"no batch of {batch_size!r} images; give 1 or more")
     size = input_size_of(model, input_size)
     data_config = fit_channels({**resolve_model_data_config(model), "input_size": size}, size[0])
     real = None if calibration is None else load_images(calibration, data_config)
+    if real is not None and len(real) < (batch_size or 1):
+        raise ConfigError(
+            f"the file shall take {batch_size} images at once, and calibration has {len(real)};"
+            " give more images or a smaller batch_size"
+        )
     clone = reparameterized_copy(model) if merge else plain_copy(model)
     _check_free_sizes(clone, () if preprocess else free)
     wrap = {"preprocess": preprocess, "features": features}
@@ -153,7 +165,8 @@ def export(
     reference = prepared(
         copy.deepcopy(clone) if half else clone, data_config, precision="fp32", **wrap
     )
-    example = random_input((2 if "batch" in free else 1, *size), raw=preprocess)
+    images = 2 if "batch" in free else batch_size or 1
+    example = random_input((images, *size), raw=preprocess)
     outputs = _output_names(run_model(reference, example))
     conversion = Conversion(
         model=prepared(clone, data_config, precision=precision, **wrap) if half else reference,
@@ -263,8 +276,8 @@ def _verified(
     shapes = _shapes(conversion) if conversion.precision != "int8" else []
     inputs = [(random_input(shape, raw=conversion.raw), False) for shape in shapes]
     if conversion.calibration is not None:
-        real = conversion.calibration
-        inputs.append((real if "batch" in conversion.dynamic else real[:1], True))
+        taken = None if "batch" in conversion.dynamic else len(conversion.example)
+        inputs.append((conversion.calibration[:taken], True))
     return runner.engine, tuple(
         verify_on_input(reference, runner, x, conversion.precision, path, is_real)
         for x, is_real in inputs
@@ -275,10 +288,11 @@ def _shapes(conversion: Conversion) -> list[tuple[int, ...]]:
     """Return input shapes (B, C, H, W) that differ from the example's in every free dimension."""
     channels, height, width = conversion.metadata["input"]["input_size"]
     free = conversion.dynamic
-    found: list[tuple[int, ...]] = [(1, channels, height, width)]
+    images = 1 if "batch" in free else len(conversion.example)
+    found: list[tuple[int, ...]] = [(images, channels, height, width)]
     if "batch" in free:
         found.append((5, channels, height, width))
     if {"height", "width"} & {*free}:
         sizes = (height + 32 * ("height" in free), width + 64 * ("width" in free))
-        found.append((1, channels, *sizes))
+        found.append((images, channels, *sizes))
     return found

@@ -55,7 +55,8 @@ class Conversion:
         """Yield the calibration images in batches that the file takes."""
         if self.calibration is None:
             raise ConfigError("int8 needs images to calibrate on (calibration=FOLDER or a tensor)")
-        size = _CALIBRATION_BATCH if "batch" in self.dynamic else self.example.shape[0]
+        fixed = "batch" not in self.dynamic
+        size = len(self.example) if fixed else _CALIBRATION_BATCH
         if len(self.calibration) < FEW:
             _logger.warning(
                 "int8 is calibrated on %d images only; 100 and more, of all kinds that the model"
@@ -63,6 +64,8 @@ class Conversion:
                 len(self.calibration),
             )
         for part in self.calibration.split(size):
+            if fixed and len(part) < size:
+                return  # the last ones do not fill a batch
             yield part.contiguous().numpy()
 
 

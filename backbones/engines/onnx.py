@@ -36,18 +36,36 @@ class OnnxConfig(FormatConfig):
     """ONNX by PyTorch's exporter over `torch.export`.
 
     `opset` is the file's, 11 (in int8: 13) or later; None is the exporter's own choice. An opset
-    without a form of the model is refused.
+    without a form of the model is refused. `output_names` are in the order of the model's outputs;
+    None is ``logits``, or ``features_0`` and so on.
     """
 
     opset: int | None = None
+    input_name: str = "input"
+    output_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.opset is not None and (not isinstance(self.opset, int) or self.opset < OLDEST):
             raise ConfigError(f"no opset {self.opset!r} can be written; give {OLDEST} or later")
+        names = [self.input_name, *(self.output_names or ())]
+        if not all(names) or len({*names}) < len(names):
+            raise ConfigError(f"names of inputs and outputs must differ and not be empty: {names}")
+
+    def outputs(self, conversion: Conversion) -> list[str]:
+        """Return the names of a model's outputs.
+
+        Raises:
+            ConfigError: more or fewer were given than the model has.
+        """
+        names = list(self.output_names or conversion.outputs)
+        if len(names) != len(conversion.outputs):
+            has = ", ".join(conversion.outputs)
+            raise ConfigError(f"{len(names)} output names for {len(conversion.outputs)}: {has}")
+        return names
 
 
 def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
-    """Write an ONNX file with input ``input`` and the metadata property ``backbones`` (JSON).
+    """Write an ONNX file with the metadata property ``backbones`` (JSON).
 
     Weights beyond the 2 GB that one file holds go to ``<path>.data`` beside it. In int8 the
     weights and activations of convolutions and products are quantized, with QuantizeLinear and
@@ -62,7 +80,7 @@ def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
         between = Path(folder, path.name)
         write_onnx(conversion, config, between)
         with explained(f"{path.name}: ONNX Runtime cannot quantize it"):
-            _quantize(between, path, conversion)
+            _quantize(between, path, conversion, config.input_name)
 
 
 def write_onnx(
@@ -73,7 +91,7 @@ def write_onnx(
     optional_import("onnxscript", "onnx")
     model = rewrite_for_graphs(conversion.model, decompose=decompose)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    asked = config.opset
+    asked, outputs = config.opset, config.outputs(conversion)
     shapes = {axis: torch.export.Dim(name, max=2**31 - 1) for axis, name in conversion.axes.items()}
     with explained(f"{path.name}: PyTorch's ONNX exporter failed"):
         program = torch.onnx.export(
@@ -81,13 +99,13 @@ def write_onnx(
             (conversion.example,),
             dynamo=True,
             dynamic_shapes=(shapes,) if shapes else None,
-            input_names=["input"],
-            output_names=list(conversion.outputs),
+            input_names=[config.input_name],
+            output_names=outputs,
             opset_version=None if asked is None else max(asked, EXPORTED),
             verbose=False,
         )
         assert program is not None  # it is None with the exporter of old only
-        facts = json.dumps(conversion.metadata, allow_nan=False)
+        facts = json.dumps({**conversion.metadata, "outputs": outputs}, allow_nan=False)
         program.model.metadata_props["backbones"] = facts
         program.save(path, external_data=size > LARGEST)
         written = program.model.opset_imports[""]
@@ -102,20 +120,21 @@ def write_onnx(
 class _Batches:
     """Calibration images, a batch at a time, as ONNX Runtime's quantizer reads them."""
 
-    def __init__(self, conversion: Conversion) -> None:
+    def __init__(self, conversion: Conversion, name: str) -> None:
         self._left = conversion.calibration_batches()
+        self._name = name
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """Return the next batch by input name; None at the end."""
         batch = next(self._left, None)
-        return None if batch is None else {"input": batch}
+        return None if batch is None else {self._name: batch}
 
 
-def _quantize(source: Path, path: Path, conversion: Conversion) -> None:
+def _quantize(source: Path, path: Path, conversion: Conversion, name: str) -> None:
     """Write the int8 form (QuantizeLinear and DequantizeLinear) of an ONNX file."""
     tools = optional_import("onnxruntime.quantization", "onnx")
     prepared = source.with_name(f"prepared-{source.name}")
-    reader = _Batches(conversion)
+    reader = _Batches(conversion, name)
     shaped = optional_import("onnxruntime.quantization.shape_inference", "onnx")
     shaped.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
     tools.quantize_static(
