@@ -81,6 +81,7 @@ class PairMixer(nn.Module):
 
     original: Tensor
     indices: Tensor
+    places: Tensor
 
     def __init__(self, mixer: ChannelMixer, decompose: bool) -> None:
         super().__init__()
@@ -101,6 +102,8 @@ class PairMixer(nn.Module):
         self.se = _in_order(mixer.se, order)
         self.proj_out = select_inputs(mixer.proj_out, order)
         self.register_buffer("indices", _channel_numbers(torch.arange(dim), dim), persistent=False)
+        # Looked up: not all engines have the integer arithmetic that finds the place.
+        self.register_buffer("places", order.argsort()[:dim], persistent=False)
         original = _channel_numbers(torch.where(order < dim, order, -1), dim)
         self.register_buffer("original", original, persistent=False)
 
@@ -113,8 +116,7 @@ class PairMixer(nn.Module):
 
     def gathered(self, token: Tensor, x: Tensor) -> Tensor:
         """Return the feature of each position's strongest channel in x, (B, 1, H, W)."""
-        strongest = x.argmax(dim=1, keepdim=True)
-        return token.gather(1, strongest // 2 + strongest % 2 * self.pairs)
+        return token.gather(1, self.places[x.argmax(dim=1, keepdim=True)])
 
     def picked(self, token: Tensor, x: Tensor) -> Tensor:
         """Return the same without argmax and gather."""
