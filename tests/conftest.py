@@ -10,6 +10,7 @@ import ctypes
 import gc
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +25,25 @@ def _deterministic():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
+_memory = {"after": 0.0}  # GB that this process kept when it last gave memory back
+
+
+@pytest.fixture(autouse=True)
 def _memory_goes_back():
-    """Give back what a module's models took: the C library keeps it, several GB in each worker."""
+    """Give back what large models took: the C library keeps it, many GB in each worker."""
     yield
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    gc.collect()
-    if sys.platform == "linux":
+    if _resident() > _memory["after"] + 1:
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        gc.collect()
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # glibc's alone
+        _memory["after"] = _resident()
+
+
+def _resident() -> float:
+    """GB of memory that this process holds; 0 where Linux does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9

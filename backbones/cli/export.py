@@ -13,7 +13,7 @@ from backbones.cli.opening import (
     refuse_same,
 )
 from backbones.cli.parsing import command, positive, tell
-from backbones.engines import OnnxConfig, available_formats, file_suffixes
+from backbones.engines import FormatConfig, OnnxConfig, WebConfig, available_formats, file_suffixes
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint, label_names
 
@@ -32,10 +32,13 @@ def add_parser(commands: Any) -> None:
         "backbones export quickstart-output/model.safetensors model.onnx",
         "backbones export lsnet_t lsnet_t.xml --precision int8 --calibration photos",
         "backbones export cpubone_s app.onnx --preprocess --dynamic batch",
+        "backbones export quickstart-output/model.safetensors page --format web",
     )
     add_model(parser)
     parser.add_argument(
-        "output", metavar="OUT", help=f"file to write ({', '.join(file_suffixes())})"
+        "output",
+        metavar="OUT",
+        help=f"file to write ({', '.join(file_suffixes())}), or folder for --format web",
     )
     parser.add_argument(
         "--format", choices=available_formats(), help="(default: the file's suffix decides)"
@@ -65,6 +68,11 @@ def add_parser(commands: Any) -> None:
         help="(default: logits, or features_0,features_1,...)",
     )
     parser.add_argument(
+        "--web-runtime",
+        metavar="DIR",
+        help="ONNX Runtime Web's files, for --format web (default: fetch them by npm)",
+    )
+    parser.add_argument(
         "--precision",
         default="fp32",
         help="fp32, fp16, bf16 or int8, as far as the format has it (default: fp32)",
@@ -88,10 +96,14 @@ def add_parser(commands: Any) -> None:
     )
 
 
-def _format(args: argparse.Namespace) -> str | OnnxConfig | None:
+def _format(args: argparse.Namespace) -> str | FormatConfig | None:
     """Return the format asked for, with its options."""
     names = ("opset", "input_name", "output_names")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.web_runtime is not None:
+        if args.format != "web":
+            raise ConfigError("--web-runtime is for --format web; leave it out, or add that")
+        return WebConfig(args.web_runtime)
     if not given:
         return args.format
     if args.format != "onnx" and (args.format or Path(args.output).suffix != ".onnx"):

@@ -20,6 +20,7 @@ from backbones.engines.targets import (
 from backbones.engines.throughput import Setting, ThroughputRunner, deploy_for_throughput
 from backbones.engines.timing import settle, take_turns, timed, timed_for, torch_threads
 from backbones.engines.verification import Agreement, compare
+from backbones.engines.web import WebConfig
 
 __all__ = [
     "ENGINES",
@@ -38,6 +39,7 @@ __all__ = [
     "Runner",
     "Setting",
     "ThroughputRunner",
+    "WebConfig",
     "available_engines",
     "available_formats",
     "check_input_size",

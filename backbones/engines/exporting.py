@@ -27,7 +27,7 @@ from backbones.engines.preparation import (
 from backbones.engines.targets import find_format
 from backbones.engines.verification import Check, run_model, verify_on_input
 from backbones.errors import ConfigError, UnsupportedError
-from backbones.files import new_file
+from backbones.files import new_file, new_folder
 from backbones.images import fit_channels
 from backbones.reparameterization import backbones_in
 from backbones.wrappers import unwrapped
@@ -109,7 +109,8 @@ def export(
         model: images (B, C, H, W) to logits (B, classes) or to a list of feature maps; of a wrapper
             (compiled, data parallel, averaged) the model that it holds.
         path: where the file goes; its folder must exist, an old file is replaced. OpenVINO's
-            weights, and ONNX weights beyond 2 GB, go to a second file beside it.
+            weights, and ONNX weights beyond 2 GB, go to a second file beside it. For format ``web``
+            it is the page's folder.
         format: a format's name or config; None for that of the path's suffix.
         input_size: ([channels,] height, width); None for the model's own.
         dynamic: which dimensions stay free: of ``batch``, ``height`` and ``width``.
@@ -120,7 +121,7 @@ def export(
         merge: False leaves the model as it is, un-merged.
         preprocess: the file takes decoded images, uint8 (B, H, W, C), and resizes, crops and
             normalizes them itself: images of any size, or of `input_size` where the format cannot
-            leave sizes free.
+            leave sizes free. Format ``web`` always does.
         features: the file gives the feature maps of all stages instead of logits.
         calibration: for int8, and for agreement figures on real images: a folder of images, or a
             batch (N, C, H, W) that is normalized.
@@ -138,6 +139,7 @@ def export(
     """
     start, path, model = time.perf_counter(), Path(path), unwrapped(model)
     target, config = find_format(format, path)
+    preprocess = preprocess or target.folder
     if batch_size is not None:
         dynamic = tuple(name for name in dynamic if name != "batch")
     free = _free_dimensions(target, dynamic, preprocess)
@@ -186,13 +188,14 @@ def export(
             "dynamic": list(free),
         },
     )
-    with new_file(path) as file:
+    with (new_folder if target.folder else new_file)(path) as file:
         notes = target.convert(conversion, config, file)
         engine: str | None = None
         checks: tuple[Check, ...] = ()
         if verify:  # the runner is gone before the file moves: some systems do not move open files
             engine, checks = _verified(reference, target, file, conversion, path)
-        written = sum(one.stat().st_size for one in file.parent.iterdir() if one.is_file())
+        beside = file if target.folder else file.parent
+        written = sum(one.stat().st_size for one in beside.iterdir() if one.is_file())
     return ExportReport(
         path=path,
         format=target.name,
@@ -232,7 +235,9 @@ def _check_request(target: Format, dynamic: Sequence[str], precision: str, path:
                 f"format {target.name!r} plans memory for one image size: {name!r} cannot stay"
                 f" free; give input_size, one file a size"
             )
-    if path.is_dir() or not path.parent.is_dir():
+    if target.folder and ((path.exists() and not path.is_dir()) or not path.parent.is_dir()):
+        raise ConfigError(f"{path}: give a folder, in one that exists")
+    if not target.folder and (path.is_dir() or not path.parent.is_dir()):
         raise ConfigError(f"{path}: give a file in a folder that exists")
 
 

@@ -83,6 +83,8 @@ class Format:
     """(path, threads=None) -> the file, ready to run."""
     precisions: tuple[str, ...] = ("fp32",)
     dynamic: tuple[str, ...] = ("batch", "height", "width")
+    folder: bool = False
+    """A page for people: it is a folder, without suffix, and takes photographs as decoded."""
 
 
 def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:

@@ -3,7 +3,7 @@
 from os import PathLike
 from pathlib import Path
 
-from backbones.engines import executorch, onnx, openvino, pytorch
+from backbones.engines import executorch, onnx, openvino, pytorch, web
 from backbones.engines.formats import Format, FormatConfig
 from backbones.engines.runners import Engine, Runner
 from backbones.errors import UnsupportedError, nearest
@@ -21,7 +21,14 @@ __all__ = [
 
 FORMATS = {
     format.name: format
-    for format in (onnx.FORMAT, openvino.FORMAT, pytorch.PT2, pytorch.AOTI, executorch.FORMAT)
+    for format in (
+        onnx.FORMAT,
+        openvino.FORMAT,
+        pytorch.PT2,
+        pytorch.AOTI,
+        executorch.FORMAT,
+        web.FORMAT,
+    )
 }
 ENGINES = {
     engine.name: engine
@@ -43,7 +50,7 @@ def available_formats() -> list[str]:
 
 def file_suffixes() -> list[str]:
     """Return the suffixes of the files that can be opened."""
-    return [FORMATS[name].suffix for name in available_formats()]
+    return [FORMATS[name].suffix for name in available_formats() if FORMATS[name].suffix]
 
 
 def open_exported(path: str | PathLike[str], *, threads: int | None = None) -> Runner:
@@ -70,7 +77,7 @@ def find_format(wanted: str | FormatConfig | None, path: Path) -> tuple[Format, 
                 return format, wanted
         raise UnsupportedError(f"no format takes {type(wanted).__name__}; available: {available}")
     if wanted is None:
-        by_suffix = {format.suffix: format.name for format in FORMATS.values()}
+        by_suffix = {one.suffix: one.name for one in FORMATS.values() if not one.folder}
         if path.suffix not in by_suffix:
             raise UnsupportedError(
                 f"{path}: the suffix names no format; use {', '.join(file_suffixes())}, or pass"
