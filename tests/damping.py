@@ -30,7 +30,7 @@ DAMPING: dict[str, list[tuple[str, float]]] = {
         (r"\.mlp\.fc2\.norm\.weight$", 0.2),
     ],
     "glnet": [(r"\.(attn\.proj|conv2|fc2)\.(weight|bias)$", 0.2), (r"\.pos_conv\.weight$", 0.3)],
-    "moganet": [(r"\.(gamma\d|sigma)$", 0.2), (r"\.(attn\.proj_2|mlp\.fc2)\.", 0.2)],
+    "moganet": [(r"\.(gamma\d|sigma)$", 0.05), (r"\.(attn\.proj_2|mlp\.fc2)\.", 0.2)],
     "rednet": [  # involutions multiply what comes in with itself
         (r"\.involution\.predict\.(weight|bias)$", 0.15),
         (r"\.conv2\.norm\.weight$", 0.4),
