@@ -13,7 +13,7 @@ import pkgutil
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -335,7 +335,7 @@ class Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@cache
+@lru_cache(maxsize=2)  # rows of one model follow each other; all of them take gigabytes
 def _made(name: str, depths: tuple[int, ...] | None) -> nn.Module:
     fewer = {} if depths is None else {"depths": depths}
     return randomize(
