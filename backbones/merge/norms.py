@@ -69,13 +69,8 @@ def norm_into_next(norm: nn.Module, *linears: nn.Module) -> nn.Module:
     batch = isinstance(norm, BATCH_NORMS)
     if not batch and norm.weight is None and getattr(norm, "bias", None) is None:
         return norm
-    for linear in linears:
-        _fold_into_next(norm, linear)
     record("norm into the linear layer after")
-    if batch:
-        return nn.Identity()
-    norm.weight = norm.bias = None  # type: ignore[assignment]
-    return norm
+    return _fold_into_all(norm, linears)
 
 
 def map_norm_into_next(norm: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
@@ -95,13 +90,8 @@ def map_norm_into_next(norm: nn.Module, linears: Sequence[nn.Module]) -> nn.Modu
         return norm
     if not batch and norm.weight is None and norm.bias is None:
         return norm
-    for linear in linears:
-        _fold_into_next(norm, linear)
     record("norm of a feature map into the linear layers after")
-    if batch:
-        return nn.Identity()
-    norm.weight = norm.bias = None  # type: ignore[assignment]
-    return norm
+    return _fold_into_all(norm, linears)
 
 
 def norm_into_shortcut(norm: nn.Module, scale: Tensor, branch: nn.Module) -> nn.Parameter:
@@ -170,11 +160,16 @@ def center_outputs(conv: nn.Conv2d) -> None:
     record("mean of a layer norm into the linear layer before")
 
 
-def _fold_into_next(norm: nn.Module, linear: nn.Module) -> None:
-    """Let a layer take a norm's factor and offset on its inputs."""
+def _fold_into_all(norm: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
+    """Let layers take a norm's factor and offset on their inputs; return what is left of it."""
     scale, shift = _affine(norm)
-    shift_inputs(linear, shift)
-    store(linear, weight_of(linear) * input_values(linear, scale), None)
+    for linear in linears:
+        shift_inputs(linear, shift)
+        store(linear, weight_of(linear) * input_values(linear, scale), None)
+    if isinstance(norm, BATCH_NORMS):
+        return nn.Identity()
+    norm.weight = norm.bias = None  # type: ignore[assignment]
+    return norm
 
 
 def _acts_on_outputs(norm: Any, linear: nn.Module) -> bool:
