@@ -26,9 +26,9 @@ def parameters_of(name: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def by_size(limit: float = DEFAULT_LIMIT) -> list[Any]:
-    """Every variant; slow are those above `limit` parameters, but for the smallest of a family."""
-    default = {name for name in backbones.list_models() if parameters_of(name) <= limit}
+def by_size() -> list[Any]:
+    """Every variant; slow are those above the limit, but for the smallest of a family."""
+    default = {name for name in backbones.list_models() if parameters_of(name) <= DEFAULT_LIMIT}
     return _slow_but(default | {*smallest_of_each_family()})
 
 

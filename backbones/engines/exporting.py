@@ -155,7 +155,7 @@ def export(
     size = input_size_of(model, input_size)
     data_config = fit_channels({**resolve_model_data_config(model), "input_size": size}, size[0])
     real = None if calibration is None else load_images(calibration, data_config)
-    if real is not None and len(real) < (batch_size or 1):
+    if batch_size is not None and real is not None and len(real) < batch_size:
         raise ConfigError(
             f"the file shall take {batch_size} images at once, and calibration has {len(real)};"
             " give more images or a smaller batch_size"
@@ -235,10 +235,9 @@ def _check_request(target: Format, dynamic: Sequence[str], precision: str, path:
                 f"format {target.name!r} plans memory for one image size: {name!r} cannot stay"
                 f" free; give input_size, one file a size"
             )
-    if target.folder and ((path.exists() and not path.is_dir()) or not path.parent.is_dir()):
-        raise ConfigError(f"{path}: give a folder, in one that exists")
-    if not target.folder and (path.is_dir() or not path.parent.is_dir()):
-        raise ConfigError(f"{path}: give a file in a folder that exists")
+    if not path.parent.is_dir() or (path.exists() and path.is_dir() != target.folder):
+        kind = "folder" if target.folder else "file"
+        raise ConfigError(f"{path}: give a {kind} in a folder that exists")
 
 
 def _check_free_sizes(model: nn.Module, dynamic: Sequence[str]) -> None:

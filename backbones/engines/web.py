@@ -15,7 +15,6 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from backbones.engines.formats import Conversion, Format, FormatConfig
 from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner, write_onnx
@@ -218,9 +217,10 @@ def _fetch_runtime(folder: Path) -> None:
                 timeout=NPM_TIMEOUT_S,
             )
         except (OSError, subprocess.SubprocessError) as error:
-            said: Any = getattr(error, "stderr", None) or first_line(error)
+            told = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+            reason = told.splitlines()[0] if told else first_line(error)
             raise MissingDependencyError(
-                f"npm cannot fetch {PACKAGE} ({str(said).strip().splitlines()[0]}); {way_out}"
+                f"npm cannot fetch {PACKAGE} ({reason}); {way_out}"
             ) from error
         (package,) = Path(name).glob("*.tgz")
         with tarfile.open(package) as members:
