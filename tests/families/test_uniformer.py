@@ -234,6 +234,22 @@ def test_scores_that_are_zero_stay_finite():
     assert torch.isfinite(pooled(torch.zeros(1, 9), (3, 3))).all()
 
 
+def test_of_equal_scores_the_first_are_chosen():
+    score = torch.tensor([[0.1] * 7, [0.1, 0.2, 0.1, 0.1, 0.3, 0.1, 0.1], [0.0] * 6 + [0.5]])
+    index, _ = condense(torch.randn(3, 7, 4), score)
+    assert [sorted(row) for row in index.tolist()] == [[0, 1, 2], [0, 1, 4], [0, 1, 6]]
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_a_fresh_light_form_leaves_for_engines(suffix, tmp_path):
+    """Its class token is zeros, so that it finds all tokens equally good."""
+    pytest.importorskip("openvino" if suffix == ".xml" else "onnxruntime")
+    torch.manual_seed(0)
+    model = backbones.create_model("uniformer_xxs", depths=[1, 1, 2, 1]).eval()
+    report = backbones.export(model, tmp_path / f"m{suffix}", input_size=(3, 160, 160))
+    assert max(check.agreement.relative_error for check in report.checks) < 1e-5
+
+
 def test_a_map_of_one_token_leaves_for_openvino(tmp_path):
     """Half of one token is none."""
     pytest.importorskip("openvino")

@@ -60,7 +60,7 @@ def condense(tokens: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         Positions of the K = N // 2 tokens in no certain order, (B, K), and a sequence
         (B, K + 1, C): these tokens, then the mean of the others, weighted by their scores.
     """
-    index = score.topk(tokens.shape[1] // 2).indices
+    index = _best(score, tokens.shape[1] // 2)
     if tokens.shape[1] == 1:  # as it is, for OpenVINO joins and scatters no empty tensors
         return index, tokens
     weights = _normalized(score.scatter(1, index, 0.0)).to(tokens.dtype)
@@ -92,6 +92,22 @@ def rescore(score: Tensor, index: Tensor, attention: Tensor) -> Tensor:
     if score.shape[1] == 1:
         return others
     return others.scatter(1, index, (score.gather(1, index) + attention[:, :-1]) / 2)
+
+
+def _best(score: Tensor, count: int) -> Tensor:
+    """Return where a row of scores (B, N) is highest, (B, count); of equals the first ones.
+
+    A fresh model's scores are all equal, and which of equals `topk` takes differs between engines.
+    """
+    best = score.topk(count)
+    if count == 0:
+        return best.indices
+    least = best.values.amin(1, keepdim=True)  # B 1
+    above = (score > least).float()  # B N
+    equal = (score == least).float()
+    room = count - above.sum(1, keepdim=True)
+    chosen = above + equal * (equal.cumsum(1) <= room).float()  # as many ones as asked for
+    return chosen.topk(count).indices
 
 
 def _spread(index: Tensor, tokens: Tensor) -> Tensor:
