@@ -11,6 +11,7 @@ import backbones
 from backbones import merge
 from backbones.engines.rewrites import REWRITES, rewrite_block, rewrite_for_graphs
 from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
+from backbones.engines.rewrites.attnet import SeparateGateMlp
 from backbones.engines.rewrites.contrast import (
     ContrastAfter,
     ContrastedProjection,
@@ -21,7 +22,7 @@ from backbones.engines.rewrites.hornet import ChannelsFirstBlock, FilteredGates,
 from backbones.engines.rewrites.moganet import ContrastedGates, SeparateContrast, SummedBlock
 from backbones.engines.rewrites.norms import FEW, DecomposedNorm2d, WholeNorm2d
 from backbones.engines.rewrites.spartan import PairMixer, RotatedMixer, side_by_side
-from backbones.families import convnext, hornet, moganet, spartan
+from backbones.families import attnet, convnext, hornet, moganet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention
 from backbones.families.unireplknet import CenteredNorm2d
@@ -68,6 +69,7 @@ def test_the_function_stays_the_same(name, decompose):
 def test_every_form_is_met(decompose):
     """A form that no model has would stand there unused; what is replaced must be gone."""
     names = (
+        "attnet_xxs",
         "convnext_atto",
         "cpubone_nano",
         "hornet_tiny_7x7",
@@ -78,6 +80,7 @@ def test_every_form_is_met(decompose):
     )
     models = [backbones.create_model(name, deploy=True).eval() for name in names]
     replaced = {
+        attnet.GatedMlp,
         hornet.Block,
         hornet.GatedConv,
         moganet.Block,
@@ -97,6 +100,7 @@ def test_every_form_is_met(decompose):
         ChannelsFirstBlock,
         SeparateGates,
         PairMixer,
+        SeparateGateMlp,
         SeparateHeads,
         SeparateProjections,
         SummedBlock,
@@ -114,13 +118,14 @@ def test_channels_stay_where_they_are():
     assert not any(isinstance(module, nn.Linear) for module in model.stages.modules())
 
 
-@pytest.mark.parametrize("name", ["cpubone_nano", "hornet_tiny_7x7", "lsnet_t"])
+@pytest.mark.parametrize("name", ["attnet_xxs", "cpubone_nano", "hornet_tiny_7x7", "lsnet_t"])
 def test_projections_are_not_split(name):
     model = rewrite_for_graphs(reparameterized(name))
     program = torch.export.export(model, (images(1, 3, 64, 64),))
     assert not [n for n in program.graph.nodes if "split" in str(n.target)]
-    assert {SeparateGates, SeparateHeads, SeparateProjections} & kinds(model)
-    assert not {hornet.GatedConv, ConvAttention, DistanceAttention} & kinds(model)
+    separate = {SeparateGateMlp, SeparateGates, SeparateHeads, SeparateProjections}
+    assert separate & kinds(model)
+    assert not {attnet.GatedMlp, hornet.GatedConv, ConvAttention, DistanceAttention} & kinds(model)
 
 
 def test_the_global_filter_has_projections_of_its_own_where_norms_are_decomposed():

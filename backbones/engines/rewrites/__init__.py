@@ -14,12 +14,13 @@ from timm.layers import GroupNorm1, LayerNorm2d
 from torch import nn
 
 from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
+from backbones.engines.rewrites.attnet import SeparateGateMlp
 from backbones.engines.rewrites.channels_first import convnext_block_channels_first
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, separate_gates
 from backbones.engines.rewrites.moganet import SummedBlock
 from backbones.engines.rewrites.norms import DecomposedNorm2d, WholeNorm2d
 from backbones.engines.rewrites.spartan import JoinedMixer, separate_pairs
-from backbones.families import convnext, hornet, moganet, spartan
+from backbones.families import attnet, convnext, hornet, moganet, spartan
 from backbones.families.cpubone import ConvAttention
 from backbones.families.lsnet import DistanceAttention
 from backbones.families.unireplknet import CenteredNorm2d
@@ -40,6 +41,7 @@ def _decomposed(form: Callable[[Any], nn.Module]) -> Rewrite:
 
 # (block, decompose) -> what takes its place; `decompose` as for `rewrite_for_graphs`
 REWRITES: Mapping[type[nn.Module], Rewrite] = {
+    attnet.GatedMlp: _always(SeparateGateMlp),
     convnext.Block: _always(convnext_block_channels_first),
     ConvAttention: _always(SeparateHeads),
     hornet.Block: _always(ChannelsFirstBlock),
