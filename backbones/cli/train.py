@@ -70,7 +70,11 @@ def _add_option(parser: Parser, field: Any, hint: Any) -> None:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     parts = [p for p in typing.get_args(hint) if p is not type(None)] if union else [hint]
     kind = parts[-1]  # of a number or numbers, several may be given
-    if kind is bool:
+    if field.name == "channels_last":
+        flags.append("--no-channels-last")
+        options |= {"nargs": "?", "action": _Layout, "metavar": "auto"}
+        parser.add_argument(*flags, accepts=lambda word: word == "auto", **options)
+    elif kind is bool:
         switch = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
         parser.add_argument(*flags, action=switch, **options)
     elif typing.get_origin(kind) is dict:
@@ -88,6 +92,17 @@ def _add_option(parser: Parser, field: Any, hint: Any) -> None:
     else:
         metavar = "TEXT" if kind is str else "N"
         parser.add_argument(*flags, type=kind, metavar=metavar, **options)
+
+
+class _Layout(argparse.Action):
+    """``--channels-last``, ``--no-channels-last`` and ``--channels-last auto``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Set true, false or ``auto``."""
+        wanted = not str(option_string).startswith("--no-")
+        if values is not None and not wanted:
+            raise argparse.ArgumentError(self, f"takes no value, got {values!r}")
+        setattr(namespace, self.dest, wanted if values is None else values)
 
 
 class _KeyValues(ParseKwargs):

@@ -68,7 +68,9 @@ class TrainConfig:
     drop_path: float | None = _option(None, "rate of stochastic depth")
     freeze_backbone: bool = _option(False, "train the classifier only (a linear probe)")
     grad_checkpointing: bool = _option(False, "recompute activations to save memory")
-    channels_last: bool = _option(False, "keep images channels last in memory")
+    channels_last: bool | Literal["auto"] = _option(
+        "auto", "keep images channels last in memory; auto: where a step measured so is faster"
+    )
     torchcompile: str | None = _option(None, "compile the model with this backend (inductor)")
     torchcompile_mode: str | None = _option(None, "mode of torch.compile")
     # Device
@@ -151,7 +153,9 @@ class TrainConfig:
     distill_loss_weight: float | None = _option(None, "weight of the distillation loss")
     task_loss_weight: float | None = _option(None, "weight of the loss on the labels")
     # Run
-    seed: int = _option(42, "of everything random; a run repeats itself on the same machine")
+    seed: int = _option(
+        42, "of everything random; a run in one memory layout repeats itself on the same machine"
+    )
     eval_metric: Literal["top1", "top5", "loss"] = _option("top1", "which epoch is the best")
     checkpoint_hist: int = _option(3, "how many checkpoints to keep")
     output: str = _option("output/train", "folder of runs")

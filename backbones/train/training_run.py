@@ -22,7 +22,7 @@ from backbones.train.data import Splits
 from backbones.train.distributed import ProcessGroup
 from backbones.train.initial_weights import InitialWeights
 from backbones.train.plots import draw_curves
-from backbones.train.setup import assemble, distribute
+from backbones.train.setup import assemble, distribute, with_memory_layout
 from backbones.train.trainer import EpochReport, Trainer, Update, learning_rate
 from backbones.weights import load_checkpoint, save_checkpoint
 
@@ -85,6 +85,7 @@ class TrainingRun:
         begun = time.perf_counter()
         if self.group.primary:  # a new run gets a new folder, whatever its name
             self.folder = Path(get_outdir(str(self.folder), inc=saved is None))
+        self.config = with_memory_layout(self.config, self.group, self.model, self.say)
         parts = self.config, self.group, self.splits, self.model
         trainer = assemble(*parts, num_classes=self.num_classes, progress=progress)
         first = 0 if saved is None else saved.restore(trainer)

@@ -33,6 +33,7 @@ def short_run(images, output):
         "img_size": 32,
         "crop_pct": 1.0,
         "batch_size": 16,
+        "channels_last": False,
         "epochs": 2,
         "lr": 6e-3,
         "hflip": 0.0,

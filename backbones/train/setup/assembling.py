@@ -9,39 +9,19 @@ from timm.data import Mixup, resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import (
-    ClassificationTask,
-    FeatureDistillationTask,
-    LogitDistillationTask,
-    TokenDistillationTask,
-    TrainingTask,
-)
 from timm.utils import NativeScaler
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from backbones.errors import ConfigError, UnsupportedError, nearest
-from backbones.factory import create_model, load_model
 from backbones.train.config import TrainConfig
 from backbones.train.data import Splits, eval_loader, train_loader
 from backbones.train.distributed import ProcessGroup
-from backbones.train.initial_weights import classifier_layers
+from backbones.train.setup.freezing import freeze_backbone
+from backbones.train.setup.tasks import create_task
 from backbones.train.trainer import Trainer, Update
 
-__all__ = [
-    "AuxiliaryHeadTask",
-    "assemble",
-    "check_options_together",
-    "create_optimizer",
-    "create_task",
-    "distribute",
-]
-
-DISTILLATION = {
-    "logit": LogitDistillationTask,
-    "feature": FeatureDistillationTask,
-    "token": TokenDistillationTask,
-}
+__all__ = ["assemble", "check_options_together", "create_optimizer", "distribute"]
 
 
 def check_options_together(config: TrainConfig, group: ProcessGroup) -> None:
@@ -77,7 +57,7 @@ def assemble(
     model.to(device=group.device).to(memory_format=layout)  # type: ignore[call-overload]
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    frozen = _freeze_backbone(model) if config.freeze_backbone else []
+    frozen = freeze_backbone(model) if config.freeze_backbone else []
     if config.sync_bn and group.distributed:
         model = convert_sync_batchnorm(model)
     task = create_task(model, config, group.device, num_classes=num_classes, classes=splits.classes)
@@ -158,92 +138,3 @@ def _scaled_rate(config: TrainConfig, group: ProcessGroup, batches: Any) -> floa
     adaptive = any(word in config.opt.lower() for word in ("ada", "lamb"))
     scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
     return config.lr_base * (math.sqrt(ratio) if scale == "sqrt" else ratio)
-
-
-def _freeze_backbone(model: nn.Module) -> list[nn.Module]:
-    """Stop gradients but in the classifier, and return the modules to keep in eval mode."""
-    classifier = classifier_layers(model)
-    model.requires_grad_(False)
-    classifier.requires_grad_(True)
-    trained = set(classifier.modules())
-    return [m for m in model.modules() if m not in trained and not list(m.children())]
-
-
-class AuxiliaryHeadTask(ClassificationTask):
-    """Classification with a second classifier whose loss counts `weight`, for a model whose
-    training forward gives (logits, auxiliary logits) after ``set_distilled_training(True)``."""
-
-    def __init__(self, model: nn.Module, *, weight: float, **common: Any) -> None:
-        super().__init__(model, **common)
-        self.weight = weight
-        model.set_distilled_training(True)  # type: ignore[operator]
-
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        output, auxiliary = self.trainable_module(input)
-        loss = self.criterion(output, target)
-        auxiliary_loss = self.criterion(auxiliary, target)
-        return {
-            "loss": loss + self.weight * auxiliary_loss,
-            "output": output,
-            "auxiliary_loss": auxiliary_loss,
-        }
-
-
-def create_task(
-    model: nn.Module,
-    config: TrainConfig,
-    device: torch.device,
-    *,
-    num_classes: int,
-    classes: list[str] | None = None,
-) -> TrainingTask:
-    """Return the task that a config describes: loss, distillation, auxiliary head.
-
-    A teacher of logits must share `num_classes`, and `classes` where both are known. What cannot be
-    done is a ConfigError.
-    """
-    losses: dict[str, Any] = {
-        "loss_type": "bce" if config.bce_loss else "ce",
-        "smoothing": config.smoothing,
-        "soft_targets": config.mixes,
-    }
-    common: dict[str, Any] = {"criterion_kwargs": losses, "device": device, "verbose": False}
-    if config.aux_loss_weight and config.kd_model_name:
-        raise ConfigError("aux_loss_weight and kd_model_name exclude each other; drop one")
-    if config.kd_model_name:
-        common |= {
-            "teacher_model": _teacher(config, num_classes, classes).to(device),
-            "distill_loss_weight": config.distill_loss_weight,
-            "task_loss_weight": config.task_loss_weight,
-        }
-        if config.kd_distill_type != "feature":
-            common["temperature"] = config.kd_temperature
-    try:
-        if config.aux_loss_weight:
-            return AuxiliaryHeadTask(model, weight=config.aux_loss_weight, **common)
-        if config.kd_model_name:
-            return DISTILLATION[config.kd_distill_type](model, **common)
-        return ClassificationTask(model, **common)
-    # What a model without a second head says, ours and timm's.
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise ConfigError(f"{config.model} cannot be trained in this way: {error}") from error
-
-
-def _teacher(config: TrainConfig, num_classes: int, classes: list[str] | None) -> nn.Module:
-    """Return the teacher in eval mode."""
-    name, checkpoint = str(config.kd_model_name), config.kd_checkpoint
-    arguments: dict[str, Any] = {} if config.in_chans is None else {"in_chans": config.in_chans}
-    if checkpoint:
-        teacher = load_model(checkpoint, name, **arguments)
-    else:
-        teacher = create_model(name, pretrained=True, **arguments)
-    known = getattr(teacher, "pretrained_cfg", {}).get("label_names") if checkpoint else None
-    if config.kd_distill_type != "feature":
-        if teacher.num_classes != num_classes:
-            raise ConfigError(
-                f"the teacher {name} knows {teacher.num_classes} classes, the data {num_classes};"
-                " fine-tune it on the data first (kd_checkpoint), or distill features"
-            )
-        if known and classes and list(known) != list(classes):
-            raise ConfigError(f"the teacher of {checkpoint} was trained on other classes")
-    return teacher.eval().requires_grad_(False)

@@ -1,0 +1,144 @@
+"""Measures a training step: memory layouts, compilation, timm's class, and the memory it takes.
+
+python scripts/measure_training.py                          # the smallest of every family
+python scripts/measure_training.py convnext_atto --compile  # torch.compile beside it; minutes each
+
+Forward and backward of 8 images of 160x160 (`--batch`, `--size`) in float32. The forms of a model
+take turns in one process, and each figure is the median over rounds of the ratio to ours with
+contiguous memory. "timm" is timm's class of this name, where it has one. Memory is what a step adds
+to a process of its own at its peak (Linux), without and with gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import backbones
+
+LAST = torch.channels_last
+
+
+def smallest_members() -> list[str]:
+    """Return the variant with the fewest parameters of each family."""
+    return [
+        min(backbones.list_models(family=family), key=lambda n: backbones.model_info(n).params)
+        for family in backbones.list_families()
+    ]
+
+
+def timms_class(name: str) -> nn.Module | None:
+    """Return timm's own model of this name; None where it has none."""
+    model = timm.create_model(name)
+    return None if type(model).__module__.startswith("backbones") else model
+
+
+def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], float]:
+    """Return a training step that gives its seconds."""
+    model.train()
+
+    def step() -> float:
+        start = time.perf_counter()
+        model(images).float().square().mean().backward()
+        seconds = time.perf_counter() - start
+        model.zero_grad()
+        return seconds
+
+    return step
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of each form, round by round."""
+    images = torch.randn(options.batch, 3, options.size, options.size)
+    forms: dict[str, Any] = {"contiguous": step_of(backbones.create_model(name), images)}
+    twin = backbones.create_model(name).to(memory_format=LAST)
+    last = images.contiguous(memory_format=LAST)
+    forms["channels last"] = step_of(twin, last)
+    theirs = timms_class(name)
+    if theirs is not None:
+        forms["timm"] = step_of(theirs, images)
+        forms["timm channels last"] = step_of(timms_class(name).to(memory_format=LAST), last)  # type: ignore[union-attr]
+    if options.compile:
+        forms["compiled"] = step_of(torch.compile(backbones.create_model(name)), images)  # type: ignore[arg-type]
+    for step in forms.values():
+        step()
+    times: dict[str, list[float]] = {form: [] for form in forms}
+    for _ in range(options.rounds):
+        for form, step in forms.items():
+            times[form].append(step())
+    return times
+
+
+def peak_memory(name: str, options: argparse.Namespace, *, form: str) -> float | None:
+    """Return the megabytes that a step adds, in a process of its own; None where it fails."""
+    command = [sys.executable, __file__, name, "--form", form, "--batch", str(options.batch)]
+    command += ["--size", str(options.size), "--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{name} {form}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return float(done.stdout)
+
+
+def print_added_memory(name: str, options: argparse.Namespace) -> None:
+    """Print the megabytes that two steps add to this process at their peak."""
+    import resource
+
+    model = timms_class(name) if options.form == "timm" else backbones.create_model(name)
+    assert model is not None
+    if options.form == "checkpointing":
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    step = step_of(model, torch.randn(options.batch, 3, options.size, options.size))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(), step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help="default: the smallest of every family")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (%(default)s)")
+    parser.add_argument("--size", type=int, default=160, help="pixels a side (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--form", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.form:
+        print_added_memory(options.models[0], options)
+        return
+    names = ["channels last", "timm", "timm channels last", *["compiled"] * options.compile]
+    print(
+        "| model | contiguous (ms) |",
+        " | ".join(names),
+        "| memory (MB): ours | checkpointing | timm |",
+    )
+    print("|" + "---|" * (len(names) + 5), flush=True)
+    for name in options.models or smallest_members():
+        times = measure(name, options)
+        base = times["contiguous"]
+        cells = [f"{statistics.median(base) * 1e3:.0f}"]
+        for form in names:
+            ratios = [seconds / ours for seconds, ours in zip(times.get(form, []), base)]
+            cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+        for form in ("plain", "checkpointing", *(["timm"] if "timm" in times else [])):
+            memory = peak_memory(name, options, form=form)
+            cells.append("" if memory is None else f"{memory:.0f}")
+        cells += [""] * (len(names) + 4 - len(cells))
+        print(f"| `{name}` |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
