@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -91,16 +92,21 @@ def peak_memory(name: str, options: argparse.Namespace, *, form: str) -> float |
 
 def print_added_memory(name: str, options: argparse.Namespace) -> None:
     """Print the megabytes that two steps add to this process at their peak."""
-    import resource
-
     model = timms_class(name) if options.form == "timm" else backbones.create_model(name)
     assert model is not None
     if options.form == "checkpointing":
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     step = step_of(model, torch.randn(options.batch, 3, options.size, options.size))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(), step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what came before
+    before = _kilobytes("VmRSS")
+    for _ in range(2):
+        step()
+    print((_kilobytes("VmHWM") - before) / 1024)
+
+
+def _kilobytes(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry + ":"))
 
 
 def main() -> None:
