@@ -183,8 +183,9 @@ class StagedBackbone(nn.Module):
     def _scale_classifier(self) -> None:
         if self.head_init_scale != 1.0:
             with torch.no_grad():
-                for parameter in self.head.get_classifier().parameters():
-                    parameter.mul_(self.head_init_scale)
+                for classifier in self.head.classifiers().values():
+                    for parameter in classifier.parameters():
+                        parameter.mul_(self.head_init_scale)
 
     def feature_dims(self) -> list[int]:
         """Return the channels of each stage's output."""

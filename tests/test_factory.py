@@ -7,6 +7,7 @@ import json
 import pytest
 import timm
 import torch
+from tiers import shallow
 
 import backbones
 from backbones.errors import (
@@ -115,6 +116,18 @@ def test_head_init_scale():
     torch.testing.assert_close(scaled.get_classifier().weight, plain * 0.001)
     scaled.reset_classifier(5)
     assert scaled.get_classifier().weight.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["lsnet_t_distill", "glnet_4g_tklb", "uniformer_small_tl"])
+def test_head_init_scale_is_of_all_classifiers(name):
+    model = backbones.create_model(name, num_classes=5, head_init_scale=0.0, **shallow(name, 1))
+    classifiers = model.head.classifiers()
+    assert len(classifiers) == 2
+    for classifier in classifiers.values():
+        assert all(parameter.count_nonzero() == 0 for parameter in classifier.parameters())
+    model.reset_classifier(7)
+    for classifier in model.head.classifiers().values():
+        assert all(parameter.count_nonzero() == 0 for parameter in classifier.parameters())
 
 
 def test_saved_checkpoint_brings_its_arguments(tmp_path):
