@@ -4,6 +4,7 @@ python scripts/measure_deploy.py                             # ten models, fp32;
 python scripts/measure_deploy.py lsnet_t --precisions fp32 int8 --compile
 
 One image of 224x224 (or `--size`), in milliseconds; all forms of a model take turns in one process.
+The processor and its speed are named first.
 Milliseconds are medians of all calls. A ratio is the median of the ratios within each turn, because
 the speed of a shared machine changes from turn to turn; each turn begins with calls that are not
 counted, until caches and idle threads have settled. Forms more than four times slower than the
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import ops
-from backbones.bench import Times
+from backbones.bench import Times, examine
 from backbones.engines import Runner, take_turns, timed
 from backbones.errors import BackbonesError
 
@@ -206,6 +207,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lower = [p for p in options.precisions if p != "fp32"]
+    print(examine(options.threads), end="\n\n", flush=True)
     print(
         "| model | published, eager | merged, eager | best plain fp32 | deploy fp32 | against best"
         " plain | against plain ONNX Runtime |" + "".join(f" {p} |" for p in lower)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import backbones
+from backbones.bench import examine
 
 LAST = torch.channels_last
 
@@ -125,6 +126,7 @@ def main() -> None:
     if options.form:
         print_added_memory(options.models[0], options)
         return
+    print(examine(options.threads), end="\n\n", flush=True)
     names = ["channels last", "timm", "timm channels last", *["compiled"] * options.compile]
     print(
         "| model | contiguous (ms) |",

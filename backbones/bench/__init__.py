@@ -3,7 +3,7 @@
 from backbones.bench.benchmarking import benchmark
 from backbones.bench.child import ChildError
 from backbones.bench.latency import Latency, compare_latency, measure
-from backbones.bench.machine import Machine
+from backbones.bench.machine import Machine, examine
 from backbones.bench.pareto import (
     BudgetChoice,
     ParetoFront,
@@ -32,6 +32,7 @@ __all__ = [
     "certain",
     "compare_latency",
     "draw_front",
+    "examine",
     "front",
     "front_as_dict",
     "measure",

@@ -73,7 +73,17 @@ def examine(
     limit_s: float = 600.0,
     command: Sequence[str] = WORKER,
 ) -> Machine:
-    """Describe this machine and measure its matrix products, in a process of their own."""
+    """Describe this machine and measure its matrix products, in a process of their own.
+
+    Args:
+        threads: threads of the products.
+        kinds: their types: ``fp32``, ``bf16``, ``fp16``.
+        limit_s: seconds after which the process is ended.
+        command: what runs the products.
+
+    Raises:
+        ChildError: the process ended or took longer.
+    """
     with Child("matrix products", threads=threads, limit_s=limit_s, command=command) as child:
         found = child.request({"do": "matmul", "threads": threads, "kinds": list(kinds)})
         child.request({"do": "end"})

@@ -20,6 +20,11 @@ from backbones.files import write_json
 __all__ = ["content_key", "processor", "read_choice", "versions", "write_choice"]
 
 VERSIONS = "torch timm onnx onnxscript onnxruntime openvino nncf executorch torchao numpy".split()
+# Of x86, then of Arm, by the names that Linux shows.
+_INSTRUCTIONS = (
+    "amx_tile amx_int8 amx_bf16 avx512_fp16 avx512_bf16 avx512_vnni avx_vnni avx512f avx2"
+    " sve i8mm bf16 asimddp asimdhp"
+).split()
 
 
 def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = None) -> str:
@@ -97,11 +102,18 @@ def _sources(model: nn.Module) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Return the name of the processor, as far as the system tells."""
+    """Return the name of the processor and which instructions for low precision it has.
+
+    As far as the system tells; machines of one name differ in what they let through.
+    """
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1].strip()
+        first = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+        flags = set(first[1].split()) if first else set()
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        name = found[1].strip() if found else platform.machine()
+        special = [flag for flag in _INSTRUCTIONS if flag in flags]
+        return f"{name} ({', '.join(special)})" if special else name
     return platform.processor() or platform.machine() or "unknown processor"
 
 
