@@ -138,9 +138,10 @@ def _by_matrices(x: Tensor, mask: Mask, matrices: Matrices) -> Tensor:
         down, back_down = vertical
         waves = (down @ x).reshape(batch, channels, height // 2 + 1, 2 * width)
     else:
-        waves = x.reshape(batch, channels, 1, height * width)
+        waves = x.reshape(batch, channels, height * width)  # LiteRT's converter fails on 1 row
     a, b = waves @ to_real, waves @ to_imaginary
-    p, q = mask(a, b)
+    maps = (a, b) if vertical else (a.unsqueeze(2), b.unsqueeze(2))
+    p, q = (part.reshape(a.shape) for part in mask(*maps))
     waves = (p * a - q * b) @ from_real + (p * b + q * a) @ from_imaginary
     if vertical:
         waves = back_down @ waves.reshape(batch, channels, 2 * (height // 2 + 1), width)

@@ -88,7 +88,13 @@ def neighborhood_bias(table: Tensor, size: tuple[int, int]) -> Tensor:
         row = (rows[:, None] + taps)[:, None, :, None]
         col = (cols[:, None] + taps)[None, :, None, :]
         return table[:, row, col].reshape(table.shape[0], height, width, k * k)
-    # Axis by axis: whole windows are copied, which is faster than gathering single entries.
+    # Axis by axis, which is faster than gathering single entries.
+    if is_recorded():  # engines know selections, and not all of them windows
+        taps = torch.arange(k, device=table.device)
+        row, col = ((first[:, None] + taps).flatten() for first in (rows, cols))
+        out = table.index_select(1, row).index_select(2, col)  # (G, H * a, W * b)
+        out = out.unflatten(2, (-1, k)).unflatten(1, (-1, k))  # (G, H, a, W, b)
+        return out.transpose(2, 3).flatten(3)
     out = table.unfold(1, k, 1).index_select(1, rows)  # (G, H, 2k - 1, a)
     out = out.unfold(2, k, 1).index_select(2, cols)  # (G, H, W, a, b)
     return out.flatten(3)
