@@ -17,7 +17,15 @@ from backbones.engines import processor, versions
 
 __all__ = ["Machine", "examine", "matmul_peak", "n_threads", "peak_memory_mib", "usable_cpus"]
 
-LIBRARIES = ("backbones", "torch", "timm", "onnxruntime", "openvino", "executorch")
+LIBRARIES = (
+    "backbones",
+    "torch",
+    "timm",
+    "onnxruntime",
+    "openvino",
+    "executorch",
+    "ai-edge-litert",
+)
 SIDES = (512, 1024, 2048)
 LONGEST_S = 0.5  # a product that would take longer is not tried: the smaller one is large enough
 GRANTED = 0.8  # of the threads asked for, below which the machine is said not to have granted them

@@ -13,7 +13,14 @@ from backbones.cli.opening import (
     refuse_same,
 )
 from backbones.cli.parsing import command, positive, tell
-from backbones.engines import FormatConfig, OnnxConfig, WebConfig, available_formats, file_suffixes
+from backbones.engines import (
+    FormatConfig,
+    LiteRtConfig,
+    OnnxConfig,
+    WebConfig,
+    available_formats,
+    file_suffixes,
+)
 from backbones.errors import ConfigError
 from backbones.factory import is_checkpoint, label_names
 
@@ -68,6 +75,11 @@ def add_parser(commands: Any) -> None:
         help="(default: logits, or features_0,features_1,...)",
     )
     parser.add_argument(
+        "--input-layout",
+        choices=("nhwc", "nchw"),
+        help="order of a LiteRT file's input (default: nhwc, as programs for phones have images)",
+    )
+    parser.add_argument(
         "--web-runtime",
         metavar="DIR",
         help="ONNX Runtime Web's files, for --format web (default: fetch them by npm)",
@@ -104,12 +116,23 @@ def _format(args: argparse.Namespace) -> str | FormatConfig | None:
         if args.format != "web":
             raise ConfigError("--web-runtime is for --format web; leave it out, or add that")
         return WebConfig(args.web_runtime)
+    if args.input_layout is not None:
+        if not _is_for(args, "litert", ".tflite"):
+            raise ConfigError(
+                "--input-layout: LiteRT files alone have it; leave it out, or write OUT.tflite"
+            )
+        return LiteRtConfig(args.input_layout)
     if not given:
         return args.format
-    if args.format != "onnx" and (args.format or Path(args.output).suffix != ".onnx"):
+    if not _is_for(args, "onnx", ".onnx"):
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"{flags}: ONNX files alone have it; leave it out, or write OUT.onnx")
     return OnnxConfig(**given)
+
+
+def _is_for(args: argparse.Namespace, format: str, suffix: str) -> bool:
+    """Tell whether a format was asked for, by its name or else by the suffix of the file."""
+    return args.format == format or (args.format is None and Path(args.output).suffix == suffix)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -19,7 +19,10 @@ from backbones.files import write_json
 
 __all__ = ["content_key", "processor", "read_choice", "versions", "write_choice"]
 
-VERSIONS = "torch timm onnx onnxscript onnxruntime openvino nncf executorch torchao numpy".split()
+VERSIONS = (
+    "torch timm onnx onnxscript onnxruntime openvino nncf executorch torchao numpy"
+    " litert-torch litert-converter ai-edge-litert ai-edge-quantizer"
+).split()
 # Of x86, then of Arm, by the names that Linux shows.
 _INSTRUCTIONS = (
     "amx_tile amx_int8 amx_bf16 avx512_fp16 avx512_bf16 avx512_vnni avx_vnni avx512f avx2"
@@ -67,6 +70,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 _MAKERS = (
     "ops layers merge stages.py skeleton.py engines/exporting.py engines/formats.py "
     "engines/preparation engines/rewrites engines/onnx.py engines/openvino engines/executorch.py"
+    " engines/litert"
 ).split()
 
 

@@ -163,7 +163,7 @@ def export(
     clone = reparameterized_copy(model) if merge else plain_copy(model)
     _check_free_sizes(clone, () if preprocess else free)
     wrap = {"preprocess": preprocess, "features": features}
-    half = precision in HALVES  # which changes the very model
+    half = precision in HALVES and target.computes_half  # which changes the very model
     reference = prepared(
         copy.deepcopy(clone) if half else clone, data_config, precision="fp32", **wrap
     )

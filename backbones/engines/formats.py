@@ -85,6 +85,8 @@ class Format:
     dynamic: tuple[str, ...] = ("batch", "height", "width")
     folder: bool = False
     """A page for people: it is a folder, without suffix, and takes photographs as decoded."""
+    computes_half: bool = True
+    """Whether files in half precision compute in it; else they keep their weights in it only."""
 
 
 def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:

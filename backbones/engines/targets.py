@@ -3,7 +3,7 @@
 from os import PathLike
 from pathlib import Path
 
-from backbones.engines import executorch, onnx, openvino, pytorch, web
+from backbones.engines import executorch, litert, onnx, openvino, pytorch, web
 from backbones.engines.formats import Format, FormatConfig
 from backbones.engines.runners import Engine, Runner
 from backbones.errors import UnsupportedError, nearest
@@ -27,6 +27,7 @@ FORMATS = {
         pytorch.PT2,
         pytorch.AOTI,
         executorch.FORMAT,
+        litert.FORMAT,
         web.FORMAT,
     )
 }
@@ -37,6 +38,7 @@ ENGINES = {
         onnx.ENGINE,
         openvino.ENGINE,
         pytorch.EAGER,
+        litert.ENGINE,
         executorch.ENGINE,
         pytorch.COMPILE,
     )

@@ -22,7 +22,8 @@ __all__ = ["Setting", "ThroughputRunner", "deploy_for_throughput"]
 _FIRST_BATCH = 8  # engines and streams are compared at it
 _BATCHES = (1, 2, 4, 16, 32)
 _SECONDS = 0.5  # of a measurement
-_PASSED_OVER = ("executorch",)  # made for phones; its threads are the process's
+# Made for phones: threads are the process's, or calls take turns and a file has one batch size.
+_PASSED_OVER = ("executorch", "litert")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,6 @@
+"""LiteRT (TensorFlow Lite): files for phones and boards, and their runtime with XNNPACK."""
+
+from backbones.engines.litert.conversion import LiteRtConfig
+from backbones.engines.litert.runner import ENGINE, FORMAT
+
+__all__ = ["ENGINE", "FORMAT", "LiteRtConfig"]
