@@ -5,7 +5,7 @@ python scripts/measure_mobile.py lsnet_t --engines litert --precisions fp32 fp16
 
 One image of 224x224 (or `--size`), re-parameterized, random weights. All files of a model take
 turns in one process; milliseconds are medians of all calls, and a ratio is the median over turns of
-that to ONNX Runtime in fp32 (below 1 is faster). A file that cannot be made says so. Size is that of
+that to ONNX Runtime in fp32 (below 1 is faster). A file that cannot be made says so. Size is of
 all that the engine reads.
 """
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backbones.engines.formats import Conversion, FormatConfig, Notes
 from backbones.engines.litert.flatbuffers import describe
 from backbones.engines.litert.quantization import in_half, in_int8
-from backbones.engines.rewrites import rewrite_for_graphs
+from backbones.engines.rewrites import rewrite_for_graphs, split_large_kernels
 from backbones.engines.runners import explained
 from backbones.errors import ConfigError
 from backbones.optional import optional_import
@@ -83,7 +83,8 @@ def to_litert(conversion: Conversion, config: LiteRtConfig, path: Path) -> Notes
 
 def _converted(conversion: Conversion, channels_last: bool, name: str) -> bytes:
     """Return the file of a model in float32, as the converter writes it."""
-    model, x = rewrite_for_graphs(conversion.model), conversion.example
+    model = split_large_kernels(rewrite_for_graphs(conversion.model))
+    x = conversion.example
     if channels_last:
         model, x = _ChannelsLast(model).eval(), x.permute(0, 2, 3, 1).contiguous()
     with _quiet(), explained(f"{name}: LiteRT's converter failed"):

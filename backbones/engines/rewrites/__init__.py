@@ -17,6 +17,7 @@ from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjecti
 from backbones.engines.rewrites.attnet import SeparateGateMlp
 from backbones.engines.rewrites.channels_first import convnext_block_channels_first
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, separate_gates
+from backbones.engines.rewrites.large_kernels import split_large_kernels
 from backbones.engines.rewrites.moganet import SummedBlock
 from backbones.engines.rewrites.norms import DecomposedNorm2d, WholeNorm2d
 from backbones.engines.rewrites.spartan import JoinedMixer, separate_pairs
@@ -26,7 +27,7 @@ from backbones.families.lsnet import DistanceAttention
 from backbones.families.unireplknet import CenteredNorm2d
 from backbones.reparameterization import backbones_in
 
-__all__ = ["REWRITES", "rewrite_block", "rewrite_for_graphs"]
+__all__ = ["REWRITES", "rewrite_block", "rewrite_for_graphs", "split_large_kernels"]
 
 Rewrite = Callable[[Any, bool], nn.Module]
 
