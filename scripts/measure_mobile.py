@@ -27,7 +27,7 @@ from backbones.errors import BackbonesError
 
 MODELS = (
     "cpubone_nano inception_next_atto lsnet_t convnext_atto unireplknet_a spartan_t hornet_tiny_7x7"
-    " moganet_xtiny uniformer_xxs"
+    " moganet_xtiny spanet_small"
 ).split()
 BASELINE = "onnxruntime fp32"
 
