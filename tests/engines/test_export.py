@@ -184,8 +184,8 @@ def test_what_is_not_supported_is_named(tmp_path):
         export(model, tmp_path / "m.txt")
     with pytest.raises(UnsupportedError, match="no format takes FormatConfig"):
         export(model, tmp_path / "m", format=FormatConfig())
-    with pytest.raises(UnsupportedError, match="'executorch' has no precision 'int8'; it has fp32"):
-        export(model, tmp_path / "m.pte", precision="int8")
+    with pytest.raises(UnsupportedError, match="'executorch' has no precision 'fp16'; it has fp32"):
+        export(model, tmp_path / "m.pte", precision="fp16")
     with pytest.raises(ConfigError, match="no precision 'int4'"):
         export(model, tmp_path / "m.onnx", precision="int4")
     with pytest.raises(ConfigError, match="int8 needs images to calibrate on"):

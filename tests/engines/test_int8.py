@@ -10,12 +10,18 @@ from backbones.engines import export, open_exported
 from backbones.engines.formats import Conversion
 
 SIZE = (3, 32, 32)
-SUFFIXES = {".onnx": ["onnxruntime"], ".xml": ["openvino", "nncf"]}
+SUFFIXES = {
+    ".onnx": ["onnx", "onnxruntime"],
+    ".xml": ["onnx", "openvino", "nncf"],
+    ".pte": ["executorch"],
+}
 
 
-@pytest.fixture(params=SUFFIXES)
+@pytest.fixture(
+    params=[".onnx", ".xml", pytest.param(".pte", marks=pytest.mark.slow)]  # lowering takes long
+)
 def suffix(request):
-    for package in ["onnx", *SUFFIXES[request.param]]:
+    for package in SUFFIXES[request.param]:
         pytest.importorskip(package)
     return request.param
 
