@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backbones.engines.executorch.forms import for_xnnpack
+from backbones.engines.executorch.passes import simplified, with_plain_attention
 from backbones.engines.executorch.quantization import quantized
 from backbones.engines.formats import Conversion, FormatConfig, Notes, traced
 from backbones.engines.runners import explained
@@ -44,6 +46,7 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
     with explained(f"{path.name}: ExecuTorch cannot lower it", OSError):
         lowered = exir.to_edge_transform_and_lower(
             program,
+            transform_passes=[simplified],
             partitioner=[xnnpack.XnnpackPartitioner()],
             constant_methods={"backbones": json.dumps(facts, allow_nan=False)},
         )
@@ -59,13 +62,13 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
 def _program(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> Any:
     """Return what ``torch.export`` records, quantized in int8."""
     limits = {"batch": config.max_batch}
-    plain = _contiguous(conversion)
-    program = traced(plain, limits)
+    plain = _contiguous(dataclasses.replace(conversion, model=for_xnnpack(conversion.model)))
+    program = with_plain_attention(traced(plain, limits))
     if conversion.precision != "int8":
         return program
     with explained(f"{path.name}: XNNPACK's quantizer cannot quantize it"):
         model = quantized(program, conversion)
-    return traced(dataclasses.replace(plain, model=model), limits)
+    return with_plain_attention(traced(dataclasses.replace(plain, model=model), limits))
 
 
 def _contiguous(conversion: Conversion) -> Conversion:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from backbones.engines.executorch.forms import ChannelMean
 from backbones.engines.formats import Conversion
 from backbones.optional import optional_import
 
@@ -37,7 +38,15 @@ def _quantizer() -> Any:
     quantizer, aten = xnnpack.XNNPACKQuantizer(), torch.ops.aten
     for operator in (aten.conv2d.default, aten.linear.default):
         quantizer.set_operator_type(operator, _ranges())
+    # The mean and variance of a norm decide over whole maps, and have to be exact.
+    quantizer.set_filter_function(lambda node: not _within(node, ChannelMean))
     return quantizer
+
+
+def _within(node: Any, kind: type[nn.Module]) -> bool:
+    """Tell whether a node of a program was recorded in a module of this type."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return any(found == name for _, found in node.meta.get("nn_module_stack", {}).values())
 
 
 def _ranges() -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
 from backbones.engines.rewrites.attnet import SeparateGateMlp
 from backbones.engines.rewrites.channels_first import convnext_block_channels_first
+from backbones.engines.rewrites.convolutions import depthwise
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, separate_gates
 from backbones.engines.rewrites.large_kernels import split_large_kernels
 from backbones.engines.rewrites.moganet import SummedBlock
@@ -27,7 +28,7 @@ from backbones.families.lsnet import DistanceAttention
 from backbones.families.unireplknet import CenteredNorm2d
 from backbones.reparameterization import backbones_in
 
-__all__ = ["REWRITES", "rewrite_block", "rewrite_for_graphs", "split_large_kernels"]
+__all__ = ["REWRITES", "depthwise", "rewrite_block", "rewrite_for_graphs", "split_large_kernels"]
 
 Rewrite = Callable[[Any, bool], nn.Module]
 

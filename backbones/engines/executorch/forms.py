@@ -1,0 +1,235 @@
+"""Modules in the operations that XNNPACK has kernels for, and fast ones.
+
+XNNPACK knows means over positions only, and no norms: each would leave it for a portable kernel and
+come back, with two changes of layout. Its depthwise convolutions have kernels for up to 25 taps;
+larger ones run as many small products, which take several times as long as a sum of small kernels.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import GroupNorm1, LayerNorm, LayerNorm2d
+from torch import Tensor, nn
+
+from backbones.engines.rewrites import depthwise, rewrite_for_graphs
+from backbones.families.unireplknet import CenteredNorm2d
+from backbones.layers import GlobalResponseNorm
+
+__all__ = [
+    "ChannelMean",
+    "DepthwiseSum",
+    "ElementaryNorm",
+    "ElementaryResponseNorm",
+    "for_xnnpack",
+    "progressions",
+]
+
+TAPS = 25  # of the largest depthwise kernel
+
+
+def for_xnnpack(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in eval mode whose modules XNNPACK runs fast; exact."""
+    clone = rewrite_for_graphs(model)
+    clone = _replace_children(copy.deepcopy(model) if clone is model else clone)
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    for module in clone.modules():
+        if isinstance(module, ChannelMean):
+            module.to(dtype)
+    return clone
+
+
+def _replace_children(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        form = _FORMS.get(type(child))
+        if form is not None:
+            module._modules[name] = form(child)
+        else:
+            _replace_children(child)
+    return module
+
+
+class ChannelMean(nn.Module):
+    """The mean over channels as a convolution or linear layer, plus a constant.
+
+    Over maps (B, C, H, W) it is (B, 1, H, W); over the last axis of (..., C) it is (..., 1).
+    """
+
+    def __init__(self, channels: int, constant: float = 0.0, *, maps: bool) -> None:
+        super().__init__()
+        kind: Any = partial(nn.Conv2d, kernel_size=1) if maps else nn.Linear
+        mean = kind(channels, 1, dtype=torch.float64)  # exact until the model's type is known
+        nn.init.constant_(mean.weight, 1 / channels)
+        nn.init.constant_(mean.bias, constant)
+        self.mean = mean.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean(x)
+
+
+class ElementaryNorm(nn.Module):
+    """A norm over channels, with `whole` also over positions, by arithmetic on whole maps.
+
+    It takes over the parameters of `norm`; `centered` says that the mean is zero already.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, norm: Any, *, maps: bool = True, whole: bool = False, centered: bool = False
+    ) -> None:
+        super().__init__()
+        channels = norm.num_channels if whole else _channels_of(norm)
+        self.whole = whole
+        self.mean = None if centered else ChannelMean(channels, maps=maps)
+        self.variance = ChannelMean(channels, norm.eps, maps=maps)
+        shape = (1, -1, 1, 1) if maps else (-1,)
+        for name in ("weight", "bias"):
+            values = getattr(norm, name)
+            self.register_buffer(name, None if values is None else values.detach().view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is not None:
+            x = x - self.mean(self._over_positions(x))
+        x = x * self.variance(self._over_positions(x * x)).rsqrt()
+        if self.weight is not None:
+            x = x * self.weight
+        return x if self.bias is None else x + self.bias
+
+    def _over_positions(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True) if self.whole else x
+
+
+def _channels_of(norm: Any) -> int:
+    """Return the number of channels of a norm with a weight or a shape."""
+    if isinstance(norm, nn.LayerNorm):
+        return int(norm.normalized_shape[0])
+    return len(norm.weight)
+
+
+class ElementaryResponseNorm(nn.Module):
+    """A global response norm of maps (B, C, H, W) by means; it takes over the parameters."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, norm: GlobalResponseNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.mean = ChannelMean(len(norm.weight), maps=True)
+        self.register_buffer("weight", norm.weight.detach().view(1, -1, 1, 1))
+        bias = norm.bias
+        self.register_buffer("bias", None if bias is None else bias.detach().view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of the root of a mean where the norm has that of a sum: the same ratio, but for eps.
+        energy = (x * x).mean((2, 3), keepdim=True).sqrt()  # B C 1 1
+        eps = self.eps / (x.shape[2] * x.shape[3]) ** 0.5
+        x = x * (1 + self.weight * (energy / (self.mean(energy) + eps)))
+        return x if self.bias is None else x + self.bias
+
+
+def _response_norm(norm: GlobalResponseNorm) -> nn.Module:
+    """Return a response norm of maps in plain operations; one with the channels last as it is."""
+    return norm if norm.channel_axis == -1 else ElementaryResponseNorm(norm)
+
+
+def _of_last_axis(norm: nn.LayerNorm) -> nn.Module:
+    """Return a layer norm over the last axis in plain operations; one over more as it is."""
+    return ElementaryNorm(norm, maps=False) if len(norm.normalized_shape) == 1 else norm
+
+
+class DepthwiseSum(nn.Module):
+    """A depthwise convolution as a sum of depthwise ones with at most `TAPS` taps each.
+
+    Rows and columns of the kernel are parted in progressions around its middle, which are kernels
+    with a dilation and the same middle: no map is cut or padded, and every size keeps its result.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        parts = list(_parts(conv))
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.parts
+        y: Tensor = first(x)
+        for part in others:
+            y = y + part(x)
+        return y
+
+
+def _split_depthwise(conv: nn.Conv2d) -> nn.Module:
+    """Return a convolution, a large depthwise one as a sum of small ones."""
+    height, width = map(int, conv.kernel_size)
+    single = conv.groups == conv.in_channels == conv.out_channels > 1
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or set(conv.dilation) != {1}:
+        return conv
+    # A part of a kernel that is padded less would begin beyond the map's border.
+    above, left = conv.padding
+    padded = 2 * above >= height - 1 and 2 * left >= width - 1
+    return DepthwiseSum(conv) if single and padded and height * width > TAPS else conv
+
+
+def _parts(conv: nn.Conv2d) -> Iterator[nn.Conv2d]:
+    """Yield the summands; the first has the bias."""
+    bias, padding = conv.bias, conv.padding
+    if isinstance(padding, str):
+        raise TypeError(f"padding {padding!r} is no number")
+    for rows, columns in _fewest(*conv.kernel_size):
+        kernel = conv.weight[:, :, list(rows)][..., list(columns)]
+        part = depthwise(conv, kernel, bias)
+        part.kernel_size = len(rows), len(columns)
+        above, left = padding
+        part.padding = above - rows[0], left - columns[0]
+        part.dilation = rows.step, columns.step
+        bias = None
+        yield part
+
+
+def _fewest(height: int, width: int) -> list[tuple[range, range]]:
+    """Part the taps of a kernel in as few rectangles, rows and columns, as `progressions` gives."""
+    ways = [
+        [
+            (rows, columns)
+            for columns in progressions(width, most)
+            for rows in progressions(height, TAPS // len(columns))
+        ]
+        for most in range(2, TAPS // 2 + 1)  # pairs of rows of pairs, and rows of half the taps
+    ]
+    return min(ways, key=len)
+
+
+def progressions(count: int, most: int) -> list[range]:
+    """Part ``range(count)`` in progressions of at most `most` that are symmetric around its middle.
+
+    `most` is 2 or more. The longest comes first, of those as long the one with the smallest step.
+    """
+    left, found = set(range(count)), []
+    while left:
+        candidates = [
+            places
+            for first in range((count + 1) // 2)
+            for step in range(1, max(count, 2))
+            if (count - 1 - 2 * first) % step == 0
+            and len(places := range(first, count - first, step)) <= most
+            and left.issuperset(places)
+        ]
+        best = max(candidates, key=lambda places: (len(places), -places.step))
+        found.append(best)
+        left -= {*best}
+    return found
+
+
+_FORMS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.Conv2d: _split_depthwise,
+    LayerNorm2d: ElementaryNorm,
+    CenteredNorm2d: lambda norm: ElementaryNorm(norm, centered=True),
+    GlobalResponseNorm: _response_norm,
+    GroupNorm1: lambda norm: ElementaryNorm(norm, whole=True),
+    LayerNorm: _of_last_axis,
+    nn.LayerNorm: _of_last_axis,
+}

@@ -1,0 +1,148 @@
+"""The forms for XNNPACK compute what the modules compute, and leave it little to pass on."""
+
+import pytest
+import torch
+from randomized import randomize
+from tiers import families_by_default, shallow
+from timm.layers import GroupNorm1, LayerNorm2d
+from torch import nn
+
+import backbones
+from backbones.engines import export
+from backbones.engines.executorch import forms
+from backbones.engines.executorch.forms import (
+    DepthwiseSum,
+    ElementaryNorm,
+    ElementaryResponseNorm,
+    for_xnnpack,
+    progressions,
+)
+from backbones.layers import GlobalResponseNorm
+
+
+class Halves(nn.Module):
+    """The halves of a map, swapped and added."""
+
+    def forward(self, x):
+        first, second = x.split([1, 3], dim=1)
+        return (first * second).flatten(1)
+
+
+def relative(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def images(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", [*families_by_default(), "convnextv2_atto", "hornet_tiny_gf"])
+def test_the_function_stays_the_same(name):
+    model = backbones.create_model(
+        name, num_classes=4, dtype=torch.float64, **shallow(name, blocks=1)
+    )
+    model = backbones.reparameterize(randomize(model).eval())
+    other = for_xnnpack(model)
+    x = images(2, 3, 96, 64)
+    with torch.no_grad():
+        assert relative(other(x), model(x)) < 1e-9
+
+
+@pytest.mark.parametrize("count", range(1, 33))
+@pytest.mark.parametrize("most", [2, 3, 5, 8])
+def test_progressions_part_a_range_around_its_middle(count, most):
+    found = progressions(count, most)
+    assert sorted(place for places in found for place in places) == list(range(count))
+    for places in found:
+        assert len(places) <= most
+        assert places[0] + places[-1] == count - 1
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding, parts",
+    [(7, 1, 3, 3), (13, 1, 6, 9), (6, 2, 3, 2), ((5, 9), (2, 1), (2, 6), 3), (7, 3, 5, 3)],
+)
+def test_large_depthwise_kernels_become_sums_of_small_ones(kernel, stride, padding, parts):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, kernel, stride, padding, groups=8, dtype=torch.float64)
+    (found,) = for_xnnpack(nn.Sequential(conv)).eval()
+    assert isinstance(found, DepthwiseSum) and len(found.parts) == parts
+    for part in found.parts:
+        assert part.weight[0].numel() <= forms.TAPS
+    for size in ((20, 20), (15, 31)):
+        x = images(2, 8, *size)
+        with torch.no_grad():
+            assert relative(found(x), conv(x)) < 1e-14
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 8, (1, 11), groups=8),
+        nn.Conv2d(8, 16, 7, padding=3, groups=8),
+        nn.Conv2d(8, 8, 7, padding=3),
+        nn.Conv2d(8, 8, 7, groups=8),
+        nn.Conv2d(8, 8, 7, padding=6, groups=8, dilation=2),
+        nn.Conv2d(8, 8, 7, padding=3, groups=8, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 7, padding="same", groups=8),
+    ],
+    ids=str,
+)
+def test_other_convolutions_stay(conv):
+    (found,) = for_xnnpack(nn.Sequential(conv))
+    assert type(found) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "norm, shape",
+    [
+        (LayerNorm2d(8), (2, 8, 5, 6)),
+        (GroupNorm1(8), (2, 8, 5, 6)),
+        (nn.LayerNorm(8), (2, 3, 8)),
+        (nn.LayerNorm(8, bias=False, eps=1e-3), (2, 8)),
+        (nn.LayerNorm(8, elementwise_affine=False), (2, 5, 6, 8)),
+    ],
+    ids=str,
+)
+def test_norms_are_arithmetic_on_whole_maps(norm, shape):
+    norm = randomize(norm).double().eval()
+    x = images(*shape) * 3 + 1
+    with torch.no_grad():
+        found = for_xnnpack(nn.Sequential(norm)).double()
+        # without parameters the type of the model is not known, and is float32
+        assert relative(found(x), norm(x)) < (1e-12 if norm.weight is not None else 1e-6)
+    assert type(found[0]) is ElementaryNorm
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_response_norms_are_means(last):
+    norm = randomize(GlobalResponseNorm(8, channels_last=last)).double().eval()
+    x = images(2, 8, 5, 8)
+    (found,) = for_xnnpack(nn.Sequential(norm))
+    with torch.no_grad():
+        assert relative(found(x), norm(x)) < 1e-12
+    assert type(found) is (GlobalResponseNorm if last else ElementaryResponseNorm)
+
+
+def test_a_norm_over_two_axes_stays():
+    (found,) = for_xnnpack(nn.Sequential(nn.LayerNorm((6, 8))))
+    assert type(found) is nn.LayerNorm
+
+
+def test_xnnpack_runs_nearly_all(tmp_path):
+    """Norms, large kernels, views with a free number of images: all of it stays in one part."""
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 4, 4), LayerNorm2d(8), nn.Conv2d(8, 8, 7, padding=3, groups=8)]
+    model = nn.Sequential(*layers, GroupNorm1(8), nn.Flatten(), nn.Linear(128, 8), nn.LayerNorm(8))
+    report = export(model.eval(), tmp_path / "m.pte", input_size=(3, 16, 16))
+    assert report.notes["delegated_share"] > 0.95
+
+
+@pytest.mark.parametrize("batch_size", [1, None])
+def test_splits_are_slices_where_sizes_are_known(batch_size, tmp_path):
+    pytest.importorskip("executorch")
+    report = export(Halves(), tmp_path / "m.pte", input_size=(4, 8, 8), batch_size=batch_size)
+    # the call itself counts as one that is left
+    assert (report.notes["other_operations"] == 1) == (batch_size == 1)
