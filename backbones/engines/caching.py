@@ -69,7 +69,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 # What makes a file, beside the forward methods of the model's own family.
 _MAKERS = (
     "ops layers merge stages.py skeleton.py engines/exporting.py engines/formats.py "
-    "engines/preparation engines/rewrites engines/onnx.py engines/openvino engines/executorch.py"
+    "engines/preparation engines/rewrites engines/onnx.py engines/openvino engines/executorch"
     " engines/litert"
 ).split()
 
