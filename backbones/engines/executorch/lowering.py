@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.engines.executorch.forms import for_xnnpack
-from backbones.engines.executorch.passes import simplified, with_plain_attention
+from backbones.engines.executorch.passes import simplified, with_constants, with_plain_attention
 from backbones.engines.executorch.quantization import quantized
 from backbones.engines.formats import Conversion, FormatConfig, Notes, traced
 from backbones.engines.runners import explained
@@ -63,7 +63,7 @@ def _program(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> An
     """Return what ``torch.export`` records, quantized in int8."""
     limits = {"batch": config.max_batch}
     plain = _contiguous(dataclasses.replace(conversion, model=for_xnnpack(conversion.model)))
-    program = with_plain_attention(traced(plain, limits))
+    program = with_constants(with_plain_attention(traced(plain, limits)))
     if conversion.precision != "int8":
         return program
     with explained(f"{path.name}: XNNPACK's quantizer cannot quantize it"):

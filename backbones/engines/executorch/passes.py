@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backbones.optional import optional_import
 
-__all__ = ["simplified", "with_plain_attention"]
+__all__ = ["simplified", "with_constants", "with_plain_attention"]
 
 
 def with_plain_attention(program: Any) -> Any:
@@ -18,6 +18,15 @@ def with_plain_attention(program: Any) -> Any:
     """
     fused = torch.ops.aten.scaled_dot_product_attention.default
     return program.run_decompositions({fused: _attention})
+
+
+def with_constants(program: Any) -> Any:
+    """Compute beforehand what depends on no input: masks and indices of places, biases looked up.
+
+    It is for programs in float32; dequantized weights would be such constants too.
+    """
+    folding = optional_import("executorch.exir.passes.constant_prop_pass", "executorch")
+    return folding.constant_prop_pass(program)
 
 
 def _attention(
@@ -42,7 +51,8 @@ def simplified(module: Any) -> Any:
 
     Expansions to the shape that is there already are left out. A free size among known ones is
     inferred. Splits of maps whose sizes are known are slices. Axes of one are added and dropped by
-    views. Single products of maps are batches of one, as XNNPACK multiplies maps in batches only.
+    views, and selected by slices. Single products of maps are batches of one, as XNNPACK multiplies
+    maps in batches only.
     """
     bases = optional_import("torch.fx.passes.infra.pass_base", "executorch")
     ops = optional_import("executorch.exir.dialects._ops", "executorch").ops.edge.aten
@@ -62,6 +72,8 @@ def simplified(module: Any) -> Any:
             _infer_free_size(node)
         elif node.target == ops.split_with_sizes_copy.default:
             _slice(node, module.graph, ops.slice_copy.Tensor)
+        elif node.target == ops.select_copy.int:
+            _select(node, module.graph, ops)
     module.graph.eliminate_dead_code()
     module.recompile()
     return bases.PassResult(module, True)
@@ -120,3 +132,16 @@ def _slice(node: Any, graph: Any, operator: Any) -> None:
             part = graph.call_function(operator, (x, axis, start, ends[number]))
         part.meta = dict(taken.meta)
         taken.replace_all_uses_with(part)
+
+
+def _select(node: Any, graph: Any, ops: Any) -> None:
+    """Write the choice of one place along an axis as a slice, and drop the axis by a view."""
+    x, axis, place = node.args
+    before, after = x.meta["val"], node.meta["val"]
+    if not all(isinstance(size, int) for size in (*before.shape, place)):
+        return
+    axis, place = axis % before.dim(), place % before.shape[axis]
+    with graph.inserting_before(node):
+        part = graph.call_function(ops.slice_copy.Tensor, (x, axis, place, place + 1))
+    part.meta = {**node.meta, "val": after.unsqueeze(axis)}
+    node.target, node.args = ops.view_copy.default, (part, [*after.shape])
