@@ -22,7 +22,13 @@ from backbones import train
 from backbones.train import write_digits
 
 # Enough on the digits; the large ones learn more from each image, and take longer over it.
-EPOCHS = {"convnext": 20, "cpubone": 10, "inception_next": 20, "overlock": 10}
+EPOCHS = {
+    "convnext": 20,
+    "cpubone": 10,
+    "inception_next": 20,
+    "overlock": 10,
+    "patchconvnet": 20,
+}
 OTHERS = 12
 
 
