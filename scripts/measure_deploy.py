@@ -20,7 +20,7 @@ import argparse
 import copy
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,27 +111,35 @@ def calibration_images(size: tuple[int, ...]) -> Tensor:
 
 
 def deployed(
-    name: str, model: nn.Module, size: tuple[int, ...], folder: Path, options: argparse.Namespace
+    name: str,
+    model: nn.Module,
+    wanted: Iterable[tuple[str, str]],
+    size: tuple[int, ...],
+    folder: Path,
+    threads: int,
 ) -> dict[str, Runner | str]:
-    """Return our runners by engine and precision; a string where one cannot be had."""
+    """Return our runners of engines and precisions; a string where one cannot be had.
+
+    Engines that lack a precision are passed over.
+    """
     found: dict[str, Runner | str] = {}
-    for precision in options.precisions:
-        for engine in (*ENGINES, *(["compile"] if options.compile else [])):
-            if precision not in backbones.engines.ENGINES[engine].precisions:
-                continue
-            try:
-                found[f"{engine} {precision}"] = backbones.deploy(
-                    model,
-                    engine=engine,
-                    precision=precision,
-                    threads=options.threads,
-                    input_size=size,
-                    calibration=calibration_images(size) if precision == "int8" else None,
-                    cache_dir=folder,
-                )
-            except BackbonesError as error:
-                found[f"{engine} {precision}"] = str(error)
-            print(f"  {name}: {engine} {precision} is ready", file=sys.stderr)
+    for engine, precision in wanted:
+        key = f"{engine} {precision}"
+        if key in found or precision not in backbones.engines.ENGINES[engine].precisions:
+            continue
+        try:
+            found[key] = backbones.deploy(
+                model,
+                engine=engine,
+                precision=precision,
+                threads=threads,
+                input_size=size,
+                calibration=calibration_images(size) if precision == "int8" else None,
+                cache_dir=folder,
+            )
+        except BackbonesError as error:
+            found[key] = str(error)
+        print(f"  {name}: {key} is ready", file=sys.stderr)
     return found
 
 
@@ -150,7 +158,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Times]:
                 compiled(x)
             forms["compile"] = compiled
         forms = {f"plain {key}": form for key, form in forms.items()}
-        forms |= deployed(name, model, size, place, options)
+        engines = (*ENGINES, *(["compile"] if options.compile else []))
+        wanted = [(engine, p) for p in options.precisions for engine in engines]
+        forms |= deployed(name, model, wanted, size, place, options.threads)
         running = {}
         for key, form in forms.items():
             if isinstance(form, str):

@@ -17,20 +17,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from measure_finetuning import smallest_members
 
 import backbones
 from backbones.engines import export, open_exported, processor, take_turns
 from backbones.errors import BackbonesError
-
-
-def smallest_of_each_family() -> list[str]:
-    """Return the member of each family with the fewest parameters."""
-    return [
-        min(
-            backbones.list_models(family=family), key=lambda name: backbones.model_info(name).params
-        )
-        for family in backbones.list_families()
-    ]
 
 
 def row(name: str, size: int, threads: int, int8: bool) -> str:
@@ -58,7 +49,9 @@ def row(name: str, size: int, threads: int, int8: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", help="(default: the smallest member of each family)")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -71,15 +64,11 @@ def main() -> None:
     head = ["model", "delegated", "ONNX Runtime", "ExecuTorch", "ratio"]
     head += ["int8", "ratio"] if args.int8 else []
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
-    for name in args.models or smallest_of_each_family():
+    for name in args.models or smallest_members():
         try:
             print(row(name, args.img_size, args.threads, args.int8), flush=True)
         except BackbonesError as error:
             print(f"| `{name}` | {error} |", flush=True)
-
-
-class _Plain(argparse.RawDescriptionHelpFormatter):
-    """Help with the lines of the text above."""
 
 
 if __name__ == "__main__":

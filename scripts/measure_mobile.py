@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure_deploy import calibration_images
+from measure_deploy import deployed
 
 import backbones
 from backbones.bench import Times
 from backbones.engines import ENGINES, Runner, processor, take_turns
-from backbones.errors import BackbonesError
 
 MODELS = (
     "cpubone_nano inception_next_atto lsnet_t convnext_atto unireplknet_a spartan_t hornet_tiny_7x7"
@@ -38,23 +37,13 @@ def runners(name: str, options: argparse.Namespace, folder: Path) -> dict[str, R
     model = backbones.create_model(name).eval()
     size = (3, options.size, options.size)
     wanted = [(e, p) for e in options.engines for p in options.precisions]
+    tried = deployed(name, model, [("onnxruntime", "fp32"), *wanted], size, folder, options.threads)
     found = {}
-    for engine, precision in [("onnxruntime", "fp32"), *wanted]:
-        key = f"{engine} {precision}"
-        if key in found or precision not in ENGINES[engine].precisions:
-            continue
-        try:
-            found[key] = backbones.deploy(
-                model,
-                engine=engine,
-                precision=precision,
-                threads=options.threads,
-                input_size=size,
-                calibration=calibration_images(size) if precision == "int8" else None,
-                cache_dir=folder,
-            )
-        except BackbonesError as error:
-            print(f"  {name}: no {key}: {error}", file=sys.stderr)
+    for key, runner in tried.items():
+        if isinstance(runner, str):
+            print(f"  {name}: no {key}: {runner}", file=sys.stderr)
+        else:
+            found[key] = runner
     return found
 
 
@@ -95,8 +84,10 @@ def main() -> int:
             turns = take_turns(found, x, warmup_s=0.5, seconds=options.seconds)
             times = {key: Times(one) for key, one in turns.items()}
             for key, one in times.items():
-                ratios = np.divide(one.turn_medians, times[BASELINE].turn_medians)
-                ratio = f"{np.median(ratios):.2f}" if BASELINE in times else "-"
+                ratio = "-"
+                if BASELINE in times:
+                    ratios = np.divide(one.turn_medians, times[BASELINE].turn_medians)
+                    ratio = f"{np.median(ratios):.2f}"
                 engine, precision = key.split()
                 cells = f"`{name}`", engine, precision, f"{one.median:.2f}", ratio
                 print("| " + " | ".join((*cells, megabytes(found[key]))) + " |", flush=True)

@@ -22,20 +22,13 @@ from typing import Any
 
 import timm
 import torch
+from measure_finetuning import smallest_members
 from torch import nn
 
 import backbones
 from backbones.bench import examine
 
 LAST = torch.channels_last
-
-
-def smallest_members() -> list[str]:
-    """Return the variant with the fewest parameters of each family."""
-    return [
-        min(backbones.list_models(family=family), key=lambda n: backbones.model_info(n).params)
-        for family in backbones.list_families()
-    ]
 
 
 def timms_class(name: str) -> nn.Module | None:
