@@ -14,6 +14,7 @@ from backbones.cli.opening import (
 )
 from backbones.cli.parsing import command, positive, tell
 from backbones.engines import (
+    INPUT_LAYOUTS,
     FormatConfig,
     LiteRtConfig,
     OnnxConfig,
@@ -76,7 +77,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--input-layout",
-        choices=("nhwc", "nchw"),
+        choices=INPUT_LAYOUTS,
         help="order of a LiteRT file's input (default: nhwc, as programs for phones have images)",
     )
     parser.add_argument(

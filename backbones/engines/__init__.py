@@ -5,7 +5,7 @@ from backbones.engines.deploying import Candidate, DeployReport, deploy
 from backbones.engines.executorch import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
 from backbones.engines.formats import FormatConfig
-from backbones.engines.litert import LiteRtConfig
+from backbones.engines.litert import INPUT_LAYOUTS, LiteRtConfig
 from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner
 from backbones.engines.openvino import OpenVinoConfig
 from backbones.engines.preparation import PRECISIONS, check_input_size, input_size_of
@@ -25,6 +25,7 @@ from backbones.engines.web import WebConfig
 
 __all__ = [
     "ENGINES",
+    "INPUT_LAYOUTS",
     "PRECISIONS",
     "Agreement",
     "AotiConfig",

@@ -18,9 +18,9 @@ from backbones.engines.runners import explained
 from backbones.errors import ConfigError
 from backbones.optional import optional_import
 
-__all__ = ["LAYOUTS", "LiteRtConfig", "to_litert"]
+__all__ = ["INPUT_LAYOUTS", "LiteRtConfig", "to_litert"]
 
-LAYOUTS = ("nhwc", "nchw")
+INPUT_LAYOUTS = ("nhwc", "nchw")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class LiteRtConfig(FormatConfig):
     images: int = 1
 
     def __post_init__(self) -> None:
-        if self.input_layout not in LAYOUTS:
-            raise ConfigError(f"no layout {self.input_layout!r}; there are {', '.join(LAYOUTS)}")
+        if self.input_layout not in INPUT_LAYOUTS:
+            raise ConfigError(
+                f"no layout {self.input_layout!r}; there are {', '.join(INPUT_LAYOUTS)}"
+            )
         if type(self.images) is not int or self.images < 1:
             raise ConfigError(f"no file for {self.images!r} images; give 1 or more")
 
