@@ -11,9 +11,9 @@ import backbones
 from backbones.engines import export
 from backbones.engines.executorch import forms
 from backbones.engines.executorch.forms import (
+    DecomposedNorm,
+    DecomposedResponseNorm,
     DepthwiseSum,
-    ElementaryNorm,
-    ElementaryResponseNorm,
     for_xnnpack,
     progressions,
 )
@@ -135,7 +135,7 @@ def test_norms_are_arithmetic_on_whole_maps(norm, shape):
         found = for_xnnpack(nn.Sequential(norm)).double()
         # without parameters the type of the model is not known, and is float32
         assert relative(found(x), norm(x)) < (1e-12 if norm.weight is not None else 1e-6)
-    assert type(found[0]) is ElementaryNorm
+    assert type(found[0]) is DecomposedNorm
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -145,7 +145,7 @@ def test_response_norms_are_means(last):
     (found,) = for_xnnpack(nn.Sequential(norm))
     with torch.no_grad():
         assert relative(found(x), norm(x)) < 1e-12
-    assert type(found) is (GlobalResponseNorm if last else ElementaryResponseNorm)
+    assert type(found) is (GlobalResponseNorm if last else DecomposedResponseNorm)
 
 
 def test_a_norm_over_two_axes_stays():

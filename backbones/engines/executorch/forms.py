@@ -14,20 +14,18 @@ import torch
 from timm.layers import GroupNorm1, LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
-from backbones.engines.rewrites import depthwise, rewrite_for_graphs
+from backbones.engines.rewrites import TAPS, depthwise, is_large_depthwise, rewrite_for_graphs
 from backbones.families.unireplknet import CenteredNorm2d
 from backbones.layers import GlobalResponseNorm
 
 __all__ = [
     "ChannelMean",
+    "DecomposedNorm",
+    "DecomposedResponseNorm",
     "DepthwiseSum",
-    "ElementaryNorm",
-    "ElementaryResponseNorm",
     "for_xnnpack",
     "progressions",
 ]
-
-TAPS = 25  # of the largest depthwise kernel
 
 
 def for_xnnpack(model: nn.Module) -> nn.Module:
@@ -69,7 +67,7 @@ class ChannelMean(nn.Module):
         return self.mean(x)
 
 
-class ElementaryNorm(nn.Module):
+class DecomposedNorm(nn.Module):
     """A norm over channels, with `whole` also over positions, by arithmetic on whole maps.
 
     It takes over the parameters of `norm`; `centered` says that the mean is zero already.
@@ -110,7 +108,7 @@ def _channels_of(norm: Any) -> int:
     return len(norm.weight)
 
 
-class ElementaryResponseNorm(nn.Module):
+class DecomposedResponseNorm(nn.Module):
     """A global response norm of maps (B, C, H, W) by means; it takes over the parameters."""
 
     weight: Tensor
@@ -134,12 +132,12 @@ class ElementaryResponseNorm(nn.Module):
 
 def _response_norm(norm: GlobalResponseNorm) -> nn.Module:
     """Return a response norm of maps in plain operations; one with the channels last as it is."""
-    return norm if norm.channel_axis == -1 else ElementaryResponseNorm(norm)
+    return norm if norm.channel_axis == -1 else DecomposedResponseNorm(norm)
 
 
 def _of_last_axis(norm: nn.LayerNorm) -> nn.Module:
     """Return a layer norm over the last axis in plain operations; one over more as it is."""
-    return ElementaryNorm(norm, maps=False) if len(norm.normalized_shape) == 1 else norm
+    return DecomposedNorm(norm, maps=False) if len(norm.normalized_shape) == 1 else norm
 
 
 class DepthwiseSum(nn.Module):
@@ -164,14 +162,13 @@ class DepthwiseSum(nn.Module):
 
 def _split_depthwise(conv: nn.Conv2d) -> nn.Module:
     """Return a convolution, a large depthwise one as a sum of small ones."""
-    height, width = map(int, conv.kernel_size)
-    single = conv.groups == conv.in_channels == conv.out_channels > 1
-    if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or set(conv.dilation) != {1}:
+    if not is_large_depthwise(conv) or set(conv.dilation) != {1}:
         return conv
     # A part of a kernel that is padded less would begin beyond the map's border.
-    above, left = conv.padding
+    height, width = conv.kernel_size
+    above, left = (int(pad) for pad in conv.padding)
     padded = 2 * above >= height - 1 and 2 * left >= width - 1
-    return DepthwiseSum(conv) if single and padded and height * width > TAPS else conv
+    return DepthwiseSum(conv) if padded else conv
 
 
 def _parts(conv: nn.Conv2d) -> Iterator[nn.Conv2d]:
@@ -226,10 +223,10 @@ def progressions(count: int, most: int) -> list[range]:
 
 _FORMS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Conv2d: _split_depthwise,
-    LayerNorm2d: ElementaryNorm,
-    CenteredNorm2d: lambda norm: ElementaryNorm(norm, centered=True),
+    LayerNorm2d: DecomposedNorm,
+    CenteredNorm2d: lambda norm: DecomposedNorm(norm, centered=True),
     GlobalResponseNorm: _response_norm,
-    GroupNorm1: lambda norm: ElementaryNorm(norm, whole=True),
+    GroupNorm1: lambda norm: DecomposedNorm(norm, whole=True),
     LayerNorm: _of_last_axis,
     nn.LayerNorm: _of_last_axis,
 }

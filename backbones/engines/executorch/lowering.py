@@ -68,7 +68,7 @@ def _program(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> An
         return program
     with explained(f"{path.name}: XNNPACK's quantizer cannot quantize it"):
         model = quantized(program, conversion)
-    return with_plain_attention(traced(dataclasses.replace(plain, model=model), limits))
+    return traced(dataclasses.replace(plain, model=model), limits)
 
 
 def _contiguous(conversion: Conversion) -> Conversion:

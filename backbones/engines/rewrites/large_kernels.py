@@ -9,7 +9,9 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["TAPS", "TiledConv2d", "split_large_kernels"]
+from backbones.engines.rewrites.convolutions import depthwise
+
+__all__ = ["TAPS", "TiledConv2d", "is_large_depthwise", "split_large_kernels"]
 
 TAPS = 25
 
@@ -33,12 +35,9 @@ class TiledConv2d(nn.Module):
         parts: list[nn.Module] = []
         for row in range(0, height, rows):
             for column in range(0, width, columns):
-                part = copy.deepcopy(conv)
-                weight = conv.weight.detach()[..., row : row + rows, column : column + columns]
-                part.weight = nn.Parameter(weight.clone())
+                weight = conv.weight[..., row : row + rows, column : column + columns]
+                part = depthwise(conv, weight, None if parts else conv.bias)
                 part.kernel_size, part.padding = tuple(weight.shape[2:]), (0, 0)
-                if parts:
-                    part.bias = None
                 parts.append(part)
                 last_row, last_column = row + weight.shape[2] - 1, column + weight.shape[3] - 1
                 self.spans.append(
@@ -63,17 +62,17 @@ def split_large_kernels(model: nn.Module, taps: int = TAPS) -> nn.Module:
     model = copy.deepcopy(model)
     for module in [*model.modules()]:
         for name, child in module.named_children():
-            if type(child) is nn.Conv2d and _is_large(child, taps):
+            if type(child) is nn.Conv2d and is_large_depthwise(child, taps):
                 module._modules[name] = TiledConv2d(child, taps)
     return model
 
 
-def _is_large(conv: nn.Conv2d, taps: int) -> bool:
-    """Tell whether a convolution is depthwise, has more taps, and pads plainly."""
+def is_large_depthwise(conv: nn.Conv2d, taps: int = TAPS) -> bool:
+    """Tell whether a convolution is depthwise, has more taps, and pads with zeros, by numbers."""
     height, width = conv.kernel_size
-    depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
+    single = conv.groups == conv.in_channels == conv.out_channels > 1
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return depthwise and plain and height * width > taps
+    return single and plain and height * width > taps
 
 
 def _tile(height: int, width: int, taps: int) -> tuple[int, int]:
