@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -157,14 +158,21 @@ def test_no_package_shares_a_name_with_a_public_function():
 def test_import_is_quiet_and_costs_little_more_than_timm():
     program = """
 import json, sys, time
-start = time.perf_counter(); import timm; middle = time.perf_counter()
-import backbones; end = time.perf_counter()
+start = time.process_time(); import timm; middle = time.process_time()
+import backbones; end = time.process_time()
 heavy = ["onnx", "onnxruntime", "sklearn", "matplotlib", "openvino", "pandas", "scipy"]
 print(json.dumps([middle - start, end - middle, [m for m in heavy if m in sys.modules]]))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stderr == ""
-    of_timm, ours, heavy = json.loads(result.stdout)
-    assert heavy == []
-    # a ratio, as machines are noisy: half a second beside timm's three to four
-    assert ours < 0.15 * of_timm
+    # timm's modules were compiled by pip, ours by the first of these runs
+    variables = {key: os.environ[key] for key in os.environ if key != "PYTHONDONTWRITEBYTECODE"}
+    ratios = []
+    for _ in range(3):
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=variables
+        )
+        assert result.stderr == ""
+        of_timm, ours, heavy = json.loads(result.stdout)
+        assert heavy == []
+        ratios.append(ours / of_timm)
+    # a ratio, as machines are noisy
+    assert min(ratios[1:]) < 0.15
