@@ -46,8 +46,8 @@ def benchmark(
             weights unless its released ones are on this machine; time does not depend on them.
         checkpoint: weights for the model named.
         overrides: further arguments of `create_model`, such as ``num_classes``.
-        engines: of ``eager``, ``compile``, ``onnxruntime``, ``openvino``, ``litert`` and
-            ``executorch``; None for those that are installed; ``["published"]`` for none.
+        engines: of ``eager``, ``compile``, ``onnxruntime``, ``openvino``, ``ncnn``, ``litert``
+            and ``executorch``; None for those that are installed; ``["published"]`` for none.
         precisions: of ``fp32``, ``bf16``, ``fp16`` and ``int8``. What an engine cannot do is a row
             with the reason.
         batch_size: images a call.

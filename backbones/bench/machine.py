@@ -25,6 +25,7 @@ LIBRARIES = (
     "openvino",
     "executorch",
     "ai-edge-litert",
+    "ncnn",
 )
 SIDES = (512, 1024, 2048)
 LONGEST_S = 0.5  # a product that would take longer is not tried: the smaller one is large enough

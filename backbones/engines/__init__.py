@@ -6,6 +6,7 @@ from backbones.engines.executorch import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
 from backbones.engines.formats import FormatConfig
 from backbones.engines.litert import INPUT_LAYOUTS, LiteRtConfig
+from backbones.engines.ncnn import NcnnConfig
 from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner
 from backbones.engines.openvino import OpenVinoConfig
 from backbones.engines.preparation import PRECISIONS, check_input_size, input_size_of
@@ -35,6 +36,7 @@ __all__ = [
     "ExportReport",
     "FormatConfig",
     "LiteRtConfig",
+    "NcnnConfig",
     "OnnxConfig",
     "OnnxRuntimeRunner",
     "OpenVinoConfig",

@@ -110,8 +110,8 @@ def deploy(
     Args:
         model: images (B, C, H, W) to logits; stays as it is. Of a wrapper (compiled, data parallel,
             averaged) the model that it holds.
-        engine: ``onnxruntime``, ``openvino``, ``eager``, ``litert``, ``executorch`` or ``compile``;
-            several of them to choose from; or ``auto`` for all that are installed.
+        engine: ``onnxruntime``, ``openvino``, ``eager``, ``ncnn``, ``litert``, ``executorch``
+            or ``compile``; several of them to choose from; or ``auto`` for all that are installed.
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8``; or ``auto``: the fastest of those that
             name the same class as fp32 for at least 99 % of `calibration`.
         threads: threads of one call; None for PyTorch's number.

@@ -3,7 +3,7 @@
 from os import PathLike
 from pathlib import Path
 
-from backbones.engines import executorch, litert, onnx, openvino, pytorch, web
+from backbones.engines import executorch, litert, ncnn, onnx, openvino, pytorch, web
 from backbones.engines.formats import Format, FormatConfig
 from backbones.engines.runners import Engine, Runner
 from backbones.errors import UnsupportedError, nearest
@@ -28,6 +28,7 @@ FORMATS = {
         pytorch.AOTI,
         executorch.FORMAT,
         litert.FORMAT,
+        ncnn.FORMAT,
         web.FORMAT,
     )
 }
@@ -38,6 +39,7 @@ ENGINES = {
         onnx.ENGINE,
         openvino.ENGINE,
         pytorch.EAGER,
+        ncnn.ENGINE,
         litert.ENGINE,
         executorch.ENGINE,
         pytorch.COMPILE,

@@ -23,7 +23,7 @@ _FIRST_BATCH = 8  # engines and streams are compared at it
 _BATCHES = (1, 2, 4, 16, 32)
 _SECONDS = 0.5  # of a measurement
 # Made for phones: threads are the process's, or calls take turns and a file has one batch size.
-_PASSED_OVER = ("executorch", "litert")
+_PASSED_OVER = ("executorch", "litert", "ncnn")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ module that computes the same by other operations and may use up the block, or t
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from timm.layers import GroupNorm1, LayerNorm2d
@@ -66,7 +66,9 @@ REWRITES: Mapping[type[nn.Module], Rewrite] = {
 }
 
 
-def rewrite_for_graphs(model: nn.Module, *, decompose: bool = False) -> nn.Module:
+def rewrite_for_graphs(
+    model: nn.Module, *, decompose: bool | Collection[type[nn.Module]] = False
+) -> nn.Module:
     """Return a copy of a re-parameterized model whose blocks graph engines run faster.
 
     A model that is not re-parameterized, or holds no backbone of this package, is returned as it
@@ -74,13 +76,15 @@ def rewrite_for_graphs(model: nn.Module, *, decompose: bool = False) -> nn.Modul
 
     Args:
         model: in eval mode; stays as it is.
-        decompose: also write norms over channels and the choice of a channel in plain operations.
-            OpenVINO would move the data into other layouts for them; ONNX Runtime has fast kernels.
+        decompose: also write norms over channels and the choice of a channel in plain operations,
+            or those of certain types of blocks. OpenVINO would move the data into other layouts for
+            them; ONNX Runtime has fast kernels.
     """
     parts = [part for _, part in backbones_in(model)]
     if not parts or not all(part.deployed for part in parts):
         return model
-    return _rewrite_children(copy.deepcopy(model), decompose)
+    plain = decompose if isinstance(decompose, Collection) else REWRITES if decompose else ()
+    return _rewrite_children(copy.deepcopy(model), plain)
 
 
 def rewrite_block(block: nn.Module, decompose: bool) -> nn.Module:
@@ -89,10 +93,10 @@ def rewrite_block(block: nn.Module, decompose: bool) -> nn.Module:
     return block if rewrite is None else rewrite(block, decompose)
 
 
-def _rewrite_children(module: nn.Module, decompose: bool) -> nn.Module:
+def _rewrite_children(module: nn.Module, decompose: Collection[type[nn.Module]]) -> nn.Module:
     """Rewrite from the outside in, what takes a block's place included."""
     for name, child in module.named_children():
-        child = rewrite_block(child, decompose)
+        child = rewrite_block(child, type(child) in decompose)
         module._modules[name] = child
         _rewrite_children(child, decompose)
     return module
