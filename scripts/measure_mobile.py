@@ -65,7 +65,11 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="*", help="default: nine models")
     parser.add_argument(
-        "--engines", nargs="+", default=["onnxruntime", "litert", "ncnn"], choices=ENGINES, metavar="ENGINE"
+        "--engines",
+        nargs="+",
+        default=["onnxruntime", "litert", "ncnn"],
+        choices=ENGINES,
+        metavar="ENGINE",
     )
     parser.add_argument("--precisions", nargs="+", default=["fp32"], help="(default: fp32)")
     parser.add_argument("--size", type=int, default=224, help="height and width (%(default)s)")

@@ -17,6 +17,7 @@ from backbones.bench.pareto import (
 )
 from backbones.bench.report import BenchReport, Row
 from backbones.bench.statistics import Times, certain
+from backbones.bench.throughput import ThroughputReport, ThroughputRow, throughput
 
 __all__ = [
     "BenchReport",
@@ -27,6 +28,8 @@ __all__ = [
     "ParetoFront",
     "ParetoRow",
     "Row",
+    "ThroughputReport",
+    "ThroughputRow",
     "Times",
     "benchmark",
     "certain",
@@ -37,6 +40,7 @@ __all__ = [
     "front_as_dict",
     "measure",
     "parse_budget",
+    "throughput",
     "within",
     "write_front",
 ]

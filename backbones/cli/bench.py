@@ -24,11 +24,12 @@ def add_parser(commands: Any) -> None:
         commands,
         "bench",
         _run,
-        "measure latency on this machine",
+        "measure latency or throughput on this machine",
         "backbones bench convnext_atto --engines eager,onnxruntime --precisions fp32,bf16",
         "backbones bench model_best.safetensors --threads 2",
         "backbones bench --front 'lsnet*' 'cpubone*' --output front",
         "backbones bench --budget 10ms",
+        "backbones bench lsnet_t --throughput",
     )
     add_model(parser, also="; for a front also a pattern of names", names=False, nargs="*")
     parser.add_argument(
@@ -46,11 +47,21 @@ def add_parser(commands: Any) -> None:
         accepts=lambda word: {*_listed([word])} <= {*PRECISIONS},
         help=f"{', '.join(PRECISIONS)} (default: fp32)",
     )
-    parser.add_argument("-b", "--batch-size", type=positive, default=1, help="(default: 1)")
+    parser.add_argument(
+        "-b",
+        "--batch-size",
+        type=positive,
+        help="(default: 1; for --throughput the best of each engine)",
+    )
     parser.add_argument("--threads", type=positive, help="(default: PyTorch's)")
     add_size(parser)
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="timed seconds a configuration (default: 2)"
+    )
+    parser.add_argument(
+        "--throughput",
+        action="store_true",
+        help="images a second, each engine with the batch size and streams that suit it best",
     )
     parser.add_argument(
         "--front",
@@ -67,6 +78,8 @@ def add_parser(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Print what was measured; exit code 1 where nothing was, or no model keeps to the budget."""
+    if args.throughput and (args.front or args.budget is not None):
+        raise ConfigError("--throughput does not go with --front and --budget, which are latency")
     return _front(args) if args.front or args.budget is not None else _benchmark(args)
 
 
@@ -80,7 +93,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     reports = []
     with Bar() as bar:
         for model in args.model:
-            report = bench.benchmark(
+            measure = bench.throughput if args.throughput else bench.benchmark
+            report = measure(
                 args.name or model,
                 checkpoint=model if args.name else None,
                 overrides=_overrides(args, model),
@@ -144,7 +158,7 @@ def _front(args: argparse.Namespace) -> int:
 
 def _conditions(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "batch_size": args.batch_size,
+        "batch_size": args.batch_size if args.throughput else args.batch_size or 1,
         "threads": args.threads,
         "input_size": asked_size(args),
         "seconds": args.seconds,

@@ -19,7 +19,13 @@ from backbones.engines.targets import (
     file_suffixes,
     open_exported,
 )
-from backbones.engines.throughput import Setting, ThroughputRunner, deploy_for_throughput
+from backbones.engines.throughput import (
+    Setting,
+    StreamedRunner,
+    ThroughputRunner,
+    deploy_for_throughput,
+    throughput_engines,
+)
 from backbones.engines.timing import settle, take_turns, timed, timed_for, torch_threads
 from backbones.engines.verification import Agreement, compare
 from backbones.engines.web import WebConfig
@@ -43,6 +49,7 @@ __all__ = [
     "Pt2Config",
     "Runner",
     "Setting",
+    "StreamedRunner",
     "ThroughputRunner",
     "WebConfig",
     "available_engines",
@@ -59,6 +66,7 @@ __all__ = [
     "processor",
     "settle",
     "take_turns",
+    "throughput_engines",
     "timed",
     "timed_for",
     "torch_threads",

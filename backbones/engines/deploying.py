@@ -10,32 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
-from backbones.engines.caching import content_key, read_choice, write_choice
-from backbones.engines.exporting import export
+from backbones.engines.caching import read_choice, write_choice
 from backbones.engines.preparation import (
     PRECISIONS,
     Images,
-    input_size_of,
-    load_images,
     random_input,
-    reparameterized_copy,
 )
+from backbones.engines.requesting import add_facts, request_of
 from backbones.engines.runners import Deployment, Runner
-from backbones.engines.targets import ENGINES, available_engines, find_engine
+from backbones.engines.targets import ENGINES
+from backbones.engines.throughput import StreamedRunner, deploy_for_throughput
 from backbones.engines.timing import take_turns
 from backbones.engines.verification import Agreement, as_list, compare, run_model
 from backbones.errors import BackbonesError, ConfigError
-from backbones.factory import label_names
-from backbones.images import fit_channels
-from backbones.wrappers import unwrapped
 
-__all__ = ["Candidate", "DeployReport", "deploy", "request_of"]
+__all__ = ["Candidate", "DeployReport", "deploy"]
 
 LEAST_AGREEMENT = 0.99  # of the top-1 classes, for a lower precision to be chosen by itself
 TIME_LIMIT = 180.0
+HINTS = ("latency", "throughput")
 
 
 @dataclass(frozen=True)
@@ -95,13 +90,18 @@ def deploy(
     precision: str = "fp32",
     threads: int | None = None,
     input_size: Sequence[int] | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
+    hint: str = "latency",
     calibration: Images | None = None,
     cache_dir: str | PathLike[str] | None = None,
     time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
 ) -> Runner:
     """Return a model as a callable that is fast here: merged, laid out, in the engine that wins.
+
+    With ``hint="throughput"`` images a second count rather than the soonest answer: engine, batch
+    size, streams and threads are chosen by measurement, and a call cuts its images into batches
+    that run side by side.
 
     ``auto`` starts every installed engine, lets them take turns, takes the one with the lowest
     median and remembers it. fp32 is fp32: no engine may lower it. Files of engines are kept by the
@@ -116,7 +116,9 @@ def deploy(
             name the same class as fp32 for at least 99 % of `calibration`.
         threads: threads of one call; None for PyTorch's number.
         input_size: ([channels,] height, width) to measure and calibrate at; None for the model's.
-        batch_size: images of a call to measure at; other numbers work too.
+        batch_size: images of a call to measure at; other numbers work too. None for 1, or for the
+            best with ``hint="throughput"``.
+        hint: ``latency`` or ``throughput``.
         calibration: real images: a folder, or a normalized batch (N, C, H, W). int8 and ``auto``
             precision need them; others report agreement on them instead of on random images.
         cache_dir: where files are kept; None for ``backbones/engines`` in PyTorch's cache.
@@ -124,16 +126,32 @@ def deploy(
         progress: takes a line before each engine.
 
     Returns:
-        A runner, warm; ``runner.report`` is a :class:`DeployReport`. It may be called from several
-        threads, and takes tensors and arrays.
+        A runner, warm; ``runner.report`` is a :class:`DeployReport`, or the :class:`Setting` for
+        throughput. It may be called from several threads, and takes tensors and arrays.
 
     Raises:
         UnsupportedError: no such engine, or it cannot do this precision.
         MissingDependencyError: the engine's package is not installed.
-        ConfigError: no such precision or input size, images are missing, or ``auto`` found no
+        ConfigError: no such precision, hint or input size, images are missing, or ``auto`` found no
             engine.
         ExportError: the model cannot be converted, or does not compute the same there.
     """
+    if hint not in HINTS:
+        raise ConfigError(f"no hint {hint!r}; there are {', '.join(HINTS)}")
+    if hint == "throughput":
+        found = deploy_for_throughput(
+            model,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            batch_size=batch_size,
+            input_size=input_size,
+            calibration=calibration,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+        return StreamedRunner(found)
+    batch_size = 1 if batch_size is None else batch_size
     names, deployment = request_of(
         model, engine, precision, threads, input_size, batch_size, calibration, cache_dir
     )
@@ -171,64 +189,10 @@ def deploy(
         if several:
             write_choice(deployment.folder, request, report.as_dict())
     chosen.report = report
-    chosen.metadata = _facts(deployment) | {k: v for k, v in chosen.metadata.items() if v}
+    add_facts(chosen, deployment)
     for _ in range(3):
         chosen(deployment.example)
     return chosen
-
-
-def _facts(deployment: Deployment) -> dict[str, Any]:
-    """Return what a runner says of its model, though no file of it does: input and classes."""
-    model, size = deployment.model, deployment.size
-    config = {**resolve_model_data_config(model), "input_size": size}
-    return {"input": fit_channels(config, size[0]), "classes": label_names(model)}
-
-
-def request_of(
-    model: nn.Module,
-    engine: str | Sequence[str],
-    precision: str,
-    threads: int | None,
-    input_size: Sequence[int] | None,
-    batch_size: int,
-    calibration: Images | None,
-    cache_dir: str | PathLike[str] | None,
-) -> tuple[list[str], Deployment]:
-    """Return the engines asked for, and what they are to start; arguments are those of `deploy`."""
-    if precision not in (*PRECISIONS, "auto"):
-        raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}, auto")
-    if engine == "auto":
-        names = available_engines()
-    else:
-        names = [engine] if isinstance(engine, str) else list(engine)
-    if not names:
-        raise ConfigError("name at least one engine, or 'auto'")
-    for name in names:
-        find_engine(name)
-    if batch_size < 1 or (threads is not None and threads < 1):
-        raise ConfigError("threads and batch_size must be at least 1")
-    if calibration is None and precision in ("int8", "auto"):
-        raise ConfigError(
-            f"precision {precision!r} needs real images; pass calibration=FOLDER or a tensor"
-        )
-    model = unwrapped(model)
-    size = input_size_of(model, input_size)
-    data_config = fit_channels({**resolve_model_data_config(model), "input_size": size}, size[0])
-    images = None if calibration is None else load_images(calibration, data_config)
-    clone = reparameterized_copy(model)
-    folder = Path(cache_dir or Path(torch.hub.get_dir(), "backbones", "engines"))
-    deployment = Deployment(
-        model=clone,
-        size=size,
-        batch_size=batch_size,
-        precision=precision,
-        threads=threads or torch.get_num_threads(),
-        folder=folder / content_key(clone, size, images),
-        export=export,
-        images=images,
-    )
-    deployment.folder.mkdir(parents=True, exist_ok=True)
-    return names, deployment
 
 
 Runners = dict[tuple[str, str], Runner]  # by engine and precision

@@ -7,17 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from backbones.engines.caching import read_choice, write_choice
-from backbones.engines.deploying import request_of
 from backbones.engines.preparation import PRECISIONS, Images, random_input
+from backbones.engines.requesting import add_facts, request_of
 from backbones.engines.runners import Deployment, Runner
-from backbones.engines.targets import ENGINES
-from backbones.engines.verification import TOLERANCE, compare, run_model
+from backbones.engines.targets import ENGINES, available_engines
+from backbones.engines.verification import TOLERANCE, as_list, compare, run_model
 from backbones.errors import BackbonesError, ConfigError, ExportError
 
-__all__ = ["Setting", "ThroughputRunner", "deploy_for_throughput"]
+__all__ = [
+    "Setting",
+    "StreamedRunner",
+    "ThroughputRunner",
+    "deploy_for_throughput",
+    "throughput_engines",
+]
 
 _FIRST_BATCH = 8  # engines and streams are compared at it
 _BATCHES = (1, 2, 4, 16, 32)
@@ -51,12 +58,41 @@ class Setting:
 class ThroughputRunner:
     """A runner, to be called from as many threads as the setting has streams.
 
-    `key` is a digest of the model's weights, structure and code.
+    `key` is a digest of the model's weights, structure and code; `size` is that of the images,
+    (C, H, W).
     """
 
     runner: Runner
     setting: Setting
     key: str
+    size: tuple[int, ...]
+
+    def images_per_second(self, seconds: float) -> float:
+        """Measure all streams for some seconds, after one call of each."""
+        return _measured(self.runner, self.size, self.setting, seconds)
+
+
+class StreamedRunner(Runner):
+    """Any number of images a call: batches of them run side by side, as the setting says."""
+
+    def __init__(self, found: ThroughputRunner) -> None:
+        inner, setting = found.runner, found.setting
+        super().__init__(
+            inner.what,
+            inner.shape,
+            threads=setting.threads * setting.streams,
+            raw=inner.raw,
+            metadata=inner.metadata,
+        )
+        self.engine, self.layout, self.precision = inner.engine, inner.layout, inner.precision
+        self.report = setting
+        self._inner, self._batch_size = inner, setting.batch_size
+        self._streams = ThreadPoolExecutor(setting.streams)
+
+    def infer(self, x: Tensor) -> Sequence[Tensor]:
+        """Run all batches; the last one may be smaller."""
+        parts = [*self._streams.map(self._inner, x.split(self._batch_size))]
+        return [torch.cat(outputs) for outputs in zip(*map(as_list, parts))]
 
 
 def deploy_for_throughput(
@@ -99,7 +135,7 @@ def deploy_for_throughput(
     )
     key = deployment.folder.name
     if engine == "auto":
-        names = [n for n in names if not ENGINES[n].slow and n not in _PASSED_OVER]
+        names = throughput_engines()
     request = {
         "throughput": names,
         "precision": precision,
@@ -109,10 +145,18 @@ def deploy_for_throughput(
     if setting is None and (found := read_choice(deployment.folder, request)):
         setting = Setting(**found)
     if setting is not None:
-        return ThroughputRunner(_start(deployment, setting), setting, key)
-    runner, setting = _search(deployment, names, batch_size, progress or (lambda line: None))
-    write_choice(deployment.folder, request, dataclasses.asdict(setting))
-    return ThroughputRunner(runner, setting, key)
+        runner = _start(deployment, setting)
+    else:
+        runner, setting = _search(deployment, names, batch_size, progress or (lambda line: None))
+        write_choice(deployment.folder, request, dataclasses.asdict(setting))
+    add_facts(runner, deployment)
+    return ThroughputRunner(runner, setting, key, deployment.size)
+
+
+def throughput_engines() -> list[str]:
+    """Return the installed engines that ``auto`` chooses from when images a second count."""
+    names = available_engines()
+    return [name for name in names if not ENGINES[name].slow and name not in _PASSED_OVER]
 
 
 def _search(
@@ -151,11 +195,9 @@ def _best(
         except BackbonesError as error:
             problems.append(f"{setting.engine}: {error}")
             continue
-        setting = dataclasses.replace(
-            setting, images_per_second=_measured(runner, deployment, setting)
-        )
-        if best is None or setting.images_per_second > (best[1].images_per_second or 0):  # type: ignore[operator]
-            best = runner, setting
+        found = _measured(runner, deployment.size, setting, _SECONDS)
+        if best is None or found > (best[1].images_per_second or 0.0):
+            best = runner, dataclasses.replace(setting, images_per_second=found)
     return best
 
 
@@ -180,9 +222,9 @@ def _check(deployment: Deployment, runner: Runner, setting: Setting) -> None:
         raise ExportError(f"does not compute what the model computes (relative error {error:.1e})")
 
 
-def _measured(runner: Runner, deployment: Deployment, setting: Setting) -> float:
+def _measured(runner: Runner, size: tuple[int, ...], setting: Setting, seconds: float) -> float:
     """Return the images a second of a setting, after one call of each stream."""
-    x = random_input((setting.batch_size, *deployment.size))
+    x = random_input((setting.batch_size, *size))
 
     def calls(seconds: float) -> int:
         end, count = time.perf_counter() + seconds, 0
@@ -194,5 +236,5 @@ def _measured(runner: Runner, deployment: Deployment, setting: Setting) -> float
     with ThreadPoolExecutor(setting.streams) as pool:
         list(pool.map(calls, [0.0] * setting.streams))
         began = time.perf_counter()
-        done = sum(pool.map(calls, [_SECONDS] * setting.streams))
+        done = sum(pool.map(calls, [seconds] * setting.streams))
         return done * setting.batch_size / (time.perf_counter() - began)

@@ -12,7 +12,7 @@ from small_models import small
 from torch import nn
 
 import backbones
-from backbones.engines import available_engines, deploy, deploying
+from backbones.engines import available_engines, deploy, requesting
 from backbones.engines.caching import _code_digest, content_key
 from backbones.errors import ConfigError, InputSizeError, UnsupportedError
 
@@ -95,7 +95,7 @@ def test_the_fastest_is_chosen_and_remembered(model, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("nothing is to be exported again")
 
-    monkeypatch.setattr(deploying, "export", refuse)
+    monkeypatch.setattr(requesting, "export", refuse)
     again = deploy(model, engine=QUICK, input_size=SIZE, cache_dir=tmp_path, threads=1)
     assert again.report.remembered
     assert again.engine == first.engine
@@ -277,3 +277,49 @@ def test_other_numbers_of_images_work_beside_the_one_measured(model, engine, tmp
     for count in (2, 5, 2, 1, 5):
         x = images(count, seed=count)
         torch.testing.assert_close(runner(x), outputs(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 5, 17])
+def test_throughput_takes_any_number_of_images(model, count, streamed):
+    x = images(count)
+    torch.testing.assert_close(streamed(x), outputs(model, x), rtol=1e-4, atol=1e-4)
+    assert isinstance(streamed(x.numpy()), np.ndarray)
+    with pytest.raises(InputSizeError):
+        streamed(x[0])
+
+
+@pytest.fixture(scope="module")
+def streamed(model, tmp_path_factory):
+    return deploy(
+        model,
+        hint="throughput",
+        engine="onnxruntime",
+        batch_size=2,
+        threads=2,
+        input_size=SIZE,
+        cache_dir=tmp_path_factory.mktemp("throughput"),
+    )
+
+
+def test_throughput_says_its_setting(streamed):
+    setting = streamed.report
+    assert (setting.engine, setting.precision, setting.batch_size) == ("onnxruntime", "fp32", 2)
+    assert setting.images_per_second > 0
+    assert streamed.engine == "onnxruntime" and streamed.threads == 2
+    assert [*streamed.metadata["input"]["input_size"]] == [*SIZE]
+
+
+def test_throughput_of_all_maps(tmp_path):
+    model = backbones.create_model(
+        "convnext_atto", features_only=True, depths=[1] * 4, dims=[8, 16, 24, 32]
+    ).eval()
+    options = {"engine": "eager", "batch_size": 2, "threads": 1, "input_size": SIZE}
+    runner = deploy(model, hint="throughput", cache_dir=tmp_path, **options)
+    x = images(3)
+    for found, expected in zip(runner(x), outputs(model, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_hint_is_refused(model):
+    with pytest.raises(ConfigError, match="no hint 'fast'; there are latency, throughput"):
+        deploy(model, hint="fast")

@@ -18,7 +18,7 @@ from tiers import shallow, smallest_of_each_family, smallest_size
 
 import backbones
 from backbones.cli import main
-from backbones.engines import ENGINES, LiteRtConfig, deploy, deploying, export, open_exported
+from backbones.engines import ENGINES, LiteRtConfig, deploy, export, open_exported, requesting
 from backbones.errors import (
     ConfigError,
     ExportError,
@@ -286,7 +286,7 @@ def test_the_engine_is_started_once(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("nothing is to be exported again")
 
-    monkeypatch.setattr(deploying, "export", refuse)
+    monkeypatch.setattr(requesting, "export", refuse)
     again = deploy(model, threads=2, **options)
     assert again.threads == 2
     assert error_of(model, again, images(2)) < 1e-4

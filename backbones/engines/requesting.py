@@ -1,0 +1,82 @@
+"""What is asked of an engine: a checked request, and the copy of the model that it starts."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from backbones.engines.caching import content_key
+from backbones.engines.exporting import export
+from backbones.engines.preparation import (
+    PRECISIONS,
+    Images,
+    input_size_of,
+    load_images,
+    reparameterized_copy,
+)
+from backbones.engines.runners import Deployment, Runner
+from backbones.engines.targets import available_engines, find_engine
+from backbones.errors import ConfigError
+from backbones.factory import label_names
+from backbones.images import fit_channels
+from backbones.wrappers import unwrapped
+
+__all__ = ["add_facts", "request_of"]
+
+
+def request_of(
+    model: nn.Module,
+    engine: str | Sequence[str],
+    precision: str,
+    threads: int | None,
+    input_size: Sequence[int] | None,
+    batch_size: int,
+    calibration: Images | None,
+    cache_dir: str | PathLike[str] | None,
+) -> tuple[list[str], Deployment]:
+    """Return the engines asked for, and what they are to start; arguments are those of `deploy`."""
+    if precision not in (*PRECISIONS, "auto"):
+        raise ConfigError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}, auto")
+    if engine == "auto":
+        names = available_engines()
+    else:
+        names = [engine] if isinstance(engine, str) else list(engine)
+    if not names:
+        raise ConfigError("name at least one engine, or 'auto'")
+    for name in names:
+        find_engine(name)
+    if batch_size < 1 or (threads is not None and threads < 1):
+        raise ConfigError("threads and batch_size must be at least 1")
+    if calibration is None and precision in ("int8", "auto"):
+        raise ConfigError(
+            f"precision {precision!r} needs real images; pass calibration=FOLDER or a tensor"
+        )
+    model = unwrapped(model)
+    size = input_size_of(model, input_size)
+    data_config = fit_channels({**resolve_model_data_config(model), "input_size": size}, size[0])
+    images = None if calibration is None else load_images(calibration, data_config)
+    clone = reparameterized_copy(model)
+    folder = Path(cache_dir or Path(torch.hub.get_dir(), "backbones", "engines"))
+    deployment = Deployment(
+        model=clone,
+        size=size,
+        batch_size=batch_size,
+        precision=precision,
+        threads=threads or torch.get_num_threads(),
+        folder=folder / content_key(clone, size, images),
+        export=export,
+        images=images,
+    )
+    deployment.folder.mkdir(parents=True, exist_ok=True)
+    return names, deployment
+
+
+def add_facts(runner: Runner, deployment: Deployment) -> None:
+    """Let a runner say what its model takes and its classes, though no file of it does."""
+    model, size = deployment.model, deployment.size
+    config = {**resolve_model_data_config(model), "input_size": size}
+    facts = {"input": fit_channels(config, size[0]), "classes": label_names(model)}
+    runner.metadata = facts | {key: value for key, value in runner.metadata.items() if value}
