@@ -9,13 +9,10 @@ from torch import nn
 
 import backbones
 from backbones.engines import export
-from backbones.engines.executorch import forms
 from backbones.engines.executorch.forms import (
     DecomposedNorm,
     DecomposedResponseNorm,
-    DepthwiseSum,
     for_xnnpack,
-    progressions,
 )
 from backbones.layers import GlobalResponseNorm
 
@@ -69,52 +66,6 @@ def test_the_function_stays_the_same(name):
     x = images(2, 3, 96, 64)
     with torch.no_grad():
         assert relative(other(x), model(x)) < 1e-9
-
-
-@pytest.mark.parametrize("count", range(1, 33))
-@pytest.mark.parametrize("most", [2, 3, 5, 8])
-def test_progressions_part_a_range_around_its_middle(count, most):
-    found = progressions(count, most)
-    assert sorted(place for places in found for place in places) == list(range(count))
-    for places in found:
-        assert len(places) <= most
-        assert places[0] + places[-1] == count - 1
-
-
-@pytest.mark.parametrize(
-    "kernel, stride, padding, parts",
-    [(7, 1, 3, 3), (13, 1, 6, 9), (6, 2, 3, 2), ((5, 9), (2, 1), (2, 6), 3), (7, 3, 5, 3)],
-)
-def test_large_depthwise_kernels_become_sums_of_small_ones(kernel, stride, padding, parts):
-    torch.manual_seed(0)
-    conv = nn.Conv2d(8, 8, kernel, stride, padding, groups=8, dtype=torch.float64)
-    (found,) = for_xnnpack(nn.Sequential(conv)).eval()
-    assert isinstance(found, DepthwiseSum) and len(found.parts) == parts
-    for part in found.parts:
-        assert part.weight[0].numel() <= forms.TAPS
-    for size in ((20, 20), (15, 31)):
-        x = images(2, 8, *size)
-        with torch.no_grad():
-            assert relative(found(x), conv(x)) < 1e-14
-
-
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv2d(8, 8, 5, padding=2, groups=8),
-        nn.Conv2d(8, 8, (1, 11), groups=8),
-        nn.Conv2d(8, 16, 7, padding=3, groups=8),
-        nn.Conv2d(8, 8, 7, padding=3),
-        nn.Conv2d(8, 8, 7, groups=8),
-        nn.Conv2d(8, 8, 7, padding=6, groups=8, dilation=2),
-        nn.Conv2d(8, 8, 7, padding=3, groups=8, padding_mode="reflect"),
-        nn.Conv2d(8, 8, 7, padding="same", groups=8),
-    ],
-    ids=str,
-)
-def test_other_convolutions_stay(conv):
-    (found,) = for_xnnpack(nn.Sequential(conv))
-    assert type(found) is nn.Conv2d
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,12 @@ from backbones.engines.rewrites.contrast import (
 )
 from backbones.engines.rewrites.convolutions import depthwise, select_inputs, select_outputs
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, FilteredGates, SeparateGates
-from backbones.engines.rewrites.large_kernels import TAPS, TiledConv2d, split_large_kernels
+from backbones.engines.rewrites.large_kernels import (
+    TAPS,
+    DepthwiseSum,
+    progressions,
+    split_large_kernels,
+)
 from backbones.engines.rewrites.moganet import ContrastedGates, SeparateContrast, SummedBlock
 from backbones.engines.rewrites.norms import FEW, DecomposedNorm2d, WholeNorm2d
 from backbones.engines.rewrites.spartan import PairMixer, RotatedMixer, side_by_side
@@ -302,38 +307,55 @@ def test_two_squeeze_and_excitations_side_by_side(bias):
         assert relative(joined(torch.cat((x, y), dim=1)), expected) < 1e-12
 
 
+@pytest.mark.parametrize("count", range(1, 33))
+@pytest.mark.parametrize("most", [2, 3, 5, 8])
+def test_progressions_part_a_range_around_its_middle(count, most):
+    found = progressions(count, most)
+    assert sorted(place for places in found for place in places) == list(range(count))
+    for places in found:
+        assert len(places) <= most
+        assert places[0] + places[-1] == count - 1
+
+
 @pytest.mark.parametrize(
-    "kernel, tiles, options",
+    "kernel, parts, options",
     [
         (7, 3, {"padding": 3}),
         (13, 9, {"padding": 6}),
-        ((31, 3), 4, {"padding": (15, 1), "bias": False}),
-        ((1, 31), 2, {"padding": (0, 15), "stride": 2}),
+        (6, 2, {"stride": 2, "padding": 3}),
+        ((5, 9), 3, {"stride": (2, 1), "padding": (2, 6)}),
+        (7, 3, {"stride": 3, "padding": 5, "bias": False}),
         (7, 3, {"padding": (9, 6), "dilation": (3, 2), "stride": (1, 2)}),
-        (6, 2, {"padding": 0}),
+        ((1, 31), 2, {"padding": (0, 15)}),
     ],
 )
-def test_large_kernels_are_sums_of_small_ones(kernel, tiles, options):
-    conv = nn.Conv2d(4, 4, kernel, groups=4, dtype=torch.float64, **options)
-    model = nn.Sequential(nn.Conv2d(3, 4, 7, dtype=torch.float64), conv)
-    found = split_large_kernels(model)
-    assert model[1] is conv  # the model stays
-    assert type(found[0]) is nn.Conv2d and type(found[1]) is TiledConv2d
-    assert len(found[1].parts) == tiles
-    assert all(p.kernel_size[0] * p.kernel_size[1] <= TAPS for p in found[1].parts)
-    x = images(2, 3, 41, 38)
-    assert relative(found(x), model(x)) < 1e-12
+def test_large_depthwise_kernels_become_sums_of_small_ones(kernel, parts, options):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, kernel, groups=8, dtype=torch.float64, **options)
+    (found,) = split_large_kernels(nn.Sequential(conv))
+    assert isinstance(found, DepthwiseSum) and len(found.parts) == parts
+    for part in found.parts:
+        assert part.weight[0].numel() <= TAPS
+    for size in ((20, 20), (15, 31)):
+        x = images(2, 8, *size)
+        with torch.no_grad():
+            assert relative(found(x), conv(x)) < 1e-14
 
 
 @pytest.mark.parametrize(
     "conv",
     [
-        nn.Conv2d(4, 4, 5, padding=2, groups=4),
-        nn.Conv2d(4, 4, 7, groups=2),
-        nn.Conv2d(4, 8, 7, groups=4),
-        nn.Conv2d(4, 4, 7, groups=4, padding=3, padding_mode="reflect"),
-        nn.Conv2d(4, 4, 7, groups=4, padding="same"),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 8, (1, 11), groups=8),
+        nn.Conv2d(8, 16, 7, padding=3, groups=8),
+        nn.Conv2d(8, 8, 7, padding=3),
+        nn.Conv2d(8, 8, 7, groups=8),
+        nn.Conv2d(8, 8, 7, padding=5, groups=8, dilation=2),
+        nn.Conv2d(8, 8, 7, padding=3, groups=8, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 7, padding="same", groups=8),
     ],
+    ids=str,
 )
 def test_other_kernels_stay(conv):
-    assert kinds(split_large_kernels(nn.Sequential(conv))) == {nn.Sequential, nn.Conv2d}
+    (found,) = split_large_kernels(nn.Sequential(conv))
+    assert type(found) is nn.Conv2d and found is not conv

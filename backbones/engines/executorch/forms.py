@@ -6,7 +6,7 @@ larger ones run as many small products, which take several times as long as a su
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,18 +14,11 @@ import torch
 from timm.layers import GroupNorm1, LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
-from backbones.engines.rewrites import TAPS, depthwise, is_large_depthwise, rewrite_for_graphs
+from backbones.engines.rewrites import rewrite_for_graphs, split_large_kernel
 from backbones.families.unireplknet import CenteredNorm2d
 from backbones.layers import GlobalResponseNorm
 
-__all__ = [
-    "ChannelMean",
-    "DecomposedNorm",
-    "DecomposedResponseNorm",
-    "DepthwiseSum",
-    "for_xnnpack",
-    "progressions",
-]
+__all__ = ["ChannelMean", "DecomposedNorm", "DecomposedResponseNorm", "for_xnnpack"]
 
 
 def for_xnnpack(model: nn.Module) -> nn.Module:
@@ -140,89 +133,8 @@ def _of_last_axis(norm: nn.LayerNorm) -> nn.Module:
     return DecomposedNorm(norm, maps=False) if len(norm.normalized_shape) == 1 else norm
 
 
-class DepthwiseSum(nn.Module):
-    """A depthwise convolution as a sum of depthwise ones with at most `TAPS` taps each.
-
-    Rows and columns of the kernel are parted in progressions around its middle, which are kernels
-    with a dilation and the same middle: no map is cut or padded, and every size keeps its result.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        parts = list(_parts(conv))
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, *others = self.parts
-        y: Tensor = first(x)
-        for part in others:
-            y = y + part(x)
-        return y
-
-
-def _split_depthwise(conv: nn.Conv2d) -> nn.Module:
-    """Return a convolution, a large depthwise one as a sum of small ones."""
-    if not is_large_depthwise(conv) or set(conv.dilation) != {1}:
-        return conv
-    # A part of a kernel that is padded less would begin beyond the map's border.
-    height, width = conv.kernel_size
-    above, left = (int(pad) for pad in conv.padding)
-    padded = 2 * above >= height - 1 and 2 * left >= width - 1
-    return DepthwiseSum(conv) if padded else conv
-
-
-def _parts(conv: nn.Conv2d) -> Iterator[nn.Conv2d]:
-    """Yield the summands; the first has the bias."""
-    bias, padding = conv.bias, conv.padding
-    if isinstance(padding, str):
-        raise TypeError(f"padding {padding!r} is no number")
-    for rows, columns in _fewest(*conv.kernel_size):
-        kernel = conv.weight[:, :, list(rows)][..., list(columns)]
-        part = depthwise(conv, kernel, bias)
-        part.kernel_size = len(rows), len(columns)
-        above, left = padding
-        part.padding = above - rows[0], left - columns[0]
-        part.dilation = rows.step, columns.step
-        bias = None
-        yield part
-
-
-def _fewest(height: int, width: int) -> list[tuple[range, range]]:
-    """Part the taps of a kernel in as few rectangles, rows and columns, as `progressions` gives."""
-    ways = [
-        [
-            (rows, columns)
-            for columns in progressions(width, most)
-            for rows in progressions(height, TAPS // len(columns))
-        ]
-        for most in range(2, TAPS // 2 + 1)  # pairs of rows of pairs, and rows of half the taps
-    ]
-    return min(ways, key=len)
-
-
-def progressions(count: int, most: int) -> list[range]:
-    """Part ``range(count)`` in progressions of at most `most` that are symmetric around its middle.
-
-    `most` is 2 or more. The longest comes first, of those as long the one with the smallest step.
-    """
-    left, found = set(range(count)), []
-    while left:
-        candidates = [
-            places
-            for first in range((count + 1) // 2)
-            for step in range(1, max(count, 2))
-            if (count - 1 - 2 * first) % step == 0
-            and len(places := range(first, count - first, step)) <= most
-            and left.issuperset(places)
-        ]
-        best = max(candidates, key=lambda places: (len(places), -places.step))
-        found.append(best)
-        left -= {*best}
-    return found
-
-
 _FORMS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
-    nn.Conv2d: _split_depthwise,
+    nn.Conv2d: split_large_kernel,
     LayerNorm2d: DecomposedNorm,
     CenteredNorm2d: lambda norm: DecomposedNorm(norm, centered=True),
     GlobalResponseNorm: _response_norm,

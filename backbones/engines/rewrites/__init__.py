@@ -16,9 +16,8 @@ from torch import nn
 from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
 from backbones.engines.rewrites.attnet import SeparateGateMlp
 from backbones.engines.rewrites.channels_first import convnext_block_channels_first
-from backbones.engines.rewrites.convolutions import depthwise
 from backbones.engines.rewrites.hornet import ChannelsFirstBlock, separate_gates
-from backbones.engines.rewrites.large_kernels import TAPS, is_large_depthwise, split_large_kernels
+from backbones.engines.rewrites.large_kernels import split_large_kernel, split_large_kernels
 from backbones.engines.rewrites.moganet import SummedBlock
 from backbones.engines.rewrites.norms import DecomposedNorm2d, WholeNorm2d
 from backbones.engines.rewrites.spartan import JoinedMixer, separate_pairs
@@ -30,11 +29,9 @@ from backbones.reparameterization import backbones_in
 
 __all__ = [
     "REWRITES",
-    "TAPS",
-    "depthwise",
-    "is_large_depthwise",
     "rewrite_block",
     "rewrite_for_graphs",
+    "split_large_kernel",
     "split_large_kernels",
 ]
 

@@ -5,83 +5,108 @@ takes about six times as long for each tap.
 """
 
 import copy
+from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.engines.rewrites.convolutions import depthwise
 
-__all__ = ["TAPS", "TiledConv2d", "is_large_depthwise", "split_large_kernels"]
+__all__ = ["TAPS", "DepthwiseSum", "progressions", "split_large_kernel", "split_large_kernels"]
 
 TAPS = 25
 
 
-class TiledConv2d(nn.Module):
-    """A depthwise convolution as the sum of those by the tiles of its kernel.
+class DepthwiseSum(nn.Module):
+    """A depthwise convolution as a sum of depthwise ones with at most `TAPS` taps each.
 
-    The map is padded once, and each tile sees the part of it that lies under it. `conv` pads with
-    zeros, by numbers.
+    Rows and columns of the kernel are parted in progressions around its middle, which are kernels
+    with a dilation and the same middle: no map is cut or padded, and every size keeps its result.
     """
 
-    def __init__(self, conv: nn.Conv2d, taps: int = TAPS) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        height, width = conv.kernel_size
-        rows, columns = _tile(height, width, taps)
-        down, across = conv.dilation
-        above, beside = (int(pad) for pad in conv.padding)
-        self.padding = (beside, beside, above, above)
-        self.reach = (down * (height - 1), across * (width - 1))
-        self.spans: list[tuple[int, int, int, int]] = []  # of a tile: first and last rows, columns
-        parts: list[nn.Module] = []
-        for row in range(0, height, rows):
-            for column in range(0, width, columns):
-                weight = conv.weight[..., row : row + rows, column : column + columns]
-                part = depthwise(conv, weight, None if parts else conv.bias)
-                part.kernel_size, part.padding = tuple(weight.shape[2:]), (0, 0)
-                parts.append(part)
-                last_row, last_column = row + weight.shape[2] - 1, column + weight.shape[3] - 1
-                self.spans.append(
-                    (down * row, down * last_row, across * column, across * last_column)
-                )
-        self.parts = nn.ModuleList(parts)
+        self.parts = nn.ModuleList(_parts(conv))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.padding)
-        # How far a kernel of one tap would go.
-        height, width = (size - reach for size, reach in zip(x.shape[2:], self.reach))
-        total: Tensor | None = None
-        for (top, bottom, left, right), part in zip(self.spans, self.parts):
-            y = part(x[..., top : bottom + height, left : right + width])
-            total = y if total is None else total + y
-        assert total is not None  # a kernel has a tile
-        return total
+        first, *others = self.parts
+        y: Tensor = first(x)
+        for part in others:
+            y = y + part(x)
+        return y
 
 
-def split_large_kernels(model: nn.Module, taps: int = TAPS) -> nn.Module:
-    """Return a copy of a model in which depthwise convolutions have at most so many taps."""
+def split_large_kernel(conv: nn.Conv2d) -> nn.Module:
+    """Return a convolution, a large depthwise one as a sum of small ones where that is possible.
+
+    It must pad with zeros, by numbers and by half the kernel or more: with less, parts of the
+    kernel would begin beyond the border of the map.
+    """
+    single = conv.groups == conv.in_channels == conv.out_channels > 1
+    if not single or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return conv
+    height, width = conv.kernel_size
+    padded = all(
+        2 * pad >= step * (size - 1)
+        for pad, step, size in zip(conv.padding, conv.dilation, conv.kernel_size)
+    )
+    return DepthwiseSum(conv) if padded and height * width > TAPS else conv
+
+
+def split_large_kernels(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in which :func:`split_large_kernel` took every convolution."""
     model = copy.deepcopy(model)
     for module in [*model.modules()]:
         for name, child in module.named_children():
-            if type(child) is nn.Conv2d and is_large_depthwise(child, taps):
-                module._modules[name] = TiledConv2d(child, taps)
+            if type(child) is nn.Conv2d:
+                module._modules[name] = split_large_kernel(child)
     return model
 
 
-def is_large_depthwise(conv: nn.Conv2d, taps: int = TAPS) -> bool:
-    """Tell whether a convolution is depthwise, has more taps, and pads with zeros, by numbers."""
-    height, width = conv.kernel_size
-    single = conv.groups == conv.in_channels == conv.out_channels > 1
-    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return single and plain and height * width > taps
+def _parts(conv: nn.Conv2d) -> Iterator[nn.Conv2d]:
+    """Yield the summands; the first has the bias."""
+    bias = conv.bias
+    above, beside = (int(pad) for pad in conv.padding)
+    down, across = conv.dilation
+    for rows, columns in _fewest(*conv.kernel_size):
+        kernel = conv.weight[:, :, list(rows)][..., list(columns)]
+        part = depthwise(conv, kernel, bias)
+        part.kernel_size = len(rows), len(columns)
+        part.padding = above - down * rows[0], beside - across * columns[0]
+        part.dilation = down * rows.step, across * columns.step
+        bias = None
+        yield part
 
 
-def _tile(height: int, width: int, taps: int) -> tuple[int, int]:
-    """Return the tile, of at most so many taps, that covers a kernel by the fewest; wide ones."""
+def _fewest(height: int, width: int) -> list[tuple[range, range]]:
+    """Part the taps of a kernel in as few rectangles, rows and columns, as `progressions` gives."""
+    most_columns = TAPS // min(height, 2)  # of more than one row pairs are the least
+    ways = [
+        [
+            (rows, columns)
+            for columns in progressions(width, most)
+            for rows in progressions(height, TAPS // len(columns))
+        ]
+        for most in range(2, most_columns + 1)
+    ]
+    return min(ways, key=len)
 
-    def fitting(rows: int) -> tuple[int, int]:
-        return rows, min(width, taps // rows)
 
-    def count(tile: tuple[int, int]) -> int:
-        return -(-height // tile[0]) * -(-width // tile[1])
+def progressions(count: int, most: int) -> list[range]:
+    """Part ``range(count)`` in progressions of at most `most` that are symmetric around its middle.
 
-    return min(map(fitting, range(1, min(height, taps) + 1)), key=count)
+    `most` is 2 or more. The longest comes first, of those as long the one with the smallest step.
+    """
+    left, found = set(range(count)), []
+    while left:
+        candidates = [
+            places
+            for first in range((count + 1) // 2)
+            for step in range(1, max(count, 2))
+            if (count - 1 - 2 * first) % step == 0
+            and len(places := range(first, count - first, step)) <= most
+            and left.issuperset(places)
+        ]
+        best = max(candidates, key=lambda places: (len(places), -places.step))
+        found.append(best)
+        left -= {*best}
+    return found
