@@ -120,21 +120,33 @@ def _matmul(x, a):
 
 
 def _topk(x, a):
-    assert a["sort"] and a["return_indices"]
-    found = x.topk(int(a["k"]), int(a["axis"]), largest=not a["ascending"])
-    return found.values, found.indices
+    k, axis, largest = int(a["k"]), int(a["axis"]), not a["ascending"]
+    found = x.topk(k, axis, largest=largest, sorted=bool(a["sort"]))
+    return (found.values, found.indices) if a["return_indices"] else found.values
+
+
+def _cumsum(x, a):
+    assert not a["exclusive"] and not a["reverse"]
+    return x.cumsum(int(a["axis"]))
 
 
 def _gather(x, a):
+    assert a.get("validate_indices") in (None, False)
     indices, axis = a["indices"].long(), int(a["axis"]) % x.ndim
     assert not int(a.get("batch_dims") or 0)
     y = x.index_select(axis, indices.flatten() % x.shape[axis])
     return y.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
+def _gather_along_axis(x, a):
+    assert a.get("validate_indices") in (None, False)
+    return x.gather(int(a["axis"]), a["indices"].long())
+
+
 def _scatter(x, a):
     modes = {"add": "sum", "update": None}
     axis, indices = int(a["axis"]), a["indices"].long()
+    assert a.get("validate_indices") in (None, False)
     if modes[str(a["mode"])] is None:
         return x.scatter(axis, indices, a["updates"])
     return x.scatter_reduce(axis, indices, a["updates"], "sum")
@@ -197,10 +209,10 @@ OPERATIONS = {
     "reduce_min": _reduce(torch.amin),
     "reduce_l2_norm": _reduce(torch.linalg.vector_norm),
     "reduce_argmax": lambda x, a: x.argmax(int(a["axis"]), keepdim=bool(a["keep_dims"])),
-    "cumsum": lambda x, a: x.cumsum(int(a["axis"])),
+    "cumsum": _cumsum,
     "topk": _topk,
     "gather": _gather,
-    "gather_along_axis": lambda x, a: x.gather(int(a["axis"]), a["indices"].long()),
+    "gather_along_axis": _gather_along_axis,
     "scatter_along_axis": _scatter,
     "cast": lambda x, a: x.to(_KINDS[str(a["dtype"])]),
     "reshape": lambda x, a: x.reshape([int(n) for n in a["shape"]]),
