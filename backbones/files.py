@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["new_file", "new_folder", "write_csv", "write_json", "write_text"]
+__all__ = ["new_bundle", "new_file", "new_folder", "write_csv", "write_json", "write_text"]
 
 
 @contextmanager
@@ -63,6 +63,37 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _flush(one)
             folder.rename(path)
             _flush(path.parent)
+
+
+@contextmanager
+def new_bundle(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the path to write a folder to that stands for one file (``.mlpackage``).
+
+    It appears at `path`, as a whole, when the block ends without error.
+
+    Args:
+        path: its place, in a folder that exists; an old bundle is replaced with all that it holds.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file; name a folder", str(path))
+    with _hidden_folder(path.parent) as folder:
+        bundle, before = folder / path.name, folder / f"{path.name}.before"
+        yield bundle
+        for one in (bundle, *bundle.rglob("*")):
+            _flush(one)
+        if path.exists():
+            path.rename(before)  # no system moves a folder over a full one
+        try:
+            bundle.rename(path)
+        except BaseException:
+            if before.exists():
+                before.rename(path)
+            raise
+        _flush(path.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

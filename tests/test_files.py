@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from backbones.files import new_file, new_folder, write_json, write_text
+from backbones.files import new_bundle, new_file, new_folder, write_json, write_text
 
 NEW = {"m.xml": "new graph", "m.bin": "new weights"}
 
@@ -82,6 +83,47 @@ def test_a_folder_that_exists_gets_the_files_and_keeps_its_others(tmp_path):
     assert contents(tmp_path) == {**NEW, "notes.txt": "mine"}
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_a_bundle_is_replaced_as_a_whole(tmp_path, old):
+    path = tmp_path / "m.bundle"
+    if old:
+        path.mkdir()
+        (path / "old.txt").write_text("of another")
+    with new_bundle(path) as bundle:
+        assert bundle.name == "m.bundle"
+        (bundle / "deep").mkdir(parents=True)
+        (bundle / "deep" / "a.txt").write_text("new")
+        assert path.exists() == old
+    assert [p.relative_to(path).as_posix() for p in sorted(path.rglob("*"))] == [
+        "deep",
+        "deep/a.txt",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.bundle"]
+
+
+@pytest.mark.parametrize("at_the_move", [False, True], ids=["in the block", "at the move"])
+def test_a_bundle_that_fails_leaves_the_old_one(tmp_path, monkeypatch, at_the_move):
+    path = tmp_path / "m.bundle"
+    path.mkdir()
+    (path / "old.txt").write_text("old")
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "m.bundle" and self.parent.suffix == ".tmp":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    if at_the_move:
+        monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="No space"), new_bundle(path) as bundle:
+        bundle.mkdir()
+        (bundle / "a.txt").write_text("new")
+        if not at_the_move:
+            raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.bundle"]
+    assert contents(path) == {"old.txt": "old"}
+
+
 def test_what_is_written_is_flushed_first(tmp_path, monkeypatch):
     """A power cut after the move must not leave an empty file under the name."""
     order = []
@@ -104,4 +146,7 @@ def test_impossible_places_are_named(tmp_path):
         pass
     with pytest.raises(FileNotFoundError, match="none"), new_file(tmp_path / "none" / "a.txt"):
         pass
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file"), new_bundle(tmp_path / "file"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

@@ -14,7 +14,9 @@ from backbones.cli.opening import (
 )
 from backbones.cli.parsing import command, positive, tell
 from backbones.engines import (
+    COREML_TARGETS,
     INPUT_LAYOUTS,
+    CoreMlConfig,
     FormatConfig,
     LiteRtConfig,
     OnnxConfig,
@@ -40,6 +42,7 @@ def add_parser(commands: Any) -> None:
         "backbones export quickstart-output/model.safetensors model.onnx",
         "backbones export lsnet_t lsnet_t.xml --precision int8 --calibration photos",
         "backbones export cpubone_s app.onnx --preprocess --dynamic batch",
+        "backbones export lsnet_t lsnet_t.mlpackage --preprocess",
         "backbones export quickstart-output/model.safetensors page --format web",
     )
     add_model(parser)
@@ -81,14 +84,18 @@ def add_parser(commands: Any) -> None:
         help="order of a LiteRT file's input (default: nhwc, as programs for phones have images)",
     )
     parser.add_argument(
+        "--minimum-target",
+        choices=COREML_TARGETS,
+        help="first system that a Core ML file is for (default: iOS16, which is macOS13)",
+    )
+    parser.add_argument(
         "--web-runtime",
         metavar="DIR",
         help="ONNX Runtime Web's files, for --format web (default: fetch them by npm)",
     )
     parser.add_argument(
         "--precision",
-        default="fp32",
-        help="fp32, fp16, bf16 or int8, as far as the format has it (default: fp32)",
+        help="fp32, fp16, bf16 or int8, as far as the format has it (default: fp32; Core ML: fp16)",
     )
     parser.add_argument(
         "--calibration", metavar="DIR", help="images for int8, and for figures on real images"
@@ -123,6 +130,13 @@ def _format(args: argparse.Namespace) -> str | FormatConfig | None:
                 "--input-layout: LiteRT files alone have it; leave it out, or write OUT.tflite"
             )
         return LiteRtConfig(args.input_layout)
+    if args.minimum_target is not None:
+        if not _is_for(args, "coreml", ".mlpackage"):
+            raise ConfigError(
+                "--minimum-target: Core ML files alone have it; leave it out, or write"
+                " OUT.mlpackage"
+            )
+        return CoreMlConfig(args.minimum_target)
     if not given:
         return args.format
     if not _is_for(args, "onnx", ".onnx"):

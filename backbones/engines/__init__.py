@@ -1,6 +1,7 @@
 """Export to deployment formats, each file compared with the model, and runners for the files."""
 
 from backbones.engines.caching import content_key, processor, versions
+from backbones.engines.coreml import COREML_TARGETS, CoreMlConfig
 from backbones.engines.deploying import Candidate, DeployReport, deploy
 from backbones.engines.executorch import ExecuTorchConfig
 from backbones.engines.exporting import ExportReport, export
@@ -31,12 +32,14 @@ from backbones.engines.verification import Agreement, compare
 from backbones.engines.web import WebConfig
 
 __all__ = [
+    "COREML_TARGETS",
     "ENGINES",
     "INPUT_LAYOUTS",
     "PRECISIONS",
     "Agreement",
     "AotiConfig",
     "Candidate",
+    "CoreMlConfig",
     "DeployReport",
     "ExecuTorchConfig",
     "ExportReport",

@@ -21,7 +21,7 @@ __all__ = ["content_key", "processor", "read_choice", "versions", "write_choice"
 
 VERSIONS = (
     "torch timm onnx onnxscript onnxruntime openvino nncf executorch torchao numpy"
-    " litert-torch litert-converter ai-edge-litert ai-edge-quantizer ncnn pnnx"
+    " coremltools litert-torch litert-converter ai-edge-litert ai-edge-quantizer ncnn pnnx"
 ).split()
 # Of x86, then of Arm, by the names that Linux shows.
 _INSTRUCTIONS = (
@@ -70,7 +70,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 _MAKERS = (
     "ops layers merge stages.py skeleton.py engines/exporting.py engines/formats.py "
     "engines/preparation engines/rewrites engines/onnx.py engines/openvino engines/executorch"
-    " engines/litert engines/ncnn"
+    " engines/litert engines/ncnn engines/coreml"
 ).split()
 
 

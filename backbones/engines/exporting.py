@@ -27,7 +27,6 @@ from backbones.engines.preparation import (
 from backbones.engines.targets import find_format
 from backbones.engines.verification import Check, run_model, verify_on_input
 from backbones.errors import ConfigError, UnsupportedError
-from backbones.files import new_file, new_folder
 from backbones.images import fit_channels
 from backbones.reparameterization import backbones_in
 from backbones.wrappers import unwrapped
@@ -39,7 +38,11 @@ DYNAMIC = ("batch", "height", "width")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how well it agrees with the model in float32."""
+    """What was written, and how well it agrees with the model in float32.
+
+    A file whose engine does not run on this system has no `engine` and no `checks`; its note
+    ``not_run`` says what was checked instead.
+    """
 
     path: Path
     format: str
@@ -71,6 +74,8 @@ class ExportReport:
                 f" {found.max_error:.1e}, mean {found.mean_error:.1e}, relative"
                 f" {found.relative_error:.1e}, same top-1 for {found.top1_agreement:.1%}"
             )
+        if "not_run" in self.notes:
+            lines.append(f"  not run: {self.notes['not_run']}")
         if "delegated_share" in self.notes:
             notes = self.notes
             lines.append(
@@ -89,7 +94,7 @@ def export(
     input_size: Sequence[int] | None = None,
     dynamic: Sequence[str] = ("batch",),
     batch_size: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     verify: bool = True,
     merge: bool = True,
     preprocess: bool = False,
@@ -102,21 +107,23 @@ def export(
 
     What leaves is a copy in eval mode on the CPU, re-parameterized. The file is run in its engine
     and compared with the model on random images, for two batch sizes and, where height and width
-    are free, two sizes; and on `calibration`, if given. It appears at `path` only if it agrees.
-    The model itself stays as it is.
+    are free, two sizes; and on `calibration`, if given. Where the engine does not run on this
+    system (Core ML), the file is read back instead and the report says that it was not run. It
+    appears at `path` only if it agrees. The model itself stays as it is.
 
     Args:
         model: images (B, C, H, W) to logits (B, classes) or to a list of feature maps; of a wrapper
             (compiled, data parallel, averaged) the model that it holds.
         path: where the file goes; its folder must exist, an old file is replaced. OpenVINO's
-            weights, and ONNX weights beyond 2 GB, go to a second file beside it. For format ``web``
-            it is the page's folder.
+            weights, and ONNX weights beyond 2 GB, go to a second file beside it. Of Core ML it is
+            a folder that stands for a file, of format ``web`` the page's folder.
         format: a format's name or config; None for that of the path's suffix.
         input_size: ([channels,] height, width); None for the model's own.
         dynamic: which dimensions stay free: of ``batch``, ``height`` and ``width``.
         batch_size: the number of images that the file takes, for compilers that want static shapes
             (TensorRT, RKNN, Hailo, Vitis AI). None leaves it to `dynamic`: free, or else 1.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, as far as the format has it.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, as far as the format has it. None is
+            ``fp32``, and ``fp16`` for Core ML.
         verify: False leaves the comparison out.
         merge: False leaves the model as it is, un-merged.
         preprocess: the file takes decoded images, uint8 (B, H, W, C), and resizes, crops and
@@ -139,7 +146,8 @@ def export(
     """
     start, path, model = time.perf_counter(), Path(path), unwrapped(model)
     target, config = find_format(format, path)
-    preprocess = preprocess or target.folder
+    preprocess = preprocess or target.page
+    precision = target.precisions[0] if precision is None else precision
     if batch_size is not None:
         dynamic = tuple(name for name in dynamic if name != "batch")
     free = _free_dimensions(target, dynamic, preprocess)
@@ -188,14 +196,17 @@ def export(
             "dynamic": list(free),
         },
     )
-    with (new_folder if target.folder else new_file)(path) as file:
-        notes = target.convert(conversion, config, file)
+    with target.place(path) as file:
+        notes = dict(target.convert(conversion, config, file) or {})
         engine: str | None = None
         checks: tuple[Check, ...] = ()
-        if verify:  # the runner is gone before the file moves: some systems do not move open files
+        if verify and target.read_back is not None:
+            notes.update(target.read_back(file, conversion))
+        elif verify:
+            # The runner is gone before the file moves: some systems do not move open files.
             engine, checks = _verified(reference, target, file, conversion, path)
         beside = file if target.folder else file.parent
-        written = sum(one.stat().st_size for one in beside.iterdir() if one.is_file())
+        written = sum(one.stat().st_size for one in beside.rglob("*") if one.is_file())
     return ExportReport(
         path=path,
         format=target.name,
@@ -206,7 +217,7 @@ def export(
         seconds=time.perf_counter() - start,
         engine=engine,
         checks=checks,
-        notes=notes or {},
+        notes=notes,
     )
 
 

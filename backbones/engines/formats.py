@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from backbones.engines.runners import Runner, explained
 from backbones.errors import ConfigError
+from backbones.files import new_bundle, new_file, new_folder
 
 __all__ = ["Conversion", "Format", "FormatConfig", "Notes", "traced"]
 
@@ -82,11 +84,25 @@ class Format:
     open: Callable[..., Runner]
     """(path, threads=None) -> the file, ready to run."""
     precisions: tuple[str, ...] = ("fp32",)
+    """The first is that of files for which none is asked for."""
     dynamic: tuple[str, ...] = ("batch", "height", "width")
     folder: bool = False
-    """A page for people: it is a folder, without suffix, and takes photographs as decoded."""
+    """What is written is a folder: one that stands for a file and has its suffix, or a page."""
+    page: bool = False
+    """A page for people: a folder without suffix, which takes photographs as decoded."""
     computes_half: bool = True
-    """Whether files in half precision compute in it; else they keep their weights in it only."""
+    """Whether a model is handed over in half precision; else the converter gets it in float32 and
+    makes of it what the format has: weights in half precision, or computation too."""
+    read_back: Callable[[Path, Conversion], Notes] | None = None
+    """(path, conversion) -> what was found in the file, for formats whose engine does not run on
+    this system: the file is read back instead of run, and ``not_run`` tells people so. It raises
+    `ExportError` where the file is not what it should be. None: the engine runs here."""
+
+    def place(self, path: Path) -> AbstractContextManager[Path]:
+        """Give the path to write to; it appears at `path` when the block ends without error."""
+        if self.page:
+            return new_folder(path)
+        return new_bundle(path) if self.folder else new_file(path)
 
 
 def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:

@@ -3,7 +3,7 @@
 from os import PathLike
 from pathlib import Path
 
-from backbones.engines import executorch, litert, ncnn, onnx, openvino, pytorch, web
+from backbones.engines import coreml, executorch, litert, ncnn, onnx, openvino, pytorch, web
 from backbones.engines.formats import Format, FormatConfig
 from backbones.engines.runners import Engine, Runner
 from backbones.errors import UnsupportedError, nearest
@@ -29,6 +29,7 @@ FORMATS = {
         executorch.FORMAT,
         litert.FORMAT,
         ncnn.FORMAT,
+        coreml.FORMAT,
         web.FORMAT,
     )
 }
@@ -81,7 +82,7 @@ def find_format(wanted: str | FormatConfig | None, path: Path) -> tuple[Format, 
                 return format, wanted
         raise UnsupportedError(f"no format takes {type(wanted).__name__}; available: {available}")
     if wanted is None:
-        by_suffix = {one.suffix: one.name for one in FORMATS.values() if not one.folder}
+        by_suffix = {one.suffix: one.name for one in FORMATS.values() if one.suffix}
         if path.suffix not in by_suffix:
             raise UnsupportedError(
                 f"{path}: the suffix names no format; use {', '.join(file_suffixes())}, or pass"

@@ -245,4 +245,5 @@ FORMAT = Format(
     open=_open,
     precisions=("fp32", "fp16"),
     folder=True,
+    page=True,
 )

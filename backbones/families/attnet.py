@@ -65,7 +65,7 @@ def strip_means(x: Tensor, count: int) -> Tensor:
     size, place = flat.shape[2], torch.arange(flat.shape[2], device=x.device)[:, None]
     run = torch.arange(count, device=x.device)
     first, end = run * size // count, ((run + 1) * size + count - 1) // count
-    inside = (place >= first) & (place < end)  # N count
+    inside = torch.logical_and(place >= first, place < end)  # N count; for Core ML no `&`
     dtype = statistics_dtype(x)
     means = flat.to(dtype) @ (inside.to(dtype) / (end - first).to(dtype))
     return means.to(x.dtype)

@@ -111,11 +111,11 @@ def _mask(
     w1, b1, w2, b2 = layers
     groups = w1.shape[0] // w1.shape[1]
     parts = (part.unflatten(1, (groups, -1)) for part in (real, imaginary))  # B G C/G h w
-    z = torch.stack(tuple(parts), 2).flatten(1, 3)  # B 2C h w
+    z = torch.cat(tuple(parts), 2).flatten(1, 2)  # B 2C h w; Core ML has no tensors of six axes
     z = getattr(F, act)(F.conv2d(z, w1, b1, groups=groups))
     z = F.conv2d(z, w2, b2, groups=groups)
     z = z - z.clamp(-threshold, threshold)
-    real, imaginary = z.unflatten(1, (groups, 2, -1)).unbind(2)  # B G C/G h w
+    real, imaginary = z.unflatten(1, (groups, -1)).chunk(2, 2)  # B G C/G h w
     return real.flatten(1, 2), imaginary.flatten(1, 2)
 
 

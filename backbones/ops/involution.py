@@ -100,7 +100,7 @@ def _by_phases(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
     """
     height, width = taps.shape[3:]
     edge = (0, stride * width - maps.shape[3], 0, stride * height - maps.shape[2])
-    phases = F.pad(maps, edge).unflatten(3, (width, stride)).unflatten(2, (height, stride))
+    whole = F.pad(maps, edge)
     taps = F.pad(taps, (0, 0, 0, 0, 0, 1))  # tap k*k is zero
     out = None
     for row, col in product(range(stride), repeat=2):
@@ -110,7 +110,10 @@ def _by_phases(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
         reach = max(map(abs, (*rows, *cols)))
         places = product(range(-reach, reach + 1), repeat=2)
         chosen = [k * rows[m] + cols[n] if m in rows and n in cols else k * k for m, n in places]
-        term = small_kernel_aggregation(phases[:, :, :, row, :, col], taps[:, :, chosen])
+        # Axis by axis, as Core ML has no tensors of six.
+        phase = whole.unflatten(2, (height, stride))[:, :, :, row]
+        phase = phase.unflatten(3, (width, stride))[..., col]
+        term = small_kernel_aggregation(phase, taps[:, :, chosen])
         out = term if out is None else out + term
     assert out is not None  # the center lies in phase 0
     return out

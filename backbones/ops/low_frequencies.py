@@ -71,7 +71,7 @@ def _computed_axis(x: Tensor, side: int, radius: int) -> list[Tensor]:
     dtype = at_least_float32(x)
     length = torch.scalar_tensor(side, device=x.device, dtype=dtype)
     turns = torch.arange(side, device=x.device, dtype=dtype) / length
-    waves = [turns.new_ones(side) / length.sqrt()]
+    waves = [torch.ones_like(turns) / length.sqrt()]
     for order in range(1, radius + 1):
         amplitude = ((length + 1 - 2 * order).clamp(0, 2) / length).sqrt()
         angles = turns * (2 * math.pi * order)

@@ -157,7 +157,8 @@ def _inside_recorded(x: Tensor, k: int) -> Tensor:
     columns = (
         torch.arange(width, device=x.device) + torch.arange(-pad, pad + 1, device=x.device)[:, None]
     )
-    inside = (columns >= 0) & (columns < width)  # (column of the kernel, column of the map)
+    # (column of the kernel, column of the map); Core ML's converter knows no `&`
+    inside = torch.logical_and(columns >= 0, columns < width)
     return inside.to(x.dtype)[None, :, None].expand(k, k, height, width).flatten(0, 1)
 
 

@@ -116,10 +116,10 @@ class Tile:
             starts = window_starts(span.length, k, device)[span.first : span.stop, None]
             tap = torch.arange(span.keys.start, span.keys.stop, device=device) - starts
             taps.append(tap.clamp(0, k - 1))
-            inside.append((tap >= 0) & (tap < k))
+            inside.append(torch.logical_and(tap >= 0, tap < k))  # Core ML knows no `&`
         tap = taps[0][:, None, :, None] * k + taps[1][:, None]
         first = torch.arange(self.queries, device=device)[:, None] * (k * k)
-        both = inside[0][:, None, :, None] & inside[1][:, None]
+        both = torch.logical_and(inside[0][:, None, :, None], inside[1][:, None])
         shape = self.queries, self.keys
         return first + tap.reshape(shape), both.reshape(shape)
 

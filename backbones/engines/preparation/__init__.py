@@ -16,7 +16,7 @@ from backbones.engines.preparation.models import (
     prepared,
     reparameterized_copy,
 )
-from backbones.engines.preparation.preprocessing import Preprocessed
+from backbones.engines.preparation.preprocessing import Preprocessed, resize_matrix
 
 __all__ = [
     "DTYPES",
@@ -32,4 +32,5 @@ __all__ = [
     "prepared",
     "random_input",
     "reparameterized_copy",
+    "resize_matrix",
 ]

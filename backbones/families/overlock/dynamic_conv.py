@@ -64,7 +64,8 @@ def _mix(
     # taken whole, as quantized ones cannot be split.
     keys = F.linear(key, weight).unflatten(1, (groups, -1))  # B G c T
     for value, own_keys, bias, table, k in zip(
-        values.unflatten(1, (2, groups, -1)).unbind(1),
+        # In two steps, as one would take six axes, which Core ML has not.
+        [half.unflatten(1, (groups, -1)) for half in values.chunk(2, 1)],
         keys.split(taps, dim=-1),
         biases.split(taps),
         tables,
