@@ -34,8 +34,7 @@ SIZE = (3, 64, 64)
 FILES = ["m.ncnn.bin", "m.ncnn.json", "m.ncnn.param"]
 # What stands in the way, as the error names it. The dense form of UniFormer leaves.
 WITHOUT = {
-    "affnet_et": "ncnn has no operation for Tensor.reshape, torch.unbind in AFFNet",
-    "overlock_xt": "ncnn has no operation for Tensor.reshape, torch.index_select",
+    "overlock_xt": "ncnn has no operation for torch.index_select in OverLoCK",
     "rednet26": "ncnn has no operation for Tensor.index, Tensor.reshape",
     "transnext_micro": "pnnx failed",
     "uniformer_xxs": "ncnn has no operation for .*torch.topk in UniFormer",
