@@ -95,14 +95,15 @@ def _start(deployment: Deployment) -> Runner:
     return NcnnRunner(path, threads=deployment.threads)
 
 
+_PRECISIONS = ("fp32", "fp16")
 FORMAT = Format(
     "ncnn",
     ".param",
     NcnnConfig,
     to_ncnn,
     NcnnRunner,
-    ("fp32", "fp16"),
+    _PRECISIONS,
     dynamic=("batch",),
     computes_half=False,
 )
-ENGINE = Engine("ncnn", _start, ("fp32",), ("ncnn", "pnnx"), extra="ncnn")
+ENGINE = Engine("ncnn", _start, _PRECISIONS, ("ncnn", "pnnx"), extra="ncnn")
