@@ -27,7 +27,7 @@ EPOCHS = {
     "cpubone": 10,
     "inception_next": 20,
     "overlock": 10,
-    "patchconvnet": 30,
+    "patchconvnet": 20,
 }
 OTHERS = 12
 
@@ -45,7 +45,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", help="default: the smallest of every family")
-    parser.add_argument("--epochs", type=int, help="bound (default: 10 to 30, by family)")
+    parser.add_argument("--epochs", type=int, help="bound (default: 10 to 20, by family)")
     parser.add_argument("--threads", type=int, help="(default: PyTorch's)")
     parser.add_argument("--least", type=float, default=97.0, help="top-1 to reach (%(default)s)")
     options = parser.parse_args()
