@@ -386,7 +386,8 @@ def matches(row: Row, names: dict[int, str], args: tuple[Any, ...]) -> bool:
 def reparameterized(row: Row, monkeypatch: pytest.MonkeyPatch, skip: bool) -> tuple[Any, int]:
     """Re-parameterize the row's model, with or without the rule at the row's places."""
     model = make(row.model, row.depths)
-    names = {id(module): name for name, module in model.named_modules() if name}
+    alive = [*model.named_modules()]  # or else a new layer may get the number of one that went
+    names = {id(module): name for name, module in alive if name}
     module_name, _, path = row.target.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, attribute = path.split(".")
