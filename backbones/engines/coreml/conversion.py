@@ -1,6 +1,5 @@
 """From PyTorch to a Core ML package, by Core ML's own converter."""
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from backbones.engines.coreml.facts import INPUT, LABEL, describe, labels_of
 from backbones.engines.coreml.tools import quiet_tools
 from backbones.engines.formats import Conversion, FormatConfig, Notes, traced
-from backbones.engines.preparation import Preprocessed, resize_matrix
+from backbones.engines.preparation import Preprocessed, contiguous_copy, resize_matrix
 from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import explained
 from backbones.engines.verification import run_model
@@ -131,7 +130,7 @@ def to_coreml(conversion: Conversion, config: CoreMlConfig, path: Path) -> Notes
     if conversion.raw:
         assert isinstance(model, Preprocessed)
         model = _OfImages(model, height, width)
-    model = _contiguous(model if labels is None else _Classifier(model))
+    model = contiguous_copy(model if labels is None else _Classifier(model))
     program = _plain(traced(dataclasses.replace(fixed, model=model.eval())))
     with quiet_tools() as tools, explained(f"{path.name}: Core ML's converter failed"):
         half = conversion.precision == "fp16"
@@ -183,14 +182,6 @@ def _input(tools: Any, raw: bool, shape: Sequence[int]) -> Any:
         return tools.TensorType(name=INPUT, shape=tuple(shape))
     layout = getattr(tools.colorlayout, _COLORS[shape[1]])
     return tools.ImageType(name=INPUT, shape=tuple(shape), color_layout=layout)
-
-
-def _contiguous(model: nn.Module) -> nn.Module:
-    """Return a copy with contiguous weights; the converter takes others for transposed ones."""
-    model = copy.deepcopy(model)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.contiguous()
-    return model
 
 
 def _plain(program: Any) -> Any:

@@ -10,6 +10,7 @@ from backbones.engines.executorch.forms import for_xnnpack
 from backbones.engines.executorch.passes import simplified, with_constants, with_plain_attention
 from backbones.engines.executorch.quantization import quantized
 from backbones.engines.formats import Conversion, FormatConfig, Notes, traced
+from backbones.engines.preparation import contiguous_copy
 from backbones.engines.runners import explained
 from backbones.optional import optional_import
 
@@ -77,9 +78,11 @@ def _contiguous(conversion: Conversion) -> Conversion:
     Of tensors that are channels last, or views with other strides, ExecuTorch writes programs that
     compute wrong numbers, or that fail when they are called.
     """
-    for tensor in (*conversion.model.parameters(), *conversion.model.buffers()):
-        tensor.data = tensor.data.contiguous()
-    return dataclasses.replace(conversion, example=conversion.example.contiguous())
+    return dataclasses.replace(
+        conversion,
+        model=contiguous_copy(conversion.model),
+        example=conversion.example.contiguous(),
+    )
 
 
 def _delegation(lowered: Any) -> Notes:

@@ -1,6 +1,5 @@
 """From PyTorch to ncnn's two files, by ncnn's own converter pnnx."""
 
-import copy
 import re
 import subprocess
 import warnings
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from backbones.engines.formats import Conversion, FormatConfig
 from backbones.engines.ncnn.spelling import Respelled
+from backbones.engines.preparation import contiguous_copy
 from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import explained
 from backbones.engines.verification import as_list
@@ -121,20 +121,12 @@ def _trace(conversion: Conversion, file: Path) -> str:
     """Save the model as TorchScript for one image; return the input's shape as pnnx spells it."""
     # ncnn has norms over channels, but does not choose channels by numbers.
     model = rewrite_for_graphs(conversion.model, decompose=[ChannelMixer])
-    model = _AsTuple(_contiguous(model)).eval()
+    model = _AsTuple(contiguous_copy(model)).eval()
     x = conversion.example[:1].contiguous()
     with torch.no_grad(), warnings.catch_warnings(), Respelled():
         warnings.simplefilter("ignore")  # that a trace is for one size, and deprecated
         torch.jit.trace(model, x, check_trace=False).save(str(file))
     return ",".join(str(size) for size in x.shape)
-
-
-def _contiguous(model: nn.Module) -> nn.Module:
-    """Return a copy with contiguous weights, as pnnx takes their memory as it lies."""
-    model = copy.deepcopy(model)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.contiguous()
-    return model
 
 
 def _operations(graph: Path) -> list[str]:

@@ -16,6 +16,7 @@ __all__ = [
     "HALVES",
     "PRECISIONS",
     "InPrecision",
+    "contiguous_copy",
     "plain_copy",
     "prepared",
     "reparameterized_copy",
@@ -91,3 +92,14 @@ def prepared(
     if precision in HALVES:
         model = InPrecision(model, precision)
     return (Preprocessed(model, data_config) if preprocess else model).eval()
+
+
+def contiguous_copy(model: nn.Module) -> nn.Module:
+    """Return a copy with contiguous weights, for converters that take memory as it lies.
+
+    Of weights in channels last or other views they would make wrong numbers, without a word.
+    """
+    model = copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return model
