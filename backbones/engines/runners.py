@@ -1,5 +1,6 @@
 """What an engine is: how it starts a model, and the callable that it gives, images to outputs."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,15 @@ from backbones.errors import (
     first_line,
 )
 
-__all__ = ["Deployment", "Engine", "Runner", "existing", "explained"]
+__all__ = [
+    "Deployment",
+    "Engine",
+    "FixedBatchRunner",
+    "Runner",
+    "existing",
+    "explained",
+    "own_facts",
+]
 
 Shape = Sequence[int | str | None]  # a number is fixed, anything else is free
 
@@ -102,6 +111,43 @@ class Runner(ABC):
         outputs = as_list(result)
         converted = outputs if isinstance(x, Tensor) else [output.numpy() for output in outputs]
         return converted[0] if isinstance(result, Tensor) or len(outputs) == 1 else converted
+
+
+class FixedBatchRunner(Runner):
+    """A file for one number of images, run as often as a call needs; calls take turns.
+
+    `images` is that number.
+    """
+
+    def __init__(self, what: object, shape: Shape, images: int, **options: Any) -> None:
+        super().__init__(what, shape, **options)
+        self.images = images
+        self._turn = threading.Lock()
+
+    @abstractmethod
+    def run(self, x: Tensor) -> Sequence[Tensor]:
+        """Compute the outputs for just so many images."""
+
+    def infer(self, x: Tensor) -> Sequence[Tensor]:
+        """Run the file, as often as it takes for this number of images."""
+        with self._turn:
+            parts = [self.run(self._filled(part)) for part in x.split(self.images)]
+        return [torch.cat(outputs)[: len(x)] for outputs in zip(*parts)]
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Return fewer images than the file takes filled up with the last."""
+        missing = self.images - len(x)
+        return torch.cat((x, x[-1:].expand(missing, *x.shape[1:]))) if missing else x
+
+
+def own_facts(facts: dict[str, Any] | None, path: Path) -> dict[str, Any]:
+    """Return what a file says of itself; refuse a file of another program, which says nothing."""
+    if facts is None:
+        raise ExportError(
+            f"{path}: another program wrote it, and it does not say what it takes; export the model"
+            " by this package"
+        )
+    return facts
 
 
 def existing(path: str | PathLike[str]) -> Path:

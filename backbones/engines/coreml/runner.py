@@ -1,8 +1,6 @@
 """Core ML's own engine, which is a part of macOS."""
 
 import sys
-import threading
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from backbones.engines.coreml.conversion import CoreMlConfig, to_coreml
 from backbones.engines.coreml.facts import INPUT, facts_of
 from backbones.engines.coreml.tools import quiet_tools
 from backbones.engines.formats import Format
-from backbones.engines.runners import Runner, explained
-from backbones.errors import ExportError, UnsupportedError, WeightsUnavailableError
+from backbones.engines.runners import FixedBatchRunner, explained, own_facts
+from backbones.errors import UnsupportedError, WeightsUnavailableError
 from backbones.optional import optional_import
 
 __all__ = ["FORMAT", "RUNS_HERE", "CoreMlRunner"]
@@ -25,7 +23,7 @@ __all__ = ["FORMAT", "RUNS_HERE", "CoreMlRunner"]
 RUNS_HERE = sys.platform == "darwin"
 
 
-class CoreMlRunner(Runner):
+class CoreMlRunner(FixedBatchRunner):
     """A Core ML package that `export` wrote, on macOS; calls of several threads take turns.
 
     It gives the logits or maps; a classifier's label and probabilities are for apps.
@@ -55,29 +53,15 @@ class CoreMlRunner(Runner):
         with quiet_tools() as tools, explained(f"{self.path}: Core ML cannot load it"):
             self._model = tools.models.MLModel(str(self.path))
             description = self._model.get_spec().description
-        facts = facts_of(description)
-        if facts is None:
-            raise ExportError(
-                f"{self.path}: another program wrote it, and it does not say what it takes; export"
-                " the model by this package"
-            )
+        facts = own_facts(facts_of(description), self.path)
         channels, height, width = facts["input"]["input_size"]
-        raw, self._images, self._outputs = facts["preprocess"], facts["images"], facts["outputs"]
+        raw, images, self._outputs = facts["preprocess"], facts["images"], facts["outputs"]
         size = (height, width, channels) if raw else (channels, height, width)
-        shape = [None if facts["free_batch"] else self._images, *size]
-        super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
-        self._turn = threading.Lock()
+        shape = [None if facts["free_batch"] else images, *size]
+        super().__init__(self.path, shape, images, threads=threads, raw=raw, metadata=facts)
 
-    def infer(self, x: Tensor) -> Sequence[Tensor]:
-        """Run the package, as often as it takes for this number of images."""
-        with self._turn:
-            parts = [self._run(part) for part in x.split(self._images)]
-        return [torch.cat(outputs)[: len(x)] for outputs in zip(*parts)]
-
-    def _run(self, x: Tensor) -> list[Tensor]:
-        """Run the package once; fewer images than it takes are filled up with the last."""
-        if missing := self._images - len(x):
-            x = torch.cat((x, x[-1:].expand(missing, *x.shape[1:])))
+    def run(self, x: Tensor) -> list[Tensor]:
+        """Run the package once."""
         found = self._model.predict({INPUT: _picture(x[0]) if self.raw else x.numpy()})
         return [torch.from_numpy(np.asarray(found[name], np.float32)) for name in self._outputs]
 

@@ -1,7 +1,5 @@
 """LiteRT's runtime: XNNPACK, and LiteRT's own kernels for what XNNPACK lacks."""
 
-import threading
-from collections.abc import Sequence
 from os import PathLike
 
 import torch
@@ -10,14 +8,21 @@ from torch import Tensor
 from backbones.engines.formats import Format
 from backbones.engines.litert.conversion import LiteRtConfig, to_litert
 from backbones.engines.litert.flatbuffers import INPUT, SIGNATURE, facts_of
-from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
-from backbones.errors import ExportError
+from backbones.engines.runners import (
+    Deployment,
+    Engine,
+    FixedBatchRunner,
+    Runner,
+    existing,
+    explained,
+    own_facts,
+)
 from backbones.optional import optional_import
 
 __all__ = ["ENGINE", "FORMAT", "LiteRtRunner"]
 
 
-class LiteRtRunner(Runner):
+class LiteRtRunner(FixedBatchRunner):
     """A LiteRT file that `export` wrote; calls of several threads take turns.
 
     Args:
@@ -41,35 +46,21 @@ class LiteRtRunner(Runner):
             content = self.path.read_bytes()
             self._interpreter = litert.Interpreter(model_content=content, num_threads=count)
             self._interpreter.allocate_tensors()
-            facts = facts_of(content)
-        if facts is None:
-            raise ExportError(
-                f"{self.path}: another program wrote it, and it does not say what it takes; export"
-                " the model by this package"
-            )
+            facts = own_facts(facts_of(content), self.path)
         ends = self._interpreter.get_signature_runner(SIGNATURE)
         taken = ends.get_input_details()[INPUT]
         given = ends.get_output_details()
         self._input, self._outputs = taken["index"], [given[n]["index"] for n in facts["outputs"]]
         raw = facts["preprocess"]
         self._channels_last = facts["input_layout"] == "nhwc" and not raw
-        self._images, *rest = (int(size) for size in taken["shape"])
+        images, *rest = (int(size) for size in taken["shape"])
         if self._channels_last:
             rest = [rest[2], *rest[:2]]
-        shape = [None if facts["free_batch"] else self._images, *rest]
-        super().__init__(self.path, shape, threads=count, raw=raw, metadata=facts)
-        self._turn = threading.Lock()
+        shape = [None if facts["free_batch"] else images, *rest]
+        super().__init__(self.path, shape, images, threads=count, raw=raw, metadata=facts)
 
-    def infer(self, x: Tensor) -> Sequence[Tensor]:
-        """Run the file, as often as it takes for this number of images."""
-        with self._turn:
-            parts = [self._run(part) for part in x.split(self._images)]
-        return [torch.cat(outputs)[: len(x)] for outputs in zip(*parts)]
-
-    def _run(self, x: Tensor) -> list[Tensor]:
-        """Run the file once; fewer images than it takes are filled up with the last."""
-        if missing := self._images - len(x):
-            x = torch.cat((x, x[-1:].expand(missing, *x.shape[1:])))
+    def run(self, x: Tensor) -> list[Tensor]:
+        """Run the file once."""
         if self._channels_last:
             x = x.permute(0, 2, 3, 1)
         self._interpreter.set_tensor(self._input, x.contiguous().numpy())

@@ -1,8 +1,6 @@
 """ncnn's runtime on the CPU."""
 
 import json
-import threading
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,14 @@ from torch import Tensor
 
 from backbones.engines.formats import Format
 from backbones.engines.ncnn.conversion import NcnnConfig, beside, to_ncnn
-from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
+from backbones.engines.runners import (
+    Deployment,
+    Engine,
+    FixedBatchRunner,
+    Runner,
+    existing,
+    explained,
+)
 from backbones.errors import ExportError
 from backbones.optional import optional_import
 
@@ -23,7 +28,7 @@ __all__ = ["ENGINE", "FORMAT", "NcnnRunner"]
 _ROUNDING = "use_fp16_packed use_fp16_storage use_fp16_arithmetic use_bf16_storage".split()
 
 
-class NcnnRunner(Runner):
+class NcnnRunner(FixedBatchRunner):
     """A graph that `export` wrote, and its weights; calls of several threads take turns.
 
     It computes in float32, whatever the weights are stored in.
@@ -55,17 +60,11 @@ class NcnnRunner(Runner):
             raise ExportError(f"{self.path}: ncnn cannot load it and {weights.name}")
         self._input, self._outputs = facts["blobs"]["input"], facts["blobs"]["outputs"]
         shape = [None if facts["free_batch"] else facts["batch"], *facts["input"]["input_size"]]
-        super().__init__(self.path, shape, threads=threads, metadata=facts)
-        self._turn = threading.Lock()
+        super().__init__(self.path, shape, 1, threads=threads, metadata=facts)
 
-    def infer(self, x: Tensor) -> Sequence[Tensor]:
-        """Run the graph, image by image."""
-        with self._turn:
-            single = [self._run(image) for image in x.numpy()]
-        return [torch.from_numpy(np.stack(outputs)) for outputs in zip(*single)]
-
-    def _run(self, image: np.ndarray) -> list[np.ndarray]:
-        """Run one image (C, H, W)."""
+    def run(self, x: Tensor) -> list[Tensor]:
+        """Run one image, (1, C, H, W)."""
+        image = x[0].numpy()
         with explained(f"{self.path}: ncnn failed"):
             extractor = self._net.create_extractor()
             extractor.input(self._input, self._ncnn.Mat(image).clone())  # aligned as ncnn likes
@@ -74,7 +73,7 @@ class NcnnRunner(Runner):
                 status, output = extractor.extract(name)
                 if status:
                     raise ExportError(f"{self.path}: ncnn cannot compute {name} ({status})")
-                found.append(np.array(output))
+                found.append(torch.from_numpy(np.array(output))[None])
         return found
 
 
