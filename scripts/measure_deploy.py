@@ -58,14 +58,8 @@ def plain_forms(model: nn.Module, x: Tensor, folder: Path, threads: int) -> dict
     twin = copy.deepcopy(model).to(memory_format=last)  # type: ignore[call-overload]
     call_last = in_reference(twin)
     forms["eager channels_last"] = lambda images: call_last(images.contiguous(memory_format=last))
-    path = folder / "plain.onnx"
     try:
-        with ops.use_reference():
-            program = torch.onnx.export(
-                model, (x,), dynamo=True, input_names=["input"], verbose=False
-            )
-        assert program is not None
-        program.save(path)
+        path = plain_onnx(model, x, folder / "plain.onnx")
     except Exception as error:
         reason = f"{type(error).__name__}"
         return {**forms, "onnxruntime": reason, "openvino": reason}
@@ -76,6 +70,15 @@ def plain_forms(model: nn.Module, x: Tensor, folder: Path, threads: int) -> dict
     except Exception as error:
         forms["openvino"] = f"{type(error).__name__}"
     return forms
+
+
+def plain_onnx(model: nn.Module, x: Tensor, path: Path) -> Path:
+    """Write a plain ONNX file for batches like this one."""
+    with ops.use_reference():
+        program = torch.onnx.export(model, (x,), dynamo=True, input_names=["input"], verbose=False)
+    assert program is not None
+    program.save(path)
+    return path
 
 
 def onnx_session(path: Path, threads: int) -> Callable[[Tensor], Any]:

@@ -22,11 +22,9 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from measure_deploy import MODELS, onnx_session
-from torch import Tensor, nn
+from measure_deploy import MODELS, onnx_session, plain_onnx
 
 import backbones
-from backbones import ops
 from backbones.bench import examine
 from backbones.engines import deploy_for_throughput
 from backbones.errors import BackbonesError
@@ -35,15 +33,6 @@ BATCHES = (1, 8, 32)
 ENGINES = ("onnxruntime", "openvino")
 TURNS = 5
 Measurement = Callable[[float], float]  # seconds -> images a second
-
-
-def exported(model: nn.Module, x: Tensor, path: Path) -> Path:
-    """Write a plain ONNX file for batches like this one."""
-    with ops.use_reference():
-        program = torch.onnx.export(model, (x,), dynamo=True, input_names=["input"], verbose=False)
-    assert program is not None
-    program.save(path)
-    return path
 
 
 def repeated(call: Callable[[], object], images: int) -> Measurement:
@@ -92,7 +81,7 @@ def plain(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Mea
     for batch in BATCHES:
         x = torch.randn(batch, 3, options.size, options.size)
         try:
-            path = exported(model, x, folder / f"plain-{batch}.onnx")
+            path = plain_onnx(model, x, folder / f"plain-{batch}.onnx")
             session = onnx_session(path, options.threads)
             found[f"plain onnxruntime, {batch}"] = repeated(lambda s=session, x=x: s(x), batch)
             measure = queued(path, x.numpy(), options.threads)
