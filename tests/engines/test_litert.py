@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from damping import damp
+from file_checks import SIZE, error_of, images, outputs
 from randomized import randomize
 from small_models import small
 from tiers import shallow, smallest_of_each_family, smallest_size
@@ -28,27 +29,11 @@ from backbones.errors import (
 )
 from backbones.weights import save_checkpoint
 
-SIZE = (3, 64, 64)
 needs_litert = pytest.mark.skipif(
     not ENGINES["litert"].installed, reason='needs LiteRT, the extra "litert"'
 )
 LIGHT = {"convnext_atto", "cpubone_nano", "inception_next_atto"}
 CLASSES = ["ant", "bee", "cat"]
-
-
-def images(count=3, size=SIZE, seed=4):
-    return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def outputs(model, x):
-    with torch.no_grad():
-        return model.eval()(x)
-
-
-def error_of(model, runner, x):
-    expected, found = outputs(model, x), runner(x)
-    assert found.shape == expected.shape
-    return float((expected - found).abs().max() / expected.abs().max())
 
 
 def in_litert(path, x):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from damping import damp
+from file_checks import SIZE, error_of, images, outputs
 from randomized import randomize
 from small_models import small
 from tiers import shallow, smallest_of_each_family, smallest_size
@@ -30,7 +31,6 @@ from backbones.weights import save_checkpoint
 ncnn = pytest.importorskip("ncnn")
 pytest.importorskip("pnnx")
 
-SIZE = (3, 64, 64)
 FILES = ["m.ncnn.bin", "m.ncnn.json", "m.ncnn.param"]
 # What stands in the way, as the error names it. The dense form of UniFormer leaves.
 WITHOUT = {
@@ -39,21 +39,6 @@ WITHOUT = {
     "transnext_micro": "pnnx failed",
     "uniformer_xxs": "ncnn has no operation for .*torch.topk in UniFormer",
 }
-
-
-def images(count=3, size=SIZE, seed=4):
-    return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def outputs(model, x):
-    with torch.no_grad():
-        return model.eval()(x)
-
-
-def error_of(model, runner, x):
-    expected, found = outputs(model, x), runner(x)
-    assert found.shape == expected.shape
-    return float((expected - found).abs().max() / expected.abs().max())
 
 
 def in_ncnn(path, image, half=True):
