@@ -34,6 +34,7 @@ from backbones.wrappers import unwrapped
 __all__ = ["ExportReport", "export"]
 
 DYNAMIC = ("batch", "height", "width")
+AGREEMENT = 0.99  # of the top-1 classes
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class ExportReport:
             )
         if "not_run" in self.notes:
             lines.append(f"  not run: {self.notes['not_run']}")
+        if "layers_in_float32" in self.notes:
+            notes = self.notes
+            lines.append(
+                f"  class of float32 for {notes['agreement']:.1%} of the images of calibration,"
+                f" {notes['expected_agreement']:.1%} expected of others like them;"
+                f" {len(notes['layers_in_float32'])} of {notes['layers']} layers stay in float32"
+                f" ({notes['work_in_float32']:.0%} of the multiplications)"
+            )
         if "delegated_share" in self.notes:
             notes = self.notes
             lines.append(
@@ -100,6 +109,7 @@ def export(
     preprocess: bool = False,
     features: bool = False,
     calibration: Images | None = None,
+    agreement: float = AGREEMENT,
     classes: Sequence[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> ExportReport:
@@ -132,13 +142,17 @@ def export(
         features: the file gives the feature maps of all stages instead of logits.
         calibration: for int8, and for agreement figures on real images: a folder of images, or a
             batch (N, C, H, W) that is normalized.
+        agreement: the share (0 to 1) of images whose class int8 shall keep. The layers that add
+            most to the error stay in float32, as few as it takes; where half of the
+            multiplications are not enough, a warning says so. 0 quantizes every layer.
         classes: names of the classes, written into the file.
         provenance: where the weights come from, written into the file.
 
     Raises:
         UnsupportedError: a format, precision or kind of model that cannot be exported.
-        ConfigError: an unknown dynamic dimension, an impossible input or batch size, the path's
-            folder does not exist, or int8 without images or with fewer than a batch.
+        ConfigError: an unknown dynamic dimension, an impossible input size, batch size or
+            agreement, the path's folder does not exist, or int8 without images or with fewer than a
+            batch.
         MissingDependencyError: an optional package is needed.
         EquivalenceError: the model cannot be merged exactly.
         ExportError: the conversion failed, or the file does not compute what the model computes;
@@ -158,6 +172,8 @@ def export(
         )
     if calibration is not None and preprocess:
         raise UnsupportedError("calibration images are normalized; leave preprocess out")
+    if not 0 <= agreement <= 1:
+        raise ConfigError(f"agreement is a share of images, 0 to 1, got {agreement!r}")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ConfigError(f"no batch of {batch_size!r} images; give 1 or more")
     size = input_size_of(model, input_size)
@@ -186,6 +202,7 @@ def export(
         outputs=outputs,
         precision=precision,
         calibration=real,
+        agreement=agreement,
         metadata={
             **_description(model, provenance),
             "classes": None if classes is None else list(classes),

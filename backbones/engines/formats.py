@@ -35,7 +35,7 @@ class Conversion:
 
     `example` is an input; `dynamic` names the dimensions that stay free; `raw` means uint8 images
     (B, H, W, C); `outputs` names the outputs; `calibration` are images for int8, as the model
-    takes them.
+    takes them, and `agreement` the share of them whose class int8 shall keep (0: no matter).
     """
 
     model: nn.Module
@@ -45,6 +45,7 @@ class Conversion:
     outputs: tuple[str, ...] = ("logits",)
     precision: str = "fp32"
     calibration: Tensor | None = None
+    agreement: float = 0.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property

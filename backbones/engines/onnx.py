@@ -1,12 +1,12 @@
 """ONNX: PyTorch's exporter in, ONNX Runtime out.
 
 int8 is static: weights a channel, activations a tensor, ranges from real images. The engine's own
-quantizer places the operations where the engine can fuse them.
+quantizer places the operations where the engine can fuse them, but for layers that cost too much.
 """
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
-from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.formats import Conversion, Format, FormatConfig, Notes
 from backbones.engines.opsets import EXPORTED, OLDEST, lower_opset
+from backbones.engines.quantization import CONVOLUTIONS, Plan, to_target
 from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
 from backbones.errors import ConfigError
@@ -29,6 +31,8 @@ __all__ = ["ENGINE", "FORMAT", "OnnxConfig", "OnnxRuntimeRunner", "write_onnx"]
 LARGEST = 2**31 - 2**20  # protobuf's limit for one file, with room for the graph itself
 QUANTIZABLE = 13  # the first opset with a scale for each channel
 QUANTIZED = ("Conv", "Gemm", "MatMul")  # norms, spectra and pooled statistics stay in float32
+# The engine has kernels of these that give float32, which are as fast and less far off.
+UNROUNDED = ("Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class OnnxConfig(FormatConfig):
         return names
 
 
-def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
+def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> Notes:
     """Write an ONNX file with the metadata property ``backbones`` (JSON).
 
     Weights beyond the 2 GB that one file holds go to ``<path>.data`` beside it. In int8 the
@@ -75,18 +79,21 @@ def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> None:
         raise ConfigError(f"int8 needs opset {QUANTIZABLE} or later, got {config.opset}")
     if conversion.precision != "int8":
         write_onnx(conversion, config, path)
-        return
+        return {}
     with TemporaryDirectory(dir=path.parent) as folder:
         between = Path(folder, path.name)
-        write_onnx(conversion, config, between)
+        program = write_onnx(conversion, config, between)
         with explained(f"{path.name}: ONNX Runtime cannot quantize it"):
-            _quantize(between, path, conversion, config.input_name)
+            return _quantize(between, path, conversion, config.input_name, program)
 
 
 def write_onnx(
     conversion: Conversion, config: OnnxConfig, path: Path, decompose: bool = False
-) -> None:
-    """Write the ONNX file of a model in its precision; `decompose` as for `rewrite_for_graphs`."""
+) -> GraphModule:
+    """Write the ONNX file of a model in its precision; `decompose` as for `rewrite_for_graphs`.
+
+    Returns what was recorded: names of its layers are those of values in the file.
+    """
     optional_import("onnx", "onnx")
     optional_import("onnxscript", "onnx")
     model = rewrite_for_graphs(conversion.model, decompose=decompose)
@@ -109,12 +116,15 @@ def write_onnx(
         program.model.metadata_props["backbones"] = facts
         program.save(path, external_data=size > LARGEST)
         written = program.model.opset_imports[""]
+        assert program.exported_program is not None
+        recorded = program.exported_program.module()
     if asked is None or asked == written:
-        return
+        return recorded
     if asked > written:
         raise ConfigError(f"{path.name}: no opset {asked}; PyTorch's exporter wrote {written}")
     with explained(f"{path.name}: opset {asked} cannot hold this model, {EXPORTED} and later can"):
         lower_opset(path, asked)
+    return recorded
 
 
 class _Batches:
@@ -130,26 +140,63 @@ class _Batches:
         return None if batch is None else {self._name: batch}
 
 
-def _quantize(source: Path, path: Path, conversion: Conversion, name: str) -> None:
+def _quantize(
+    source: Path, path: Path, conversion: Conversion, name: str, program: GraphModule
+) -> Notes:
     """Write the int8 form (QuantizeLinear and DequantizeLinear) of an ONNX file."""
     tools = optional_import("onnxruntime.quantization", "onnx")
     prepared = source.with_name(f"prepared-{source.name}")
-    reader = _Batches(conversion, name)
     shaped = optional_import("onnxruntime.quantization.shape_inference", "onnx")
     shaped.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-    tools.quantize_static(
-        str(prepared),
-        str(path),
-        reader,
-        quant_format=tools.QuantFormat.QDQ,
-        op_types_to_quantize=list(QUANTIZED),
-        per_channel=True,
-        activation_type=tools.QuantType.QUInt8,
-        weight_type=tools.QuantType.QInt8,
-        calibrate_method=tools.CalibrationMethod.MinMax,
-        # 8 bits in the weights would overflow the 16-bit sums of processors without VNNI.
-        reduce_range=not _has_vnni(),
-    )
+    graph = optional_import("onnx", "onnx").load(str(prepared), load_external_data=False).graph
+    layers = _layers(graph, {node.name for node in program.graph.nodes})
+    values = {value for node in graph.node for value in (*node.input, *node.output)}
+
+    def make(plan: Plan) -> None:
+        ranges = {
+            value: [{"rmin": np.float32(low), "rmax": np.float32(high)}]
+            for value, (low, high) in plan.ranges.items()
+            if value in values
+        }
+        tools.quantize_static(
+            str(prepared),
+            str(path),
+            _Batches(conversion, name),
+            quant_format=tools.QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTIZED),
+            nodes_to_exclude=[node for node, layer in layers.items() if layer in plan.kept],
+            per_channel=True,
+            activation_type=tools.QuantType.QUInt8,
+            weight_type=tools.QuantType.QInt8,
+            calibrate_method=tools.CalibrationMethod.MinMax,
+            # 8 bits in the weights would overflow the 16-bit sums of processors without VNNI.
+            reduce_range=not _has_vnni(),
+            extra_options={
+                "TensorQuantOverrides": ranges,
+                "OpTypesToExcludeOutputQuantization": list(UNROUNDED),
+            },
+        )
+
+    return to_target(conversion, program, make, lambda: OnnxRuntimeRunner(path), CONVOLUTIONS)
+
+
+def _layers(graph: Any, names: Collection[str]) -> dict[str, str]:
+    """Return the recorded layer of each node that int8 is about, by the node's name.
+
+    A product that a bias follows gives a value of another name; the sum has the layer's.
+    """
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    found = {}
+    for node in graph.node:
+        if node.op_type in QUANTIZED:
+            value = node.output[0]
+            if value not in names and len(readers.get(value, [])) == 1:
+                value = readers[value][0].output[0]
+            found[node.name] = value
+    return found
 
 
 def _has_vnni() -> bool:

@@ -1,7 +1,6 @@
 """OpenVINO: a graph (``.xml``) and its weights (``.bin``), and running them on the CPU."""
 
 import json
-import logging
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Conversion, Format, FormatConfig
+from backbones.engines.formats import Conversion, Format, FormatConfig, Notes
 from backbones.engines.onnx import OnnxConfig, write_onnx
 from backbones.engines.openvino.passes import (
     norms_on_rows,
@@ -23,7 +22,9 @@ from backbones.engines.openvino.passes import (
     single_outputs_by_lanes,
     widen_depthwise,
 )
+from backbones.engines.openvino.quantization import Quantizer
 from backbones.engines.preparation import PRECISIONS
+from backbones.engines.quantization import to_target
 from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
 from backbones.errors import UnsupportedError
 from backbones.optional import optional_import
@@ -40,7 +41,7 @@ class OpenVinoConfig(FormatConfig):
     """OpenVINO by way of ONNX."""
 
 
-def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> None:
+def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> Notes:
     """Write ``<path>`` and, beside it, the weights as ``.bin``; metadata is ``rt_info/backbones``.
 
     In fp16 the weights are stored in half precision; what is computed in is said when the file is
@@ -51,30 +52,25 @@ def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> 
     whole = conversion.precision == "int8"
     with TemporaryDirectory(dir=path.parent) as folder:
         between = Path(folder, path.with_suffix(".onnx").name)
-        write_onnx(conversion, OnnxConfig(), between, decompose=not whole)
+        program = write_onnx(conversion, OnnxConfig(), between, decompose=not whole)
         with explained(f"{path.name}: OpenVINO cannot convert it"):
             model = ov.Core().read_model(str(between))
-            if conversion.precision == "int8":
-                model = _quantized(model, conversion)
-            model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
-            ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
+
+            def save(model: Any) -> None:
+                model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
+                ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
+
+            if whole:
+                quantizer = Quantizer(model, conversion, program)
+                return to_target(
+                    conversion,
+                    program,
+                    lambda plan: save(quantizer.quantized(plan)),
+                    lambda: OpenVinoRunner(path, batch_size=None),
+                )
+            save(model)
             del model  # some systems do not remove a file that is open
-
-
-def _quantized(model: Any, conversion: Conversion) -> Any:
-    """Return the int8 form of an OpenVINO model."""
-    given = list(conversion.calibration_batches())
-    nncf = optional_import("nncf", "openvino")
-    nncf.set_log_level(logging.ERROR)
-    return nncf.quantize(
-        model,
-        nncf.Dataset(given),
-        subset_size=len(given),
-        preset=nncf.QuantizationPreset.MIXED,
-        ignored_scope=nncf.IgnoredScope(
-            types=["MVN", "ReduceMean", "Multiply", "Add", "Power", "Divide"], validate=False
-        ),
-    )
+    return {}
 
 
 class OpenVinoRunner(Runner):

@@ -1,0 +1,76 @@
+"""int8 by NNCF: where it goes, and the ranges that it gets from this package."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.fx import GraphModule
+
+from backbones.engines.formats import Conversion
+from backbones.engines.quantization import Plan, Range
+from backbones.optional import optional_import
+
+__all__ = ["Quantizer"]
+
+LAYERS = ("Convolution", "GroupConvolution", "MatMul")
+# What norms, gates and pooled statistics compute with stays in float32.
+EXACT = ["MVN", "ReduceMean", "Multiply", "Add", "Power", "Divide", "Interpolate"]
+
+
+class Quantizer:
+    """Makes int8 forms of an OpenVINO model, `program` as it was recorded."""
+
+    def __init__(self, model: Any, conversion: Conversion, program: GraphModule) -> None:
+        self.model = model
+        self.images = list(conversion.calibration_batches())
+        self.recorded = {node.name for node in program.graph.nodes}
+        self.nncf = optional_import("nncf", "openvino")
+        self.nncf.set_log_level(logging.ERROR)
+
+    def quantized(self, plan: Plan) -> Any:
+        """Return the int8 form of a plan; the model stays as it is."""
+        kept = [operation for operation, layer in self._layers() if layer in plan.kept]
+        model = self.nncf.quantize(
+            self.model.clone(),
+            self.nncf.Dataset(self.images),
+            subset_size=len(self.images),
+            preset=self.nncf.QuantizationPreset.MIXED,
+            ignored_scope=self.nncf.IgnoredScope(types=EXACT, names=kept, validate=False),
+        )
+        for operation in model.get_ops():
+            if operation.get_type_name() == "FakeQuantize":
+                value = operation.input_value(0)
+                ends = [plan.ranges[name] for name in value.get_names() if name in plan.ranges]
+                if ends:
+                    _set_range(operation, ends[0])
+        return model
+
+    def _layers(self) -> Iterator[tuple[str, str]]:
+        """Yield the names of operations that int8 is about, and of their recorded layers.
+
+        A product that a bias follows gives a value of another name; the sum has the layer's.
+        """
+        for operation in self.model.get_ops():
+            if operation.get_type_name() not in LAYERS:
+                continue
+            output = operation.output(0)
+            readers = [one.get_node() for one in output.get_target_inputs()]
+            sums = [one.output(0) for one in readers if one.get_type_name() == "Add"]
+            found = [one.get_names() & self.recorded for one in (output, *sums)]
+            names = next(filter(None, found), ())
+            for name in names:
+                yield operation.get_friendly_name(), name
+
+
+def _set_range(operation: Any, ends: Range) -> None:
+    """Give a rounding of activations another range; zero stays one of its values."""
+    ov = optional_import("openvino", "openvino")
+    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    steps = operation.get_attributes()["levels"] - 1
+    scale = max((high - low) / steps, 1e-12)
+    below = round(-low / scale)
+    for i, end in enumerate((-below * scale, (steps - below) * scale) * 2, start=1):
+        shape = list(operation.input_value(i).get_shape())
+        values = np.full(shape, end, np.float32)
+        operation.input(i).replace_source_output(ov.opset8.constant(values).output(0))

@@ -1,0 +1,95 @@
+"""The layers of a recorded program that int8 is about: convolutions, linear layers, products."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["CONVOLUTIONS", "Layer", "Visitor", "layers_of", "walk"]
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
+_PRODUCTS = ("matmul", "mm", "bmm")
+_OPERATORS = (*CONVOLUTIONS, "linear", *_PRODUCTS)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that engines compute in int8.
+
+    `name` is the node's, and that of the value that it gives in files by PyTorch's ONNX exporter.
+    `place` is the module in which it was recorded, `operator` the name of its operation.
+    `activations` are the positions of operands that images change, with the names of their nodes;
+    `weights` are the positions of constant ones.
+    """
+
+    name: str
+    place: str
+    operator: str
+    activations: dict[int, str]
+    weights: tuple[int, ...]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product of two operands (..., N, K) and (..., K, M)."""
+        return self.operator in _PRODUCTS
+
+
+def layers_of(module: GraphModule) -> dict[str, Layer]:
+    """Return the layers of a recorded program by name, in the order of their computation."""
+    found, constant = {}, set()
+    for node in module.graph.nodes:
+        operands = node.all_input_nodes
+        if node.op == "get_attr" or (operands and all(one in constant for one in operands)):
+            constant.add(node)
+        elif (operator := _operator(node)) in _OPERATORS:
+            pair = dict(enumerate(node.args[:2]))
+            places = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            found[node.name] = Layer(
+                name=node.name,
+                place=places[-1] if places else "",
+                operator=operator,
+                activations={i: one.name for i, one in pair.items() if one not in constant},
+                weights=tuple(i for i, one in pair.items() if one in constant),
+            )
+    return found
+
+
+def _operator(node: Node) -> str:
+    """Return the name of PyTorch's operation that a node calls; "" for other nodes."""
+    target: Any = node.target
+    is_operation = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return target._schema.name.removeprefix("aten::") if is_operation else ""
+
+
+Visitor = Callable[[Layer, Callable[..., Tensor], list[Any], dict[str, Any], Tensor], None]
+"""(layer, operator, operands, keywords, output) -> None, called when a layer was computed."""
+
+
+class _Walk(Interpreter):
+    """A run of a program that shows its layers to a visitor."""
+
+    def __init__(self, module: GraphModule, layers: dict[str, Layer], visit: Visitor) -> None:
+        super().__init__(module)
+        self.layers, self.visit = layers, visit
+
+    def run_node(self, node: Node) -> Any:
+        if node.name not in self.layers:
+            return super().run_node(node)
+        operands, keywords = self.fetch_args_kwargs_from_env(node)
+        output = super().run_node(node)
+        operator: Any = node.target
+        self.visit(self.layers[node.name], operator, list(operands), dict(keywords), output)
+        return output
+
+
+def walk(
+    module: GraphModule, layers: dict[str, Layer], batches: Iterator[Tensor], visit: Visitor
+) -> Iterator[Tensor]:
+    """Yield a program's first output for batches of images, its layers shown to a visitor."""
+    run = _Walk(module, layers, visit)
+    for batch in batches:
+        yield tree_leaves(run.run(batch))[0]

@@ -1,0 +1,220 @@
+"""int8 that names the classes of float32: the few worst layers stay in float32 until it does."""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from backbones.engines.formats import FEW, Conversion, Notes
+from backbones.engines.quantization.ranges import Range
+from backbones.engines.quantization.shares import Share, margin_of, shares_of, statistics_of
+from backbones.engines.verification import run_model
+
+__all__ = ["Plan", "to_target"]
+
+BATCH = 8
+SAMPLE = 128  # images of which gradients are taken
+MOST_WORK = 0.5  # of all multiplications that may stay in float32
+ROUNDS = 6  # files that are made at most
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantizer is told: layers that stay in float32, and ranges of values, by name."""
+
+    kept: frozenset[str] = frozenset()
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """How a file agrees with the model on images.
+
+    `counted` is the share of images with the same class. `expected` is what images like them would
+    have, whose errors and margins meet in all combinations: it tells thousandths where a count of
+    some hundred images cannot. `variance` is the mean squared error of the margins.
+    """
+
+    counted: float
+    expected: float
+    variance: float
+
+    @property
+    def agreement(self) -> float:
+        """The lesser of both."""
+        return min(self.counted, self.expected)
+
+
+def to_target(
+    conversion: Conversion,
+    program: GraphModule,
+    make: Callable[[Plan], None],
+    open: Callable[[], Callable[[Tensor], Any]],
+    rounded: Collection[str] = (),
+) -> Notes:
+    """Make an int8 file that names the classes of float32 for the share of images asked for.
+
+    The layers that add most to the error for their work stay in float32: first as many as
+    `shares_of` predicts, then more, as long as the file does not hold. At most half of the
+    multiplications do; where that is not enough, the best file is left and a warning says so.
+    Half of the images give ranges and the others judge, as those beyond a range are the ones that
+    go wrong; the last file's ranges are of all images.
+
+    Args:
+        conversion: the images, the model in float32, and the `agreement` to hold (0: none).
+        program: the recorded model, by whose names the quantizer knows layers.
+        make: writes the file of a plan.
+        open: opens the file that was written last.
+        rounded: operators whose outputs the engine rounds as well as their operands.
+
+    Returns:
+        Notes on the file: agreement, and the layers left in float32.
+    """
+    batch = len(conversion.example) if "batch" not in conversion.dynamic else BATCH
+    images = conversion.calibration
+    assert images is not None
+    logits = _logits(conversion)
+    everything = statistics_of(program, _whole_batches(images, batch), batch)
+    if logits is None:
+        make(Plan(ranges=everything.ranges()))
+        return {}
+    part, judges = everything, images
+    if len(images) >= FEW:
+        part = statistics_of(program, _whole_batches(images[::2], batch), batch)
+        judges, logits = images[1::2], logits[1::2]
+    sample = _whole_batches(judges[:SAMPLE], batch)
+    shares, kinds = shares_of(program, sample, batch, part, rounded)
+    order = _worst_first(shares)
+
+    def tried(kept: int) -> _Found:
+        make(Plan(_names(order[:kept]), part.ranges(kinds)))
+        return _compared(logits, open()(judges))
+
+    kept, found = _search(order, margin_of(logits), conversion.agreement, tried)
+    if part is not everything:
+        make(Plan(_names(order[:kept]), everything.ranges(kinds)))
+    if found.agreement < conversion.agreement:
+        _logger.warning(
+            "int8 keeps the class of float32 for %.1f %% of images (%.1f %% of %d that were"
+            " counted), not for the %.1f %% asked for, with %d of %d layers in float32; train the"
+            " model on, or with rounded values, or ask for less",
+            100 * found.expected,
+            100 * found.counted,
+            len(judges),
+            100 * conversion.agreement,
+            kept,
+            len(order),
+        )
+    return {
+        "agreement": found.counted,
+        "expected_agreement": found.expected,
+        "agreement_asked_for": conversion.agreement,
+        "judged_by": len(judges),
+        "layers": len(order),
+        "layers_in_float32": [f"{one.layer.place} ({one.layer.operator})" for one in order[:kept]],
+        "work_in_float32": _work(order[:kept]) / _work(order),
+    }
+
+
+def _search(
+    order: list[Share], margins: Tensor, agreement: float, tried: Callable[[int], _Found]
+) -> tuple[int, _Found]:
+    """Return how many of the worst layers to keep, and what the file with them was found to do.
+
+    `tried` makes the file that keeps so many, and compares it.
+    """
+    most = _most(order)
+    allowed = _variance_for(margins, agreement)
+    kept = _enough(order, allowed, most)
+    found = {kept: tried(kept)}
+    for _ in range(ROUNDS - 1):
+        last = found[kept]
+        if last.agreement >= agreement or kept == most:
+            return kept, last
+        # The file may be off by more than was predicted, so that less is allowed.
+        scale = max(1.0, last.variance / _left(order, kept))
+        further = kept + max(1, (most - kept) // 8)
+        kept = max(further, _enough(order, allowed / scale, most))
+        found[kept] = tried(kept)
+    best = max(found, key=lambda kept: found[kept].agreement)
+    return best, found[best]
+
+
+def _whole_batches(images: Tensor | None, batch: int) -> Tensor:
+    """Return images (N, C, H, W) filled up with the first ones to whole batches.
+
+    A recorded program may refuse a batch of another size.
+    """
+    assert images is not None
+    missing = -len(images) % batch
+    return torch.cat((images, images[torch.arange(missing) % len(images)]))
+
+
+def _logits(conversion: Conversion) -> Tensor | None:
+    """Return the model's logits (N, classes); None where nothing is to hold, or there are none."""
+    if not conversion.agreement or conversion.outputs != ("logits",):
+        return None
+    assert conversion.calibration is not None
+    logits: Tensor = run_model(conversion.model, conversion.calibration)
+    return logits if logits.dim() == 2 and logits.shape[1] > 1 else None
+
+
+def _names(shares: list[Share]) -> frozenset[str]:
+    return frozenset(one.layer.name for one in shares)
+
+
+def _worst_first(shares: list[Share]) -> list[Share]:
+    """Order layers by what they add to the error for their work.
+
+    A small layer costs some time too where it stays in float32 alone.
+    """
+    least = _work(shares) / 100
+    return sorted(shares, key=lambda one: one.variance / (one.work + least), reverse=True)
+
+
+def _work(shares: list[Share]) -> float:
+    return sum(one.work for one in shares)
+
+
+def _left(order: list[Share], kept: int) -> float:
+    """Return the predicted variance of the layers that are not kept."""
+    return max(sum(one.variance for one in order[kept:]), 1e-30)
+
+
+def _most(order: list[Share]) -> int:
+    """Return how many of the worst layers may be kept."""
+    allowed = MOST_WORK * _work(order)
+    return sum(_work(order[: kept + 1]) <= allowed for kept in range(len(order)))
+
+
+def _enough(order: list[Share], variance: float, most: int) -> int:
+    """Return how many layers to keep so that no more variance is left; at most so many."""
+    return next((kept for kept in range(most) if _left(order, kept) <= variance), most)
+
+
+def _variance_for(margins: Tensor, agreement: float) -> float:
+    """Return the variance of normal errors at which a share of images is to keep its class."""
+    low, high = -30.0, 30.0  # of the logarithm
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = torch.special.ndtr(margins.double() / 10 ** (middle / 2)).mean()
+        low, high = (middle, high) if kept >= agreement else (low, middle)
+    return 10**low
+
+
+def _compared(logits: Tensor, found: Tensor) -> _Found:
+    """Compare logits (N, classes) with those of a file."""
+    margins = margin_of(logits).double()
+    errors = margin_of(found, logits.topk(2, dim=-1).indices).double() - margins
+    # An error of either sign is as likely, and one of both turns the class.
+    turned = (errors.abs()[:, None] > margins).double().mean() / 2
+    return _Found(
+        counted=float((logits.argmax(1) == found.argmax(1)).double().mean()),
+        expected=1 - float(turned),
+        variance=float(errors.square().mean()),
+    )
