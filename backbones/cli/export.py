@@ -101,6 +101,13 @@ def add_parser(commands: Any) -> None:
         "--calibration", metavar="DIR", help="images for int8, and for figures on real images"
     )
     parser.add_argument(
+        "--agreement",
+        type=float,
+        metavar="SHARE",
+        help="of images whose class int8 shall keep; the worst layers stay in float32 for it, none"
+        " at 0 (default: 0.99)",
+    )
+    parser.add_argument(
         "--preprocess",
         action="store_true",
         help="take decoded images, uint8 (B, H, W, C), and resize and normalize them in the file",
@@ -171,6 +178,7 @@ def _run(args: argparse.Namespace) -> int:
         preprocess=args.preprocess,
         features=args.features,
         calibration=args.calibration,
+        **({} if args.agreement is None else {"agreement": args.agreement}),
         classes=label_names(model),
         provenance={"checkpoint": Path(args.model).name} if from_file else None,
     )

@@ -70,7 +70,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 _MAKERS = (
     "ops layers merge stages.py skeleton.py engines/exporting.py engines/formats.py "
     "engines/preparation engines/rewrites engines/onnx.py engines/openvino engines/executorch"
-    " engines/litert engines/ncnn engines/coreml"
+    " engines/litert engines/ncnn engines/coreml engines/quantization"
 ).split()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from backbones.engines.caching import read_choice, write_choice
+from backbones.engines.exporting import AGREEMENT
 from backbones.engines.preparation import (
     PRECISIONS,
     Images,
@@ -28,7 +29,6 @@ from backbones.errors import BackbonesError, ConfigError
 
 __all__ = ["Candidate", "DeployReport", "deploy"]
 
-LEAST_AGREEMENT = 0.99  # of the top-1 classes, for a lower precision to be chosen by itself
 TIME_LIMIT = 180.0
 HINTS = ("latency", "throughput")
 
@@ -93,6 +93,7 @@ def deploy(
     batch_size: int | None = None,
     hint: str = "latency",
     calibration: Images | None = None,
+    agreement: float = AGREEMENT,
     cache_dir: str | PathLike[str] | None = None,
     time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
@@ -113,7 +114,7 @@ def deploy(
         engine: ``onnxruntime``, ``openvino``, ``eager``, ``ncnn``, ``litert``, ``executorch``
             or ``compile``; several of them to choose from; or ``auto`` for all that are installed.
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8``; or ``auto``: the fastest of those that
-            name the same class as fp32 for at least 99 % of `calibration`.
+            name the same class as fp32 for at least `agreement` of `calibration`.
         threads: threads of one call; None for PyTorch's number.
         input_size: ([channels,] height, width) to measure and calibrate at; None for the model's.
         batch_size: images of a call to measure at; other numbers work too. None for 1, or for the
@@ -121,6 +122,8 @@ def deploy(
         hint: ``latency`` or ``throughput``.
         calibration: real images: a folder, or a normalized batch (N, C, H, W). int8 and ``auto``
             precision need them; others report agreement on them instead of on random images.
+        agreement: the share (0 to 1) of them whose class int8 shall keep (see `export`), and any
+            candidate of ``auto`` must; 0 takes what is fastest.
         cache_dir: where files are kept; None for ``backbones/engines`` in PyTorch's cache.
         time_limit: seconds after which ``auto`` starts no further engine; none is interrupted.
         progress: takes a line before each engine.
@@ -147,19 +150,21 @@ def deploy(
             batch_size=batch_size,
             input_size=input_size,
             calibration=calibration,
+            agreement=agreement,
             cache_dir=cache_dir,
             progress=progress,
         )
         return StreamedRunner(found)
     batch_size = 1 if batch_size is None else batch_size
     names, deployment = request_of(
-        model, engine, precision, threads, input_size, batch_size, calibration, cache_dir
+        model, engine, precision, threads, input_size, batch_size, calibration, cache_dir, agreement
     )
     request = {
         "engines": names,
         "precision": precision,
         "threads": deployment.threads,
         "batch_size": batch_size,
+        "agreement": agreement,
     }
     several = len(names) > 1 or precision == "auto"
     earlier = read_choice(deployment.folder, request) if several else None
@@ -247,9 +252,9 @@ def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[C
             agreement = compare(expected, [torch.cat(outputs) for outputs in zip(*parts)])
         except BackbonesError as error:
             problem = str(error)
-        if agreement is not None and agreement.top1_agreement < LEAST_AGREEMENT and several:
+        if agreement is not None and agreement.top1_agreement < deployment.agreement and several:
             # On random images classes lie close together, and only fp32 is compared on them.
-            problem = f"names the class of fp32 for less than {LEAST_AGREEMENT:.0%} of images"
+            problem = f"names the class of fp32 for less than {deployment.agreement:.1%} of images"
         candidates.append(
             Candidate(
                 *key,

@@ -31,7 +31,7 @@ from backbones.images import fit_channels
 from backbones.reparameterization import backbones_in
 from backbones.wrappers import unwrapped
 
-__all__ = ["ExportReport", "export"]
+__all__ = ["AGREEMENT", "ExportReport", "export"]
 
 DYNAMIC = ("batch", "height", "width")
 AGREEMENT = 0.99  # of the top-1 classes

@@ -1,18 +1,15 @@
 """What a format is: a typed config, and what converts to it and runs it."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from backbones.engines.runners import Runner, explained
-from backbones.errors import ConfigError
 from backbones.files import new_bundle, new_file, new_folder
 
 __all__ = ["Conversion", "Format", "FormatConfig", "Notes", "traced"]
@@ -20,8 +17,6 @@ __all__ = ["Conversion", "Format", "FormatConfig", "Notes", "traced"]
 Notes = Mapping[str, Any]
 _AXES = {"batch": 0, "height": 2, "width": 3}
 _CALIBRATION_BATCH = 8
-FEW = 32  # images for calibration
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,22 +49,18 @@ class Conversion:
         positions = {"batch": 0, "height": 1, "width": 2} if self.raw else _AXES
         return {positions[name]: name for name in self.dynamic}
 
-    def calibration_batches(self) -> Iterator[np.ndarray]:
-        """Yield the calibration images in batches that the file takes."""
-        if self.calibration is None:
-            raise ConfigError("int8 needs images to calibrate on (calibration=FOLDER or a tensor)")
-        fixed = "batch" not in self.dynamic
-        size = len(self.example) if fixed else _CALIBRATION_BATCH
-        if len(self.calibration) < FEW:
-            _logger.warning(
-                "int8 is calibrated on %d images only; 100 and more, of all kinds that the model"
-                " will see, are usual",
-                len(self.calibration),
-            )
-        for part in self.calibration.split(size):
-            if fixed and len(part) < size:
-                return  # the last ones do not fill a batch
-            yield part.contiguous().numpy()
+    @property
+    def calibration_batch(self) -> int:
+        """The number of images of a calibration batch: the file's, where it is fixed."""
+        return _CALIBRATION_BATCH if "batch" in self.dynamic else len(self.example)
+
+    def calibration_batches(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield images (N, C, H, W) in whole batches; the last is filled up with the first ones."""
+        size = self.calibration_batch
+        missing = -len(images) % size
+        filled = torch.cat((images, images[torch.arange(missing) % len(images)]))
+        for batch in filled.split(size):
+            yield batch.contiguous()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ quantizer places the operations where the engine can fuse them, but for layers t
 
 import json
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -130,14 +130,14 @@ def write_onnx(
 class _Batches:
     """Calibration images, a batch at a time, as ONNX Runtime's quantizer reads them."""
 
-    def __init__(self, conversion: Conversion, name: str) -> None:
-        self._left = conversion.calibration_batches()
+    def __init__(self, name: str, batches: Iterator[Tensor]) -> None:
+        self._left = batches
         self._name = name
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """Return the next batch by input name; None at the end."""
         batch = next(self._left, None)
-        return None if batch is None else {self._name: batch}
+        return None if batch is None else {self._name: batch.numpy()}
 
 
 def _quantize(
@@ -161,7 +161,7 @@ def _quantize(
         tools.quantize_static(
             str(prepared),
             str(path),
-            _Batches(conversion, name),
+            _Batches(name, conversion.calibration_batches(plan.images)),
             quant_format=tools.QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED),
             nodes_to_exclude=[node for node, layer in layers.items() if layer in plan.kept],

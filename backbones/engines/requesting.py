@@ -9,7 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from backbones.engines.caching import content_key
-from backbones.engines.exporting import export
+from backbones.engines.exporting import AGREEMENT, export
 from backbones.engines.preparation import (
     PRECISIONS,
     Images,
@@ -36,6 +36,7 @@ def request_of(
     batch_size: int,
     calibration: Images | None,
     cache_dir: str | PathLike[str] | None,
+    agreement: float = AGREEMENT,
 ) -> tuple[list[str], Deployment]:
     """Return the engines asked for, and what they are to start; arguments are those of `deploy`."""
     if precision not in (*PRECISIONS, "auto"):
@@ -69,6 +70,7 @@ def request_of(
         folder=folder / content_key(clone, size, images),
         export=export,
         images=images,
+        agreement=agreement,
     )
     deployment.folder.mkdir(parents=True, exist_ok=True)
     return names, deployment

@@ -178,8 +178,8 @@ class Deployment:
     """What an engine starts: a re-parameterized model in eval mode on the CPU, for which inputs.
 
     `folder` is where files stay, those of an earlier time included; `images` are real ones,
-    normalized (N, C, H, W); `export` writes a file; `streams` calls are made side by side, each
-    with `threads`.
+    normalized (N, C, H, W), `agreement` the share of them whose class int8 shall keep; `export`
+    writes a file; `streams` calls are made side by side, each with `threads`.
     """
 
     model: nn.Module
@@ -190,6 +190,7 @@ class Deployment:
     folder: Path
     export: Callable[..., Any]
     images: Tensor | None = None
+    agreement: float = 0.0
     streams: int = 1
 
     @property
@@ -199,7 +200,8 @@ class Deployment:
 
     def exported(self, name: str, precision: str, format: Any = None) -> Path:
         """Return the path of the model's file of this name, which is written if it is new."""
-        path = self.folder / name
+        quantized = precision == "int8"
+        path = self.folder / (f"{self.agreement:g}-{name}" if quantized else name)
         if not path.exists():
             self.export(
                 self.model,
@@ -208,7 +210,8 @@ class Deployment:
                 input_size=self.size,
                 precision=precision,
                 merge=False,  # it is re-parameterized
-                calibration=self.images if precision == "int8" else None,
+                calibration=self.images if quantized else None,
+                agreement=self.agreement,
             )
         return path
 

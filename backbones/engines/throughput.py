@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.engines.caching import read_choice, write_choice
+from backbones.engines.exporting import AGREEMENT
 from backbones.engines.preparation import PRECISIONS, Images, random_input
 from backbones.engines.requesting import add_facts, request_of
 from backbones.engines.runners import Deployment, Runner
@@ -105,6 +106,7 @@ def deploy_for_throughput(
     setting: Setting | None = None,
     input_size: Sequence[int] | None = None,
     calibration: Images | None = None,
+    agreement: float = AGREEMENT,
     cache_dir: str | PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ThroughputRunner:
@@ -120,7 +122,7 @@ def deploy_for_throughput(
         threads: of all streams together; None for PyTorch's number.
         batch_size: images of a call; None for the best.
         setting: to be taken as it is, such as one of another process.
-        input_size, calibration, cache_dir, progress: as for `deploy`.
+        input_size, calibration, agreement, cache_dir, progress: as for `deploy`.
 
     Raises:
         BackbonesError: as for `deploy`.
@@ -131,7 +133,7 @@ def deploy_for_throughput(
         engine, precision = setting.engine, setting.precision
     first = batch_size or _FIRST_BATCH
     names, deployment = request_of(
-        model, engine, precision, threads, input_size, first, calibration, cache_dir
+        model, engine, precision, threads, input_size, first, calibration, cache_dir, agreement
     )
     key = deployment.folder.name
     if engine == "auto":
@@ -141,6 +143,7 @@ def deploy_for_throughput(
         "precision": precision,
         "threads": deployment.threads,
         "batch_size": batch_size,
+        "agreement": agreement,
     }
     if setting is None and (found := read_choice(deployment.folder, request)):
         setting = Setting(**found)

@@ -23,9 +23,10 @@ def quantized(program: Any, conversion: Conversion) -> nn.Module:
     pt2e = optional_import("torchao.quantization.pt2e.quantize_pt2e", "executorch")
     # What the images of calibration number is no business of the bounds of the file.
     model = pt2e.prepare_pt2e(program.module(check_guards=False), _quantizer())
+    assert conversion.calibration is not None  # `export` refuses int8 without images
     with torch.no_grad():
-        for batch in conversion.calibration_batches():
-            model(torch.from_numpy(batch))
+        for batch in conversion.calibration_batches(conversion.calibration):
+            model(batch)
     result: nn.Module = pt2e.convert_pt2e(model)
     return result
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backbones.engines.formats import Conversion, FormatConfig, Notes
+from backbones.engines.formats import Conversion, FormatConfig, Notes, traced
 from backbones.engines.litert.flatbuffers import describe
-from backbones.engines.litert.quantization import in_half, in_int8
+from backbones.engines.litert.quantization import Int8, in_half
+from backbones.engines.litert.runner import LiteRtRunner
+from backbones.engines.quantization import OPERATORS, layers_of, to_target
 from backbones.engines.rewrites import rewrite_for_graphs, split_large_kernels
 from backbones.engines.runners import explained
 from backbones.errors import ConfigError
@@ -67,26 +69,44 @@ def to_litert(conversion: Conversion, config: LiteRtConfig, path: Path) -> Notes
     free = "batch" in conversion.dynamic
     images = config.images if free else len(conversion.example)
     example = conversion.example[:1].expand(images, -1, -1, -1).contiguous()
-    fixed = dataclasses.replace(conversion, example=example, dynamic=())
+    rewritten = split_large_kernels(rewrite_for_graphs(conversion.model))
+    fixed = dataclasses.replace(conversion, model=rewritten, example=example, dynamic=())
     channels_last = config.input_layout == "nhwc" and not conversion.raw
     content = _converted(fixed, channels_last, path.name)
+    layout = "nhwc" if channels_last or conversion.raw else "nchw"
+    facts = {**conversion.metadata, "input_layout": layout, "free_batch": free}
+
+    def write(content: bytes) -> None:
+        with explained(f"{path.name}: its description cannot be written", OSError):
+            path.write_bytes(describe(content, conversion.outputs, facts))
+
+    notes: Notes = {"images_a_call": images, "input_layout": layout}
     if conversion.precision == "fp16":
         with explained(f"{path.name}: its weights cannot be kept in fp16"):
             content = in_half(content)
-    if conversion.precision == "int8":
-        with explained(f"{path.name}: the LiteRT quantizer cannot quantize it"):
-            content = in_int8(content, fixed, channels_last)
-    layout = "nhwc" if channels_last or conversion.raw else "nchw"
-    facts = {**conversion.metadata, "input_layout": layout, "free_batch": free}
-    with explained(f"{path.name}: its description cannot be written", OSError):
-        path.write_bytes(describe(content, conversion.outputs, facts))
-    return {"images_a_call": images, "input_layout": layout}
+    if conversion.precision != "int8":
+        write(content)
+        return notes
+    with explained(f"{path.name}: the LiteRT quantizer cannot quantize it"):
+        # Recorded for batches of its own: images one by one take several times as long.
+        example = example[:1].expand(conversion.calibration_batch, -1, -1, -1).contiguous()
+        recorded = dataclasses.replace(fixed, example=example)
+        program = traced(recorded).module()
+        quantizer = Int8(content, fixed, layers_of(program), channels_last)
+        held = to_target(
+            recorded,
+            program,
+            lambda plan: write(quantizer.quantized(plan)),
+            lambda: LiteRtRunner(path),
+            rounded=OPERATORS,
+            kinds=1,
+        )
+    return {**notes, **held}
 
 
 def _converted(conversion: Conversion, channels_last: bool, name: str) -> bytes:
     """Return the file of a model in float32, as the converter writes it."""
-    model = split_large_kernels(rewrite_for_graphs(conversion.model))
-    x = conversion.example
+    model, x = conversion.model, conversion.example
     if channels_last:
         model, x = _ChannelsLast(model).eval(), x.permute(0, 2, 3, 1).contiguous()
     with _quiet(), explained(f"{name}: LiteRT's converter failed"):

@@ -1,17 +1,19 @@
 """Smaller forms of a LiteRT file: weights in fp16, or int8 where the time goes."""
 
 import io
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from backbones.engines.formats import Conversion
+from backbones.engines.quantization import Layer, Plan
 from backbones.optional import optional_import
 
-__all__ = ["in_half", "in_int8"]
+__all__ = ["Int8", "in_half"]
 
 # Norms, activations and pooled statistics stay in float32: int8 is slower there or less accurate.
 QUANTIZED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
@@ -39,48 +41,67 @@ def in_half(content: bytes) -> bytes:
     return _result(quantizer, None)
 
 
-def in_int8(content: bytes, conversion: Conversion, channels_last: bool) -> bytes:
-    """Return a file in int8, weights a channel, activations a tensor, ranges from the images."""
-    types = optional_import("ai_edge_quantizer.qtyping", "litert")
-    recipes = optional_import("ai_edge_quantizer.recipe_manager", "litert")
-    quantizer, recipe = _quantizer(content), recipes.RecipeManager()
-    for name in QUANTIZED:
-        recipe.add_static_config(
-            regex=".*",
-            operation_name=types.TFLOperationName(name),
-            activation_num_bits=8,
-            weight_num_bits=8,
-        )
-    quantizer.load_quantization_recipe(recipe.get_quantization_recipe())
-    runner = optional_import("ai_edge_litert.interpreter", "litert").Interpreter(
-        model_content=content
-    )
-    ((signature, ends),) = runner.get_signature_list().items()
-    images = [*_as_the_file_takes(conversion, ends["inputs"][0], channels_last)]
-    return _result(quantizer, _ranges(content, recipe, {signature: images}))
+class Int8:
+    """Makes int8 forms of a file: weights a channel, activations a tensor, ranges from images.
 
-
-def _ranges(content: bytes, recipe: Any, images: Any) -> Any:
-    """Return the least and the largest value of each tensor over all images.
-
-    The quantizer's own default is a moving average, in which single images count little and the
-    order of all of them counts.
+    `layers` are those of the model as it was recorded. Names in the file tell the module of an
+    operation, so that all layers of a kind in a module stay in float32 together.
     """
-    tools = optional_import("ai_edge_quantizer.calibrator", "litert")
-    update = optional_import("ai_edge_quantizer.utils.qsv_utils", "litert").min_max_update
-    with _quiet():
-        calibrator = tools.Calibrator(bytearray(content), num_threads=1, qsv_update_func=update)
-        calibrator.calibrate(images, recipe)
-        return calibrator.get_model_qsvs()
+
+    def __init__(
+        self, content: bytes, conversion: Conversion, layers: Mapping[str, Layer], last: bool
+    ) -> None:
+        self.content, self.conversion, self.layers = content, conversion, layers
+        self.channels_last = last
+        self.types = optional_import("ai_edge_quantizer.qtyping", "litert")
+
+    def quantized(self, plan: Plan) -> bytes:
+        """Return the int8 form of a plan, with the ranges of its images."""
+        quantizer, recipe = _quantizer(self.content), self._recipe(plan)
+        quantizer.load_quantization_recipe(recipe.get_quantization_recipe())
+        return _result(quantizer, self._ranges(recipe, plan.images))
+
+    def _recipe(self, plan: Plan) -> Any:
+        recipes = optional_import("ai_edge_quantizer.recipe_manager", "litert")
+        recipe, kinds = recipes.RecipeManager(), self.types.TFLOperationName
+        for name in QUANTIZED:
+            recipe.add_static_config(
+                regex=".*", operation_name=kinds(name), activation_num_bits=8, weight_num_bits=8
+            )
+        nothing = recipes.AlgorithmName.NO_QUANTIZE
+        for scope in sorted({_scope_of(self.layers[name]) for name in plan.kept}):
+            for kind in QUANTIZED:
+                recipe.add_quantization_config(scope, kinds(kind), algorithm_key=nothing)
+        return recipe
+
+    def _ranges(self, recipe: Any, images: Tensor) -> Any:
+        """Return the least and the largest value of each tensor over all images.
+
+        The quantizer's own default is a moving average, in which single images count little and
+        the order of all of them counts.
+        """
+        tools = optional_import("ai_edge_quantizer.calibrator", "litert")
+        update = optional_import("ai_edge_quantizer.utils.qsv_utils", "litert").min_max_update
+        runtime = optional_import("ai_edge_litert.interpreter", "litert")
+        runner = runtime.Interpreter(model_content=self.content)
+        ((signature, ends),) = runner.get_signature_list().items()
+        order = (0, 2, 3, 1) if self.channels_last else (0, 1, 2, 3)
+        batches = [
+            {ends["inputs"][0]: batch.permute(order).contiguous().numpy()}
+            for batch in self.conversion.calibration_batches(images)
+        ]
+        with _quiet():
+            calibrator = tools.Calibrator(
+                bytearray(self.content), num_threads=1, qsv_update_func=update
+            )
+            calibrator.calibrate({signature: batches}, recipe)
+            return calibrator.get_model_qsvs()
 
 
-def _as_the_file_takes(
-    conversion: Conversion, name: str, channels_last: bool
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield calibration images by the input's name."""
-    for batch in conversion.calibration_batches():
-        one = batch.transpose(0, 2, 3, 1) if channels_last else batch
-        yield {name: np.ascontiguousarray(one)}
+def _scope_of(layer: Layer) -> str:
+    """Return an expression for the names of what a layer's module computes in a file."""
+    parts = [f"{kind}_{path.split('.')[-1]}" for path, kind in layer.modules if path]
+    return re.escape("/".join(parts) + ";")
 
 
 @contextmanager

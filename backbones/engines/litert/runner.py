@@ -5,21 +5,11 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from backbones.engines.formats import Format
-from backbones.engines.litert.conversion import LiteRtConfig, to_litert
 from backbones.engines.litert.flatbuffers import INPUT, SIGNATURE, facts_of
-from backbones.engines.runners import (
-    Deployment,
-    Engine,
-    FixedBatchRunner,
-    Runner,
-    existing,
-    explained,
-    own_facts,
-)
+from backbones.engines.runners import FixedBatchRunner, existing, explained, own_facts
 from backbones.optional import optional_import
 
-__all__ = ["ENGINE", "FORMAT", "LiteRtRunner"]
+__all__ = ["LiteRtRunner"]
 
 
 class LiteRtRunner(FixedBatchRunner):
@@ -66,31 +56,3 @@ class LiteRtRunner(FixedBatchRunner):
         self._interpreter.set_tensor(self._input, x.contiguous().numpy())
         self._interpreter.invoke()
         return [torch.from_numpy(self._interpreter.get_tensor(n)) for n in self._outputs]
-
-
-def _start(deployment: Deployment) -> Runner:
-    """Export to LiteRT for this number of images and run it."""
-    batch, precision = deployment.batch_size, deployment.precision
-    config = LiteRtConfig(images=batch)
-    path = deployment.exported(f"{precision}-{batch}.tflite", precision, config)
-    return LiteRtRunner(path, threads=deployment.threads)
-
-
-_PRECISIONS = ("fp32", "fp16", "int8")
-FORMAT = Format(
-    "litert",
-    ".tflite",
-    LiteRtConfig,
-    to_litert,
-    LiteRtRunner,
-    _PRECISIONS,
-    dynamic=("batch",),
-    computes_half=False,
-)
-ENGINE = Engine(
-    "litert",
-    _start,
-    _PRECISIONS,
-    ("ai_edge_litert", "litert_torch", "ai_edge_quantizer"),
-    extra="litert",
-)

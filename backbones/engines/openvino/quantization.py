@@ -23,7 +23,7 @@ class Quantizer:
 
     def __init__(self, model: Any, conversion: Conversion, program: GraphModule) -> None:
         self.model = model
-        self.images = list(conversion.calibration_batches())
+        self.conversion = conversion
         self.recorded = {node.name for node in program.graph.nodes}
         self.nncf = optional_import("nncf", "openvino")
         self.nncf.set_log_level(logging.ERROR)
@@ -31,10 +31,11 @@ class Quantizer:
     def quantized(self, plan: Plan) -> Any:
         """Return the int8 form of a plan; the model stays as it is."""
         kept = [operation for operation, layer in self._layers() if layer in plan.kept]
+        batches = [one.numpy() for one in self.conversion.calibration_batches(plan.images)]
         model = self.nncf.quantize(
             self.model.clone(),
-            self.nncf.Dataset(self.images),
-            subset_size=len(self.images),
+            self.nncf.Dataset(batches),
+            subset_size=len(batches),
             preset=self.nncf.QuantizationPreset.MIXED,
             ignored_scope=self.nncf.IgnoredScope(types=EXACT, names=kept, validate=False),
         )

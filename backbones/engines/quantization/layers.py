@@ -1,6 +1,6 @@
 """The layers of a recorded program that int8 is about: convolutions, linear layers, products."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CONVOLUTIONS", "Layer", "Visitor", "layers_of", "walk"]
+__all__ = ["CONVOLUTIONS", "OPERATORS", "Layer", "Visitor", "layers_of", "walk"]
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _PRODUCTS = ("matmul", "mm", "bmm")
-_OPERATORS = (*CONVOLUTIONS, "linear", *_PRODUCTS)
+OPERATORS = (*CONVOLUTIONS, "linear", *_PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,22 @@ class Layer:
     """A node that engines compute in int8.
 
     `name` is the node's, and that of the value that it gives in files by PyTorch's ONNX exporter.
-    `place` is the module in which it was recorded, `operator` the name of its operation.
+    `modules` are those in which it was recorded, from the outermost on: path and type of each;
+    `operator` is the name of its operation.
     `activations` are the positions of operands that images change, with the names of their nodes;
     `weights` are the positions of constant ones.
     """
 
     name: str
-    place: str
+    modules: tuple[tuple[str, str], ...]
     operator: str
     activations: dict[int, str]
     weights: tuple[int, ...]
+
+    @property
+    def place(self) -> str:
+        """The path of its module."""
+        return self.modules[-1][0] if self.modules else ""
 
     @property
     def is_product(self) -> bool:
@@ -45,12 +51,12 @@ def layers_of(module: GraphModule) -> dict[str, Layer]:
         operands = node.all_input_nodes
         if node.op == "get_attr" or (operands and all(one in constant for one in operands)):
             constant.add(node)
-        elif (operator := _operator(node)) in _OPERATORS:
+        elif (operator := _operator(node)) in OPERATORS:
             pair = dict(enumerate(node.args[:2]))
-            places = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            stack = node.meta.get("nn_module_stack", {}).values()
             found[node.name] = Layer(
                 name=node.name,
-                place=places[-1] if places else "",
+                modules=tuple((path, str(kind)) for path, kind in stack),
                 operator=operator,
                 activations={i: one.name for i, one in pair.items() if one not in constant},
                 weights=tuple(i for i, one in pair.items() if one in constant),
@@ -87,7 +93,7 @@ class _Walk(Interpreter):
 
 
 def walk(
-    module: GraphModule, layers: dict[str, Layer], batches: Iterator[Tensor], visit: Visitor
+    module: GraphModule, layers: dict[str, Layer], batches: Iterable[Tensor], visit: Visitor
 ) -> Iterator[Tensor]:
     """Yield a program's first output for batches of images, its layers shown to a visitor."""
     run = _Walk(module, layers, visit)

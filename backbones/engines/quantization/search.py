@@ -2,21 +2,22 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from backbones.engines.formats import FEW, Conversion, Notes
+from backbones.engines.formats import Conversion, Notes
 from backbones.engines.quantization.ranges import Range
-from backbones.engines.quantization.shares import Share, margin_of, shares_of, statistics_of
+from backbones.engines.quantization.shares import KINDS, Share, margin_of, shares_of, statistics_of
 from backbones.engines.verification import run_model
+from backbones.errors import ConfigError
 
 __all__ = ["Plan", "to_target"]
 
-BATCH = 8
+FEW = 32  # images for calibration
 SAMPLE = 128  # images of which gradients are taken
 MOST_WORK = 0.5  # of all multiplications that may stay in float32
 ROUNDS = 6  # files that are made at most
@@ -25,10 +26,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a quantizer is told: layers that stay in float32, and ranges of values, by name."""
+    """What a quantizer is told.
 
+    `kept` are the layers that stay in float32, `ranges` those of values, both by name; `images` are
+    what other ranges are of.
+    """
+
+    images: Tensor
+    ranges: Mapping[str, Range]
     kept: frozenset[str] = frozenset()
-    ranges: Mapping[str, Range] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ def to_target(
     make: Callable[[Plan], None],
     open: Callable[[], Callable[[Tensor], Any]],
     rounded: Collection[str] = (),
+    kinds: int = KINDS,
 ) -> Notes:
     """Make an int8 file that names the classes of float32 for the share of images asked for.
 
@@ -71,33 +78,46 @@ def to_target(
         make: writes the file of a plan.
         open: opens the file that was written last.
         rounded: operators whose outputs the engine rounds as well as their operands.
+        kinds: how many candidates there are for ranges; 1 for a quantizer that finds its own.
+
+    Raises:
+        ConfigError: there are no images.
 
     Returns:
         Notes on the file: agreement, and the layers left in float32.
     """
-    batch = len(conversion.example) if "batch" not in conversion.dynamic else BATCH
     images = conversion.calibration
-    assert images is not None
+    if images is None:
+        raise ConfigError("int8 needs images to calibrate on (calibration=FOLDER or a tensor)")
+    if len(images) < FEW:
+        _logger.warning(
+            "int8 is calibrated on %d images only; 100 and more, of all kinds that the model will"
+            " see, are usual",
+            len(images),
+        )
+
+    def batches(images: Tensor) -> list[Tensor]:
+        return list(conversion.calibration_batches(images))
+
     logits = _logits(conversion)
-    everything = statistics_of(program, _whole_batches(images, batch), batch)
+    everything = statistics_of(program, batches(images))
     if logits is None:
-        make(Plan(ranges=everything.ranges()))
+        make(Plan(images, everything.ranges()))
         return {}
-    part, judges = everything, images
-    if len(images) >= FEW:
-        part = statistics_of(program, _whole_batches(images[::2], batch), batch)
-        judges, logits = images[1::2], logits[1::2]
-    sample = _whole_batches(judges[:SAMPLE], batch)
-    shares, kinds = shares_of(program, sample, batch, part, rounded)
+    seen, part, judges = images, everything, images
+    if len(images) >= 2 * FEW:
+        seen, judges, logits = images[::2], images[1::2], logits[1::2]
+        part = statistics_of(program, batches(seen))
+    shares, best = shares_of(program, batches(judges[:SAMPLE]), part, rounded, kinds)
     order = _worst_first(shares)
 
     def tried(kept: int) -> _Found:
-        make(Plan(_names(order[:kept]), part.ranges(kinds)))
+        make(Plan(seen, part.ranges(best), _names(order[:kept])))
         return _compared(logits, open()(judges))
 
     kept, found = _search(order, margin_of(logits), conversion.agreement, tried)
-    if part is not everything:
-        make(Plan(_names(order[:kept]), everything.ranges(kinds)))
+    if len(seen) < len(images):
+        make(Plan(images, everything.ranges(best), _names(order[:kept])))
     if found.agreement < conversion.agreement:
         _logger.warning(
             "int8 keeps the class of float32 for %.1f %% of images (%.1f %% of %d that were"
@@ -143,16 +163,6 @@ def _search(
         found[kept] = tried(kept)
     best = max(found, key=lambda kept: found[kept].agreement)
     return best, found[best]
-
-
-def _whole_batches(images: Tensor | None, batch: int) -> Tensor:
-    """Return images (N, C, H, W) filled up with the first ones to whole batches.
-
-    A recorded program may refuse a batch of another size.
-    """
-    assert images is not None
-    missing = -len(images) % batch
-    return torch.cat((images, images[torch.arange(missing) % len(images)]))
 
 
 def _logits(conversion: Conversion) -> Tensor | None:

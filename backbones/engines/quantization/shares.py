@@ -5,7 +5,7 @@ is smaller than the margin. To first order a layer adds to it the product of the
 makes in its output with the margin's gradient there.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from backbones.engines.quantization.ranges import (
     quantized_weight,
 )
 
-__all__ = ["Share", "margin_of", "shares_of", "statistics_of"]
+__all__ = ["KINDS", "Share", "margin_of", "shares_of", "statistics_of"]
 
 KINDS = 3  # of candidates for a range
 
@@ -50,7 +50,7 @@ def margin_of(logits: Tensor, classes: Tensor | None = None) -> Tensor:
     return first - second
 
 
-def statistics_of(module: GraphModule, images: Tensor, batch: int) -> Statistics:
+def statistics_of(module: GraphModule, batches: Sequence[Tensor]) -> Statistics:
     """Return how the operands and outputs of all layers are distributed."""
     layers, statistics = layers_of(module), Statistics()
     for add in (statistics.add_ends, statistics.add_counts):
@@ -61,26 +61,26 @@ def statistics_of(module: GraphModule, images: Tensor, batch: int) -> Statistics
             add(layer.name, output)  # noqa: B023
 
         with torch.no_grad():
-            for _ in walk(module, layers, iter(images.split(batch)), visit):
+            for _ in walk(module, layers, batches, visit):
                 pass
     return statistics
 
 
 def shares_of(
     module: GraphModule,
-    images: Tensor,
-    batch: int,
+    batches: Sequence[Tensor],
     statistics: Statistics,
     rounded: Collection[str] = (),
+    kinds: int = KINDS,
 ) -> tuple[list[Share], dict[str, int]]:
     """Return the share of each layer, in the order of their computation, and kinds of ranges.
 
-    Of the candidates for the range of a value that kind counts that does least harm on these
-    images, which should be others than those of the statistics. `rounded` are the operators whose
-    outputs the engine rounds as well as their operands.
+    Of the first `kinds` candidates for the range of a value that one counts that does least harm
+    on these images, which should be others than those of the statistics. `rounded` are the
+    operators whose outputs the engine rounds as well as their operands.
     """
     layers = layers_of(module)
-    candidates = {name: statistics.candidates(name) for name in statistics.ends}
+    candidates = {name: statistics.candidates(name)[:kinds] for name in statistics.ends}
     added: dict[tuple[str, str], list[Tensor]] = {}
     work: dict[str, float] = {}
     seen: list[tuple[str, dict[str, Tensor], Tensor]] = []
@@ -92,7 +92,7 @@ def shares_of(
         with torch.no_grad():
             made = [
                 operator(*_rounded(layer, operands, candidates, kind), **keywords)
-                for kind in range(KINDS)
+                for kind in range(kinds)
             ]
             errors["operands"] = torch.stack(made) - output
             if layer.operator in rounded:
@@ -102,7 +102,7 @@ def shares_of(
         work[layer.name] = _work(layer, operands, output) / len(output)
         seen.append((layer.name, errors, output))
 
-    for logits in walk(module, layers, _with_gradients(images, batch), visit):
+    for logits in walk(module, layers, _with_gradients(batches), visit):
         gradients = torch.autograd.grad(margin_of(logits).sum(), [output for *_, output in seen])
         for (name, errors, _), gradient in zip(seen, gradients):
             for side, error in errors.items():
@@ -118,20 +118,20 @@ def shares_of(
         values = layers[name].activations.values() if side == "operands" else [name]
         for value in values:
             harm[value] = harm.get(value, 0) + variance
-    kinds = {value: int(found.argmin()) for value, found in harm.items()}
+    best = {value: int(found.argmin()) for value, found in harm.items()}
     shares = []
     for name, layer in layers.items():
-        of = [max((kinds[v] for v in layer.activations.values()), default=0), kinds.get(name, 0)]
-        both = [variances[name, "operands"][of[0]]]
+        operands = max((best[value] for value in layer.activations.values()), default=0)
+        variance = variances[name, "operands"][operands]
         if (name, "output") in variances:
-            both.append(variances[name, "output"][of[1]])
-        shares.append(Share(layer, float(sum(both)), work[name]))
-    return shares, kinds
+            variance = variance + variances[name, "output"][best[name]]
+        shares.append(Share(layer, float(variance), work[name]))
+    return shares, best
 
 
-def _with_gradients(images: Tensor, batch: int) -> Iterator[Tensor]:
-    for part in images.split(batch):
-        yield part.clone().requires_grad_(True)
+def _with_gradients(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch.clone().requires_grad_(True)
 
 
 def _rounded(
