@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +20,7 @@ from backbones.engines.preparation import (
     random_input,
 )
 from backbones.engines.requesting import add_facts, request_of
-from backbones.engines.runners import Deployment, Runner
+from backbones.engines.runners import Deployment, Runner, notes_on
 from backbones.engines.targets import ENGINES
 from backbones.engines.throughput import StreamedRunner, deploy_for_throughput
 from backbones.engines.timing import take_turns
@@ -38,7 +38,8 @@ class Candidate:
     """An engine and precision that was tried.
 
     `median_ms` is None where it did not run, and `reason` then says why; a candidate with both ran
-    and is not to be chosen. `agreement` is with the model in float32.
+    and is not to be chosen. `agreement` is with the model in float32; `notes` are those of `export`
+    on the engine's file, such as the layers that int8 leaves in float32.
     """
 
     engine: str
@@ -48,6 +49,7 @@ class Candidate:
     p90_ms: float | None = None
     agreement: Agreement | None = None
     reason: str | None = None
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ class DeployReport:
             text = f"  {what}: {one.median_ms:.2f} ms (p90 {one.p90_ms:.2f} ms)"
             if one.agreement is not None:
                 text += f", same top-1 for {one.agreement.top1_agreement:.1%}"
+            if "layers_in_float32" in one.notes:
+                text += f", {len(one.notes['layers_in_float32'])} of {one.notes['layers']} layers"
+                text += " in float32"
             lines.append(text + (f"; {one.reason}" if one.reason else ""))
         return "\n".join([f"chosen: {self.engine} {self.precision}", *lines])
 
@@ -263,6 +268,7 @@ def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[C
                 p90_ms=float(np.percentile(values, 90)),
                 agreement=agreement,
                 reason=problem,
+                notes=notes_on(runner),
             )
         )
     return candidates

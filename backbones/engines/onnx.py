@@ -6,7 +6,7 @@ quantizer places the operations where the engine can fuse them, but for layers t
 
 import json
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion, Format, FormatConfig, Notes
 from backbones.engines.opsets import EXPORTED, OLDEST, lower_opset
-from backbones.engines.quantization import CONVOLUTIONS, Plan, to_target
+from backbones.engines.quantization import CONVOLUTIONS, Plan, outputs_of, to_target
 from backbones.engines.rewrites import rewrite_for_graphs
 from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
 from backbones.errors import ConfigError
@@ -149,7 +149,7 @@ def _quantize(
     shaped = optional_import("onnxruntime.quantization.shape_inference", "onnx")
     shaped.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
     graph = optional_import("onnx", "onnx").load(str(prepared), load_external_data=False).graph
-    layers = _layers(graph, {node.name for node in program.graph.nodes})
+    layers = _layers(graph, program)
     values = {value for node in graph.node for value in (*node.input, *node.output)}
 
     def make(plan: Plan) -> None:
@@ -180,11 +180,13 @@ def _quantize(
     return to_target(conversion, program, make, lambda: OnnxRuntimeRunner(path), CONVOLUTIONS)
 
 
-def _layers(graph: Any, names: Collection[str]) -> dict[str, str]:
+def _layers(graph: Any, program: GraphModule) -> dict[str, str]:
     """Return the recorded layer of each node that int8 is about, by the node's name.
 
     A product that a bias follows gives a value of another name; the sum has the layer's.
     """
+    names = {node.name: node.name for node in program.graph.nodes}
+    names |= zip((one.name for one in graph.output), outputs_of(program))
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for value in node.input:
@@ -195,7 +197,7 @@ def _layers(graph: Any, names: Collection[str]) -> dict[str, str]:
             value = node.output[0]
             if value not in names and len(readers.get(value, [])) == 1:
                 value = readers[value][0].output[0]
-            found[node.name] = value
+            found[node.name] = names.get(value, value)
     return found
 
 

@@ -1,5 +1,6 @@
 """What an engine is: how it starts a model, and the callable that it gives, images to outputs."""
 
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from backbones.errors import (
     WeightsUnavailableError,
     first_line,
 )
+from backbones.files import write_json
 
 __all__ = [
     "Deployment",
@@ -33,6 +35,7 @@ __all__ = [
     "Runner",
     "existing",
     "explained",
+    "notes_on",
     "own_facts",
 ]
 
@@ -203,7 +206,7 @@ class Deployment:
         quantized = precision == "int8"
         path = self.folder / (f"{self.agreement:g}-{name}" if quantized else name)
         if not path.exists():
-            self.export(
+            report = self.export(
                 self.model,
                 path,
                 format=format,
@@ -213,7 +216,20 @@ class Deployment:
                 calibration=self.images if quantized else None,
                 agreement=self.agreement,
             )
+            write_json(_notes_of(path), dict(report.notes))
         return path
+
+
+def notes_on(runner: Runner) -> dict[str, Any]:
+    """Return what `export` noted on the file that a deployment made for a runner; else nothing."""
+    path = getattr(runner, "path", None)
+    if path is None or not _notes_of(path).is_file():
+        return {}
+    return json.loads(_notes_of(path).read_text(encoding="utf-8"))
+
+
+def _notes_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.notes.json")
 
 
 @dataclass(frozen=True)

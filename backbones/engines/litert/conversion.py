@@ -14,7 +14,7 @@ from backbones.engines.formats import Conversion, FormatConfig, Notes, traced
 from backbones.engines.litert.flatbuffers import describe
 from backbones.engines.litert.quantization import Int8, in_half
 from backbones.engines.litert.runner import LiteRtRunner
-from backbones.engines.quantization import OPERATORS, layers_of, to_target
+from backbones.engines.quantization import OPERATORS, to_target
 from backbones.engines.rewrites import rewrite_for_graphs, split_large_kernels
 from backbones.engines.runners import explained
 from backbones.errors import ConfigError
@@ -92,7 +92,7 @@ def to_litert(conversion: Conversion, config: LiteRtConfig, path: Path) -> Notes
         example = example[:1].expand(conversion.calibration_batch, -1, -1, -1).contiguous()
         recorded = dataclasses.replace(fixed, example=example)
         program = traced(recorded).module()
-        quantizer = Int8(content, fixed, layers_of(program), channels_last)
+        quantizer = Int8(content, fixed, program, channels_last)
         held = to_target(
             recorded,
             program,

@@ -3,14 +3,15 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from torch import Tensor
+from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion
-from backbones.engines.quantization import Layer, Plan
+from backbones.engines.quantization import Layer, Plan, layers_of, outputs_of
 from backbones.optional import optional_import
 
 __all__ = ["Int8", "in_half"]
@@ -44,15 +45,19 @@ def in_half(content: bytes) -> bytes:
 class Int8:
     """Makes int8 forms of a file: weights a channel, activations a tensor, ranges from images.
 
-    `layers` are those of the model as it was recorded. Names in the file tell the module of an
-    operation, so that all layers of a kind in a module stay in float32 together.
+    `program` is the model as it was recorded. Names in the file tell the module of an operation,
+    so that all layers of a module stay in float32 together.
     """
 
     def __init__(
-        self, content: bytes, conversion: Conversion, layers: Mapping[str, Layer], last: bool
+        self, content: bytes, conversion: Conversion, program: GraphModule, channels_last: bool
     ) -> None:
-        self.content, self.conversion, self.layers = content, conversion, layers
-        self.channels_last = last
+        self.content, self.conversion = content, conversion
+        self.channels_last = channels_last
+        self.scopes = {name: _scope_of(layer) for name, layer in layers_of(program).items()}
+        for i, name in enumerate(outputs_of(program)):
+            if name in self.scopes:
+                self.scopes[name] = f"output_{i}"
         self.types = optional_import("ai_edge_quantizer.qtyping", "litert")
 
     def quantized(self, plan: Plan) -> bytes:
@@ -69,7 +74,7 @@ class Int8:
                 regex=".*", operation_name=kinds(name), activation_num_bits=8, weight_num_bits=8
             )
         nothing = recipes.AlgorithmName.NO_QUANTIZE
-        for scope in sorted({_scope_of(self.layers[name]) for name in plan.kept}):
+        for scope in sorted({self.scopes[name] for name in plan.kept}):
             for kind in QUANTIZED:
                 recipe.add_quantization_config(scope, kinds(kind), algorithm_key=nothing)
         return recipe

@@ -8,7 +8,7 @@ import numpy as np
 from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion
-from backbones.engines.quantization import Plan, Range
+from backbones.engines.quantization import Plan, Range, outputs_of
 from backbones.optional import optional_import
 
 __all__ = ["Quantizer"]
@@ -24,7 +24,9 @@ class Quantizer:
     def __init__(self, model: Any, conversion: Conversion, program: GraphModule) -> None:
         self.model = model
         self.conversion = conversion
-        self.recorded = {node.name for node in program.graph.nodes}
+        self.recorded = {node.name: node.name for node in program.graph.nodes}
+        for output, name in zip(model.outputs, outputs_of(program)):
+            self.recorded |= dict.fromkeys(output.get_names(), name)
         self.nncf = optional_import("nncf", "openvino")
         self.nncf.set_log_level(logging.ERROR)
 
@@ -48,20 +50,22 @@ class Quantizer:
         return model
 
     def _layers(self) -> Iterator[tuple[str, str]]:
-        """Yield the names of operations that int8 is about, and of their recorded layers.
-
-        A product that a bias follows gives a value of another name; the sum has the layer's.
-        """
+        """Yield the names of operations that int8 is about, and of their recorded layers."""
         for operation in self.model.get_ops():
-            if operation.get_type_name() not in LAYERS:
-                continue
-            output = operation.output(0)
-            readers = [one.get_node() for one in output.get_target_inputs()]
-            sums = [one.output(0) for one in readers if one.get_type_name() == "Add"]
-            found = [one.get_names() & self.recorded for one in (output, *sums)]
-            names = next(filter(None, found), ())
-            for name in names:
-                yield operation.get_friendly_name(), name
+            if operation.get_type_name() in LAYERS:
+                name = self._layer_at(operation.output(0))
+                if name is not None:
+                    yield operation.get_friendly_name(), name
+
+    def _layer_at(self, output: Any) -> str | None:
+        """Return the name of the layer that a value is the result of, but for scale and bias."""
+        if names := output.get_names() & self.recorded.keys():
+            return self.recorded[names.pop()]
+        for reader in output.get_target_inputs():
+            node = reader.get_node()
+            if node.get_type_name() in ("Multiply", "Add"):
+                return self._layer_at(node.output(0))
+        return None
 
 
 def _set_range(operation: Any, ends: Range) -> None:

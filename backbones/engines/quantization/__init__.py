@@ -1,7 +1,22 @@
 """int8: ranges of values, what each layer adds to the error, and which stay in float32."""
 
-from backbones.engines.quantization.layers import CONVOLUTIONS, OPERATORS, Layer, layers_of
+from backbones.engines.quantization.layers import (
+    CONVOLUTIONS,
+    OPERATORS,
+    Layer,
+    layers_of,
+    outputs_of,
+)
 from backbones.engines.quantization.ranges import Range
 from backbones.engines.quantization.search import Plan, to_target
 
-__all__ = ["CONVOLUTIONS", "OPERATORS", "Layer", "Plan", "Range", "layers_of", "to_target"]
+__all__ = [
+    "CONVOLUTIONS",
+    "OPERATORS",
+    "Layer",
+    "Plan",
+    "Range",
+    "layers_of",
+    "outputs_of",
+    "to_target",
+]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CONVOLUTIONS", "OPERATORS", "Layer", "Visitor", "layers_of", "walk"]
+__all__ = ["CONVOLUTIONS", "OPERATORS", "Layer", "Visitor", "layers_of", "outputs_of", "walk"]
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _PRODUCTS = ("matmul", "mm", "bmm")
@@ -62,6 +62,12 @@ def layers_of(module: GraphModule) -> dict[str, Layer]:
                 weights=tuple(i for i, one in pair.items() if one in constant),
             )
     return found
+
+
+def outputs_of(module: GraphModule) -> list[str]:
+    """Return the names of the values that a program gives; files have names of their own for it."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    return [node.name for node in output.all_input_nodes]
 
 
 def _operator(node: Node) -> str:

@@ -1,0 +1,220 @@
+"""int8 keeps the classes of float32: ranges, shares of the error, and layers left in float32."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from digit_models import convolutions, digits, trained
+from torch import nn
+
+from backbones.cli import main
+from backbones.engines import ENGINES, deploy, export, open_exported
+from backbones.engines.quantization.layers import layers_of
+from backbones.engines.quantization.ranges import Statistics, least_squares, quantized_activation
+from backbones.engines.quantization.shares import margin_of, shares_of, statistics_of
+from backbones.errors import ConfigError
+from backbones.weights import save_checkpoint
+
+SIZE = (3, 32, 32)
+needs_litert = pytest.mark.skipif(not ENGINES["litert"].installed, reason="needs LiteRT")
+
+
+@pytest.fixture(
+    params=[
+        ".onnx",
+        ".xml",
+        pytest.param(".pte", marks=pytest.mark.slow),  # lowering takes long
+        pytest.param(".tflite", marks=[pytest.mark.litert, needs_litert]),
+    ]
+)
+def suffix(request):
+    packages = {".onnx": "onnxruntime", ".xml": "nncf", ".pte": "executorch"}
+    if request.param in packages:
+        pytest.importorskip(packages[request.param])
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def told():
+    """A model that tells digits, with images to calibrate on and others, all of them unseen."""
+    images, classes, unseen, _ = digits(32)
+    model = trained(convolutions(nn.ReLU), images, classes, steps=150)
+    return model, unseen[::2].contiguous(), unseen[1::2]
+
+
+@pytest.fixture
+def uneven(told):
+    """The same function with one channel 300 times as large, so that 256 values tell no others."""
+    model, images, unseen = told
+    model = nn.Sequential(*convolutions(nn.ReLU)).eval()
+    model.load_state_dict(told[0].state_dict())
+    with torch.no_grad():
+        model[2].weight[3] *= 300
+        model[2].bias[3] *= 300
+        model[5].weight.view(10, 32, -1)[:, 3] /= 300
+    return model, images, unseen
+
+
+def same_class(model, runner, images):
+    with torch.no_grad():
+        return float((model(images).argmax(1) == runner(images).argmax(1)).double().mean())
+
+
+def error(model, runner, images):
+    """The root mean square of differences of logits."""
+    with torch.no_grad():
+        return float((model(images) - runner(images)).square().mean().sqrt())
+
+
+def test_the_worst_layers_stay_in_float32(uneven, suffix, tmp_path):
+    model, images, unseen = uneven
+    path = tmp_path / f"m{suffix}"
+    options = {"input_size": SIZE, "precision": "int8", "calibration": images}
+    export(model, path, agreement=0, **options)
+    before = error(model, open_exported(path), unseen)
+    report = export(model, path, **options)
+    assert error(model, open_exported(path), unseen) < before / 2
+    assert same_class(model, open_exported(path), unseen) >= 0.96
+    notes = report.notes
+    assert notes["agreement"] >= 0.99 and notes["expected_agreement"] >= 0.99
+    assert notes["layers"] == 3 and 1 <= len(notes["layers_in_float32"]) < 3
+    assert "5 (linear)" in notes["layers_in_float32"]  # which reads the uneven channels
+    assert 0 < notes["work_in_float32"] <= 0.5
+    assert "layers stay in float32" in str(report)
+
+
+def test_what_holds_leaves_every_layer_in_int8(told, suffix, tmp_path):
+    model, images, unseen = told
+    path = tmp_path / f"m{suffix}"
+    report = export(model, path, input_size=SIZE, precision="int8", calibration=images)
+    assert report.notes["layers_in_float32"] == []
+    assert same_class(model, open_exported(path), unseen) >= 0.98
+
+
+def test_what_cannot_hold_is_told(uneven, tmp_path, caplog, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("backbones.engines.quantization.search.MOST_WORK", 0.0)
+    model, images, _ = uneven
+    with caplog.at_level(logging.WARNING):
+        report = export(
+            model, tmp_path / "m.onnx", input_size=SIZE, precision="int8", calibration=images
+        )
+    assert report.notes["layers_in_float32"] == [] and report.notes["expected_agreement"] < 0.99
+    assert "not for the 99.0 % asked for, with 0 of 3 layers in float32" in caplog.text
+
+
+@pytest.mark.parametrize("agreement", [-0.1, 1.5, float("nan")])
+def test_a_share_is_between_none_and_all(agreement, told, tmp_path):
+    model, images, _ = told
+    with pytest.raises(ConfigError, match="agreement is a share of images, 0 to 1"):
+        export(
+            model,
+            tmp_path / "m.onnx",
+            input_size=SIZE,
+            precision="int8",
+            calibration=images,
+            agreement=agreement,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_feature_maps_have_no_classes_to_keep(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from small_models import small
+
+    images = torch.randn(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    report = export(
+        small(),
+        tmp_path / "m.onnx",
+        input_size=(3, 64, 64),
+        precision="int8",
+        features=True,
+        calibration=images,
+    )
+    assert "layers_in_float32" not in report.notes
+
+
+def test_deploy_tells_the_layers_and_keeps_files_apart(uneven, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, images, unseen = uneven
+    options = {"engine": "onnxruntime", "precision": "int8", "input_size": SIZE}
+    found = {}
+    for agreement in (0.99, 0.0, 0.99):
+        runner = deploy(
+            model, calibration=images, agreement=agreement, cache_dir=tmp_path, **options
+        )
+        (candidate,) = runner.report.candidates
+        found[agreement] = error(model, runner, unseen)
+        assert ("layers_in_float32" in candidate.notes) == bool(agreement)
+        assert ("layers in float32" in str(runner.report)) == bool(agreement)
+    assert found[0.99] < found[0.0]
+
+
+def test_the_command(uneven, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    from small_models import small
+
+    saved = str(save_checkpoint(small(), tmp_path / "m.safetensors"))
+    words = ["export", saved, str(tmp_path / "m.onnx"), "--agreement", "2"]
+    assert main(words) == 2
+    assert "agreement is a share of images, 0 to 1, got 2.0" in capsys.readouterr().err
+
+
+def recorded(model, images):
+    return torch.export.export(model, (images,)).module()
+
+
+def test_shares_predict_the_error_of_rounding(told):
+    """The sum of shares is the squared error of a file in which all of it is rounded."""
+    model, images, _ = told
+    program = recorded(model, images[:8])
+    batches = images[:160].split(8)
+    statistics = statistics_of(program, batches)
+    shares, kinds = shares_of(program, batches, statistics, rounded=("conv2d", "linear"))
+    assert [share.layer.place for share in shares] == ["0", "2", "5"]
+    layers = layers_of(program)
+    assert kinds.keys() == {*layers} | {
+        v for one in layers.values() for v in one.activations.values()
+    }
+    work = [share.work for share in shares]
+    assert work == [16 * 64 * 48, 32 * 16 * 64, 5120]
+    ranges = statistics.ranges(kinds)
+
+    class Rounding(torch.fx.Interpreter):
+        def run_node(self, node):
+            result = super().run_node(node)
+            return (
+                quantized_activation(result, ranges[node.name]) if node.name in ranges else result
+            )
+
+    with torch.no_grad():
+        expected = torch.cat([model(one) for one in batches])
+        found = torch.cat([Rounding(program).run(one) for one in batches])
+    classes = expected.topk(2).indices
+    errors = margin_of(found, classes) - margin_of(expected)
+    predicted = sum(share.variance for share in shares)
+    assert 0.4 < float(errors.square().mean()) / predicted < 2.0
+
+
+def test_ranges_cut_off_what_is_rare():
+    generator = np.random.default_rng(0)
+    values = np.abs(generator.normal(size=100_000))
+    counts, _ = np.histogram(values, bins=2048, range=(0, 50))
+    counts = 100.0 * counts
+    counts[-1] = 1
+    low, high = least_squares(counts, (0.0, 50.0))
+    assert low == 0.0 and 3.0 < high < 15.0
+    uniform = np.ones(2048)
+    assert least_squares(uniform, (-1.0, 2.0)) == pytest.approx((-1.0, 2.0), abs=0.2)
+
+
+def test_statistics_hold_zero_and_all_batches():
+    statistics = Statistics()
+    for x in (torch.tensor([2.0, 3.0]), torch.tensor([1.0, 5.0])):
+        statistics.add_ends("x", x)
+    assert statistics.ranges() == {"x": (0.0, 5.0)}
+    x = torch.linspace(0, 5, 7)
+    rounded = quantized_activation(x, (0.0, 5.0))
+    assert (rounded - x).abs().max() <= 5 / 255 / 2 + 1e-6
+    assert quantized_activation(torch.zeros(3), (1.0, 5.0)).eq(0).all()
