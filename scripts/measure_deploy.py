@@ -138,6 +138,7 @@ def deployed(
                 threads=threads,
                 input_size=size,
                 calibration=calibration_images(size) if precision == "int8" else None,
+                agreement=0,  # of random weights no class is to be kept
                 cache_dir=folder,
             )
         except BackbonesError as error:

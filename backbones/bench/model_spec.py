@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from backbones.engines import AGREEMENT
 from backbones.errors import ConfigError, UnknownModelError, UnsupportedError
 from backbones.factory import REMOTE, create_model, find_variant, is_checkpoint, load_model
 from backbones.manifest import load_manifest
@@ -31,6 +32,11 @@ class ModelSpec:
     name: str
     weights: str
     arguments: Mapping[str, Any]
+
+    @property
+    def agreement(self) -> float:
+        """The share of images whose class int8 shall keep; fresh weights know no class."""
+        return 0.0 if self.weights == "random" else AGREEMENT
 
     def build(self) -> nn.Module:
         """Return the model in evaluation mode."""

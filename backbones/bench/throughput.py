@@ -135,6 +135,7 @@ def throughput(
                     batch_size=batch_size,
                     input_size=input_size,
                     calibration=calibration,
+                    agreement=spec.agreement,
                     cache_dir=folder,
                 )
             except MissingDependencyError:

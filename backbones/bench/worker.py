@@ -87,7 +87,8 @@ def _load(job: dict[str, Any], facts: dict[str, Any]) -> tuple[Call, AbstractCon
     """Return what to call and in which context; note what is known of it."""
     published = job["form"] == "published"
     torch.manual_seed(0)
-    model = ModelSpec(**job["model"]).build()
+    spec = ModelSpec(**job["model"])
+    model = spec.build()
     if published and getattr(model, "deployed", False):
         raise UnsupportedError(
             "the checkpoint is re-parameterized; the form its authors wrote cannot be had from it"
@@ -105,6 +106,7 @@ def _load(job: dict[str, Any], facts: dict[str, Any]) -> tuple[Call, AbstractCon
         input_size=size,
         batch_size=job["batch_size"],
         calibration=job["calibration"],
+        agreement=spec.agreement,
         cache_dir=job["cache_dir"],
         time_limit=job["auto_start_s"],
     )

@@ -4,7 +4,7 @@ from backbones.engines.caching import content_key, processor, versions
 from backbones.engines.coreml import COREML_TARGETS, CoreMlConfig
 from backbones.engines.deploying import Candidate, DeployReport, deploy
 from backbones.engines.executorch import ExecuTorchConfig
-from backbones.engines.exporting import ExportReport, export
+from backbones.engines.exporting import AGREEMENT, ExportReport, export
 from backbones.engines.formats import FormatConfig
 from backbones.engines.litert import INPUT_LAYOUTS, LiteRtConfig
 from backbones.engines.ncnn import NcnnConfig
@@ -32,6 +32,7 @@ from backbones.engines.verification import Agreement, compare
 from backbones.engines.web import WebConfig
 
 __all__ = [
+    "AGREEMENT",
     "COREML_TARGETS",
     "ENGINES",
     "INPUT_LAYOUTS",

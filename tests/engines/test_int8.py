@@ -40,9 +40,12 @@ def test_few_images_suffice_with_a_warning(suffix, count, tmp_path, caplog):
     assert open_exported(path)(images).shape == (count, 3)
 
 
-def test_every_image_counts(caplog):
+@pytest.mark.parametrize("dynamic, size", [(("batch",), 8), ((), 2)])
+def test_every_image_counts(dynamic, size):
     images = torch.arange(35.0).reshape(-1, 1, 1, 1)
-    conversion = Conversion(torch.nn.Identity(), images[:2], calibration=images)
-    batches = [torch.from_numpy(batch) for batch in conversion.calibration_batches()]
-    assert torch.equal(torch.cat(batches), images)
-    assert not caplog.text
+    conversion = Conversion(torch.nn.Identity(), images[:2], dynamic=dynamic)
+    batches = list(conversion.calibration_batches(images))
+    assert {len(batch) for batch in batches} == {size}
+    found = torch.cat(batches).flatten().tolist()
+    assert found[:35] == images.flatten().tolist()
+    assert found[35:] == list(range(-35 % size))  # filled up with the first ones

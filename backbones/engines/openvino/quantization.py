@@ -28,7 +28,8 @@ class Quantizer:
         for output, name in zip(model.outputs, outputs_of(program)):
             self.recorded |= dict.fromkeys(output.get_names(), name)
         self.nncf = optional_import("nncf", "openvino")
-        self.nncf.set_log_level(logging.ERROR)
+        # Its own `set_log_level` changes the handlers of the whole program.
+        logging.getLogger("nncf").setLevel(logging.ERROR)
 
     def quantized(self, plan: Plan) -> Any:
         """Return the int8 form of a plan; the model stays as it is."""

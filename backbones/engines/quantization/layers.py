@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_leaves
 
 __all__ = ["CONVOLUTIONS", "OPERATORS", "Layer", "Visitor", "layers_of", "outputs_of", "walk"]
 
@@ -104,4 +103,5 @@ def walk(
     """Yield a program's first output for batches of images, its layers shown to a visitor."""
     run = _Walk(module, layers, visit)
     for batch in batches:
-        yield tree_leaves(run.run(batch))[0]
+        output = run.run(batch)
+        yield output if isinstance(output, Tensor) else output[0]
