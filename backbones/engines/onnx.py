@@ -177,7 +177,9 @@ def _quantize(
             },
         )
 
-    return to_target(conversion, program, make, lambda: OnnxRuntimeRunner(path), CONVOLUTIONS)
+    return to_target(
+        conversion, program, make, lambda: OnnxRuntimeRunner(path), rounded=CONVOLUTIONS
+    )
 
 
 def _layers(graph: Any, program: GraphModule) -> dict[str, str]:

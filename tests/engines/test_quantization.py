@@ -170,8 +170,9 @@ def test_shares_predict_the_error_of_rounding(told):
     model, images, _ = told
     program = recorded(model, images[:8])
     batches = images[:160].split(8)
-    statistics = statistics_of(program, batches)
-    shares, kinds = shares_of(program, batches, statistics, rounded=("conv2d", "linear"))
+    layers = layers_of(program)
+    statistics = statistics_of(program, layers, batches)
+    shares, kinds = shares_of(program, layers, batches, statistics, rounded=("conv2d", "linear"))
     assert [share.layer.place for share in shares] == ["0", "2", "5"]
     layers = layers_of(program)
     assert kinds.keys() == {*layers} | {

@@ -1,6 +1,6 @@
 """The layers of a recorded program that int8 is about: convolutions, linear layers, products."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ Visitor = Callable[[Layer, Callable[..., Tensor], list[Any], dict[str, Any], Ten
 class _Walk(Interpreter):
     """A run of a program that shows its layers to a visitor."""
 
-    def __init__(self, module: GraphModule, layers: dict[str, Layer], visit: Visitor) -> None:
+    def __init__(self, module: GraphModule, layers: Mapping[str, Layer], visit: Visitor) -> None:
         super().__init__(module)
         self.layers, self.visit = layers, visit
 
@@ -98,7 +98,7 @@ class _Walk(Interpreter):
 
 
 def walk(
-    module: GraphModule, layers: dict[str, Layer], batches: Iterable[Tensor], visit: Visitor
+    module: GraphModule, layers: Mapping[str, Layer], batches: Iterable[Tensor], visit: Visitor
 ) -> Iterator[Tensor]:
     """Yield a program's first output for batches of images, its layers shown to a visitor."""
     run = _Walk(module, layers, visit)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion, Notes
+from backbones.engines.quantization.layers import Layer, layers_of
 from backbones.engines.quantization.ranges import Range
 from backbones.engines.quantization.shares import KINDS, Share, margin_of, shares_of, statistics_of
 from backbones.engines.verification import run_model
@@ -61,6 +62,8 @@ def to_target(
     program: GraphModule,
     make: Callable[[Plan], None],
     open: Callable[[], Callable[[Tensor], Any]],
+    *,
+    quantizes: Callable[[Layer], bool] = lambda layer: True,
     rounded: Collection[str] = (),
     kinds: int = KINDS,
 ) -> Notes:
@@ -77,6 +80,7 @@ def to_target(
         program: the recorded model, by whose names the quantizer knows layers.
         make: writes the file of a plan.
         open: opens the file that was written last.
+        quantizes: whether the quantizer takes a layer at all.
         rounded: operators whose outputs the engine rounds as well as their operands.
         kinds: how many candidates there are for ranges; 1 for a quantizer that finds its own.
 
@@ -99,16 +103,17 @@ def to_target(
     def batches(images: Tensor) -> list[Tensor]:
         return list(conversion.calibration_batches(images))
 
+    layers = {name: layer for name, layer in layers_of(program).items() if quantizes(layer)}
     logits = _logits(conversion)
-    everything = statistics_of(program, batches(images))
+    everything = statistics_of(program, layers, batches(images))
     if logits is None:
         make(Plan(images, everything.ranges()))
         return {}
     seen, part, judges = images, everything, images
     if len(images) >= 2 * FEW:
         seen, judges, logits = images[::2], images[1::2], logits[1::2]
-        part = statistics_of(program, batches(seen))
-    shares, best = shares_of(program, batches(judges[:SAMPLE]), part, rounded, kinds)
+        part = statistics_of(program, layers, batches(seen))
+    shares, best = shares_of(program, layers, batches(judges[:SAMPLE]), part, rounded, kinds)
     order = _worst_first(shares)
 
     def tried(kept: int) -> _Found:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from backbones.engines.quantization.layers import Layer, layers_of, walk
+from backbones.engines.quantization.layers import Layer, walk
 from backbones.engines.quantization.ranges import (
     Range,
     Statistics,
@@ -50,9 +50,11 @@ def margin_of(logits: Tensor, classes: Tensor | None = None) -> Tensor:
     return first - second
 
 
-def statistics_of(module: GraphModule, batches: Sequence[Tensor]) -> Statistics:
-    """Return how the operands and outputs of all layers are distributed."""
-    layers, statistics = layers_of(module), Statistics()
+def statistics_of(
+    module: GraphModule, layers: Mapping[str, Layer], batches: Sequence[Tensor]
+) -> Statistics:
+    """Return how the operands and outputs of layers are distributed."""
+    statistics = Statistics()
     for add in (statistics.add_ends, statistics.add_counts):
 
         def visit(layer: Layer, _: Any, operands: list[Any], __: Any, output: Tensor) -> None:
@@ -68,6 +70,7 @@ def statistics_of(module: GraphModule, batches: Sequence[Tensor]) -> Statistics:
 
 def shares_of(
     module: GraphModule,
+    layers: Mapping[str, Layer],
     batches: Sequence[Tensor],
     statistics: Statistics,
     rounded: Collection[str] = (),
@@ -79,7 +82,6 @@ def shares_of(
     on these images, which should be others than those of the statistics. `rounded` are the
     operators whose outputs the engine rounds as well as their operands.
     """
-    layers = layers_of(module)
     candidates = {name: statistics.candidates(name)[:kinds] for name in statistics.ends}
     added: dict[tuple[str, str], list[Tensor]] = {}
     work: dict[str, float] = {}
