@@ -2,6 +2,7 @@
 
 python scripts/measure_deploy.py                             # ten models, fp32; ten minutes or more
 python scripts/measure_deploy.py lsnet_t --precisions fp32 int8 --compile
+python scripts/measure_deploy.py --engines onnxruntime       # our ONNX file against a plain one
 
 One image of 224x224 (or `--size`), in milliseconds; all forms of a model take turns in one process.
 The processor and its speed are named first.
@@ -156,13 +157,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Times]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         forms = plain_forms(published, x, place, options.threads)
+        forms = {key: form for key, form in forms.items() if key.split()[0] in options.engines}
         if options.compile:
             compiled = torch.compile(published)
             with torch.no_grad(), ops.use_reference():
                 compiled(x)
             forms["compile"] = compiled
         forms = {f"plain {key}": form for key, form in forms.items()}
-        engines = (*ENGINES, *(["compile"] if options.compile else []))
+        engines = (*options.engines, *(["compile"] if options.compile else []))
         wanted = [(engine, p) for p in options.precisions for engine in engines]
         forms |= deployed(name, model, wanted, size, place, options.threads)
         running = {}
@@ -216,6 +218,9 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224, help="height and width (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each form (%(default)s)")
+    parser.add_argument(
+        "--engines", nargs="+", default=ENGINES, choices=ENGINES, help="(default: all three)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile as well; slow")
     parser.add_argument("--all", action="store_true", help="print every form besides the table")
     options = parser.parse_args()
