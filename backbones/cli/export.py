@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> None:
         "backbones export cpubone_s app.onnx --preprocess --dynamic batch",
         "backbones export lsnet_t lsnet_t.mlpackage --preprocess",
         "backbones export quickstart-output/model.safetensors page --format web",
+        "backbones export lsnet_t page --format web --precision int8 --calibration photos",
     )
     add_model(parser)
     parser.add_argument(

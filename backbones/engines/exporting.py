@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,13 +19,14 @@ from backbones.engines.preparation import (
     Images,
     input_size_of,
     load_images,
+    load_raw_images,
     plain_copy,
     prepared,
     random_input,
     reparameterized_copy,
 )
 from backbones.engines.targets import find_format
-from backbones.engines.verification import Check, run_model, verify_on_input
+from backbones.engines.verification import Check, run_model, verify_on_inputs
 from backbones.errors import ConfigError, UnsupportedError
 from backbones.images import fit_channels
 from backbones.reparameterization import backbones_in
@@ -69,9 +70,9 @@ class ExportReport:
         ]
         for one in self.checks:
             kind = "real images" if one.real else "random images"
-            found = one.agreement
+            found, shape = one.agreement, "x".join(str(n or "?") for n in one.shape)
             lines.append(
-                f"  {self.engine} on {kind} {'x'.join(str(n) for n in one.shape)}: largest error"
+                f"  {self.engine} on {kind} {shape}: largest error"
                 f" {found.max_error:.1e}, mean {found.mean_error:.1e}, relative"
                 f" {found.relative_error:.1e}, same top-1 for {found.top1_agreement:.1%}"
             )
@@ -141,7 +142,8 @@ def export(
             leave sizes free. Format ``web`` always does.
         features: the file gives the feature maps of all stages instead of logits.
         calibration: for int8, and for agreement figures on real images: a folder of images, or a
-            batch (N, C, H, W) that is normalized.
+            batch (N, C, H, W) that is normalized. With `preprocess` the figures are for the images
+            as decoded, scaled to `input_size` where the format cannot leave sizes free.
         agreement: the share (0 to 1) of images whose class int8 shall keep. The layers that add
             most to the error stay in float32, as few as it takes; where half of the
             multiplications are not enough, a warning says so. 0 quantizes every layer.
@@ -170,8 +172,6 @@ def export(
         raise ConfigError(
             f"{path}: int8 needs images to calibrate on; pass calibration=FOLDER or a tensor"
         )
-    if calibration is not None and preprocess:
-        raise UnsupportedError("calibration images are normalized; leave preprocess out")
     if not 0 <= agreement <= 1:
         raise ConfigError(f"agreement is a share of images, 0 to 1, got {agreement!r}")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
@@ -221,7 +221,8 @@ def export(
             notes.update(target.read_back(file, conversion))
         elif verify:
             # The runner is gone before the file moves: some systems do not move open files.
-            engine, checks = _verified(reference, target, file, conversion, path)
+            own = _own_images(calibration, conversion)
+            engine, checks = _verified(reference, target, file, conversion, path, own)
         beside = file if target.folder else file.parent
         written = sum(one.stat().st_size for one in beside.rglob("*") if one.is_file())
     return ExportReport(
@@ -300,19 +301,42 @@ def _description(model: nn.Module, provenance: Mapping[str, Any] | None) -> dict
     }
 
 
+def _own_images(calibration: Images | None, conversion: Conversion) -> Iterable[Tensor]:
+    """Give the user's images, in batches that the file takes."""
+    if calibration is None or conversion.calibration is None:
+        return
+    given: Iterable[Tensor] = [conversion.calibration]
+    if conversion.raw:
+        free = "height" in conversion.dynamic
+        size = None if free else conversion.example.shape[1:3]
+        given = load_raw_images(calibration, conversion.metadata["input"], size)
+    for x in given:
+        if "batch" in conversion.dynamic:
+            yield x
+        else:  # as many as it takes; one photograph, if need be, several times
+            images = len(conversion.example)
+            yield x.expand(images, *x.shape[1:]) if len(x) == 1 else x[:images]
+
+
 def _verified(
-    reference: nn.Module, target: Format, file: Path, conversion: Conversion, path: Path
+    reference: nn.Module,
+    target: Format,
+    file: Path,
+    conversion: Conversion,
+    path: Path,
+    own: Iterable[Tensor],
 ) -> tuple[str, tuple[Check, ...]]:
     """Run a file in its engine and compare it; return the engine's name and the comparisons."""
     runner = target.open(file)
     shapes = _shapes(conversion) if conversion.precision != "int8" else []
-    inputs = [(random_input(shape, raw=conversion.raw), False) for shape in shapes]
+    inputs: list[tuple[Iterable[Tensor], bool]] = [
+        ([random_input(shape, raw=conversion.raw)], False) for shape in shapes
+    ]
     if conversion.calibration is not None:
-        taken = None if "batch" in conversion.dynamic else len(conversion.example)
-        inputs.append((conversion.calibration[:taken], True))
+        inputs.append((own, True))
     return runner.engine, tuple(
-        verify_on_input(reference, runner, x, conversion.precision, path, is_real)
-        for x, is_real in inputs
+        verify_on_inputs(reference, runner, given, conversion.precision, path, is_real)
+        for given, is_real in inputs
     )
 
 

@@ -1,5 +1,6 @@
 """What a format is: a typed config, and what converts to it and runs it."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.engines.preparation import Preprocessed
 from backbones.engines.runners import Runner, explained
 from backbones.files import new_bundle, new_file, new_folder
 
@@ -29,8 +31,9 @@ class Conversion:
     """What is converted: a model in eval mode on the CPU, and all that the file must know.
 
     `example` is an input; `dynamic` names the dimensions that stay free; `raw` means uint8 images
-    (B, H, W, C); `outputs` names the outputs; `calibration` are images for int8, as the model
-    takes them, and `agreement` the share of them whose class int8 shall keep (0: no matter).
+    (B, H, W, C); `outputs` names the outputs; `calibration` are images for int8, normalized
+    (N, C, H, W) also where the file has the preprocessing in it, and `agreement` the share of them
+    whose class int8 shall keep (0: no matter).
     """
 
     model: nn.Module
@@ -48,6 +51,25 @@ class Conversion:
         """The free dimensions of the input: their position and name."""
         positions = {"batch": 0, "height": 1, "width": 2} if self.raw else _AXES
         return {positions[name]: name for name in self.dynamic}
+
+    def parts(self) -> tuple["Conversion", "Conversion"]:
+        """Return a `raw` conversion as two, the preprocessing and the model on normalized images.
+
+        In int8 they are converted one by one and joined: the matrices that resize have to be exact,
+        and it is the model that normalized images calibrate.
+        """
+        whole = self.model
+        assert isinstance(whole, Preprocessed)
+        alone = whole.alone()
+        with torch.no_grad():
+            normalized = alone(self.example)
+        before = dataclasses.replace(
+            self, model=alone, outputs=("normalized",), precision="fp32", calibration=None
+        )
+        free = tuple(name for name in self.dynamic if name == "batch")
+        return before, dataclasses.replace(
+            self, model=whole.model, example=normalized, dynamic=free, raw=False
+        )
 
     @property
     def calibration_batch(self) -> int:

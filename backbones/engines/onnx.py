@@ -4,6 +4,7 @@ int8 is static: weights a channel, activations a tensor, ranges from real images
 quantizer places the operations where the engine can fuse them, but for layers that cost too much.
 """
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from backbones.engines.runners import Deployment, Engine, Runner, existing, expl
 from backbones.errors import ConfigError
 from backbones.optional import optional_import
 
-__all__ = ["ENGINE", "FORMAT", "OnnxConfig", "OnnxRuntimeRunner", "write_onnx"]
+__all__ = ["ENGINE", "FORMAT", "OnnxConfig", "OnnxRuntimeRunner", "to_onnx", "write_onnx"]
 
 LARGEST = 2**31 - 2**20  # protobuf's limit for one file, with room for the graph itself
 QUANTIZABLE = 13  # the first opset with a scale for each channel
@@ -68,12 +69,12 @@ class OnnxConfig(FormatConfig):
         return names
 
 
-def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> Notes:
+def to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> Notes:
     """Write an ONNX file with the metadata property ``backbones`` (JSON).
 
     Weights beyond the 2 GB that one file holds go to ``<path>.data`` beside it. In int8 the
     weights and activations of convolutions and products are quantized, with QuantizeLinear and
-    DequantizeLinear around them.
+    DequantizeLinear around them; preprocessing stays in float32.
     """
     if conversion.precision == "int8" and (config.opset or EXPORTED) < QUANTIZABLE:
         raise ConfigError(f"int8 needs opset {QUANTIZABLE} or later, got {config.opset}")
@@ -82,6 +83,14 @@ def _to_onnx(conversion: Conversion, config: OnnxConfig, path: Path) -> Notes:
         return {}
     with TemporaryDirectory(dir=path.parent) as folder:
         between = Path(folder, path.name)
+        if conversion.raw:
+            before, model = conversion.parts()
+            first = Path(folder, f"preprocessing of {path.name}")
+            write_onnx(before, dataclasses.replace(config, output_names=None), first)
+            notes = to_onnx(model, config, between)
+            with explained(f"{path.name}: the preprocessing cannot be put before the model"):
+                _join(first, between, config.input_name, path)
+            return notes
         program = write_onnx(conversion, config, between)
         with explained(f"{path.name}: ONNX Runtime cannot quantize it"):
             return _quantize(between, path, conversion, config.input_name, program)
@@ -125,6 +134,21 @@ def write_onnx(
     with explained(f"{path.name}: opset {asked} cannot hold this model, {EXPORTED} and later can"):
         lower_opset(path, asked)
     return recorded
+
+
+def _join(first: Path, second: Path, name: str, path: Path) -> None:
+    """Write one file of two: the output of the first is the input `name` of the second."""
+    onnx = optional_import("onnx", "onnx")
+    before, model = onnx.load(str(first)), onnx.load(str(second))
+    before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False)
+    before.ir_version = model.ir_version
+    del before.metadata_props[:]  # of the whole file are those of the model
+    ends = [(before.graph.output[0].name, name)]
+    whole = onnx.compose.merge_models(before, model, ends)
+    used = {node.domain for node in whole.graph.node}
+    del whole.opset_import[:]  # which has those of both
+    whole.opset_import.extend(one for one in model.opset_import if one.domain in used)
+    onnx.save(whole, str(path))
 
 
 class _Batches:
@@ -285,7 +309,7 @@ def _start(deployment: Deployment) -> Runner:
 
 
 _PRECISIONS = ("fp32", "fp16", "int8")
-FORMAT = Format("onnx", ".onnx", OnnxConfig, _to_onnx, OnnxRuntimeRunner, _PRECISIONS)
+FORMAT = Format("onnx", ".onnx", OnnxConfig, to_onnx, OnnxRuntimeRunner, _PRECISIONS)
 ENGINE = Engine(
     "onnxruntime", _start, _PRECISIONS, ("onnx", "onnxscript", "onnxruntime"), extra="onnx"
 )

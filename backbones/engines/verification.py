@@ -1,6 +1,6 @@
 """Running a model and a file on the same inputs, and how far their outputs are apart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backbones.errors import ExportError
 
-__all__ = ["TOLERANCE", "Agreement", "Check", "as_list", "compare", "run_model", "verify_on_input"]
+__all__ = ["TOLERANCE", "Agreement", "Check", "as_list", "compare", "run_model", "verify_on_inputs"]
 
 # Largest difference over the output's largest magnitude. Half precision keeps three digits
 # (fp16) or two (bf16) of every step. What 256 levels cost depends on the weights, and they hold for
@@ -43,10 +43,11 @@ class Agreement:
 class Check:
     """One comparison of an exported file with the model.
 
-    `shape` is the input's; `real` tells whether it held the user's images instead of random ones.
+    `shape` is the input's, None for sizes that differ from image to image; `real` tells whether it
+    held the user's images instead of random ones.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     agreement: Agreement
     real: bool = False
 
@@ -93,20 +94,26 @@ def _compare(reference: Tensor, output: Tensor, number: int) -> Agreement:
     )
 
 
-def verify_on_input(
+def verify_on_inputs(
     model: nn.Module,
     runner: Callable[[Tensor], Any],
-    x: Tensor,
+    inputs: Iterable[Tensor],
     precision: str,
     path: Path,
     real: bool = False,
 ) -> Check:
-    """Compare the runner of a file with the model, the reference in float32, on an input.
+    """Compare the runner of a file with the model, the reference in float32, on inputs (B, ...).
 
     They may differ as `TOLERANCE` allows. `path` is where the file shall go, for the message;
-    `real`: `x` holds real images.
+    `real`: the inputs are real images.
     """
-    expected, found, shape = run_model(model, x), runner(x), tuple(x.shape)
+    given, one_by_one = [], []
+    for x in inputs:  # of photographs not all at once, as there are large ones
+        given.append(x.shape)
+        one_by_one.append((run_model(model, x), runner(x)))
+    expected, found = (_joined(parts) for parts in zip(*one_by_one))
+    images, *sizes = zip(*given)
+    shape = (sum(images), *(same[0] if len({*same}) == 1 else None for same in sizes))
     try:
         agreement = compare(expected, found)
     except ExportError as error:
@@ -127,7 +134,11 @@ def verify_on_input(
 def run_model(model: nn.Module, x: Tensor) -> Any:
     """Run the model without gradients, a few images at a time."""
     with torch.no_grad():
-        parts = [model(part) for part in x.split(PART)]
+        return _joined([model(part) for part in x.split(PART)])
+
+
+def _joined(parts: list[Any] | tuple[Any, ...]) -> Any:
+    """Return outputs for several inputs as those for all of them."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Tensor):

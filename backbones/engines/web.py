@@ -16,8 +16,8 @@ from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backbones.engines.formats import Conversion, Format, FormatConfig
-from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner, write_onnx
+from backbones.engines.formats import Conversion, Format, FormatConfig, Notes
+from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner, to_onnx
 from backbones.errors import ConfigError, MissingDependencyError, UnsupportedError, first_line
 
 __all__ = ["FORMAT", "WebConfig"]
@@ -157,14 +157,14 @@ class WebConfig(FormatConfig):
     runtime: str | PathLike[str] | None = None
 
 
-def _to_page(conversion: Conversion, config: WebConfig, folder: Path) -> None:
+def _to_page(conversion: Conversion, config: WebConfig, folder: Path) -> Notes:
     """Write ``index.html``, ``model.onnx`` and the runtime into a folder."""
     if conversion.outputs != ("logits",):
         raise UnsupportedError("a page shows classes, not feature maps; leave features out")
     channels = conversion.example.shape[-1]
     if channels not in CHANNELS:
         raise UnsupportedError(f"photographs have {CHANNELS} channels, not {channels}")
-    write_onnx(conversion, OnnxConfig(), folder / MODEL)
+    notes = to_onnx(conversion, OnnxConfig(), folder / MODEL)
     if len(list(folder.iterdir())) > 1:
         raise UnsupportedError("browsers take no model beyond 2 GB")
     (folder / PAGE).write_text(_page(conversion, channels), encoding="utf-8")
@@ -172,6 +172,7 @@ def _to_page(conversion: Conversion, config: WebConfig, folder: Path) -> None:
         _copy_runtime(Path(config.runtime), folder)
     else:
         _fetch_runtime(folder)
+    return notes
 
 
 def _page(conversion: Conversion, channels: int) -> str:
@@ -243,7 +244,7 @@ FORMAT = Format(
     config_class=WebConfig,
     convert=_to_page,
     open=_open,
-    precisions=("fp32", "fp16"),
+    precisions=("fp32", "fp16", "int8"),
     folder=True,
     page=True,
 )

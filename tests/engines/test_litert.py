@@ -63,6 +63,11 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
         ({"dynamic": ("height",)}, UnsupportedError, "'height' cannot stay free; give input_size"),
         ({"precision": "bf16"}, UnsupportedError, "'litert' has no precision 'bf16'; it has fp32"),
         ({"format": LiteRtConfig("nchw"), "preprocess": True}, ConfigError, "leave input_layout"),
+        (
+            {"precision": "int8", "preprocess": True, "calibration": torch.zeros(2, *SIZE)},
+            UnsupportedError,
+            "int8 files of LiteRT take normalized images; leave preprocess out",
+        ),
     ],
 )
 def test_what_cannot_be_leaves_no_file(options, error, words, tmp_path):

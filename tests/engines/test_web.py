@@ -17,7 +17,7 @@ from PIL import Image
 from small_models import small
 
 from backbones.cli import main
-from backbones.engines import OnnxRuntimeRunner, WebConfig, export
+from backbones.engines import OnnxRuntimeRunner, WebConfig, compare, export
 from backbones.engines.web import PACKAGE, RUNTIME
 from backbones.errors import ConfigError, MissingDependencyError, UnsupportedError
 from backbones.weights import save_checkpoint
@@ -68,11 +68,42 @@ def test_a_page_is_replaced_as_a_whole(runtime, tmp_path):
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of pictures of several sizes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(8):
+        picture(height=5 + i).save(folder / f"{i}.png")
+    return folder
+
+
+def picture(height=9):
+    generator = np.random.default_rng(height)
+    pixels = generator.integers(0, 256, (height, 14, 3), np.uint8).repeat(11, 0).repeat(13, 1)
+    return Image.fromarray(pixels)
+
+
+def test_an_int8_page_is_smaller_and_agrees(runtime, photos, tmp_path):
+    saved = str(save_checkpoint(small(num_classes=500), tmp_path / "m.safetensors"))
+    words = ["--format", "web", "--web-runtime", str(runtime), "--img-size", "64"]
+    int8 = ["--precision", "int8", "--calibration", str(photos)]
+    pages = tmp_path / "fp32", tmp_path / "int8"
+    for page, more in zip(pages, ([], int8)):
+        assert main(["export", saved, str(page), *words, *more]) == 0
+    assert {p.name for p in pages[0].iterdir()} == {p.name for p in pages[1].iterdir()}
+    exact, quantized = (OnnxRuntimeRunner(page / "model.onnx") for page in pages)
+    assert quantized.raw and quantized.precision == "int8"
+    assert quantized.path.stat().st_size < 0.75 * exact.path.stat().st_size
+    x = torch.from_numpy(np.array(picture()))[None]
+    assert 1e-4 < compare(exact(x), quantized(x)).relative_error < 0.1
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         ({"features": True}, "shows classes, not feature maps"),
-        ({"precision": "int8", "calibration": torch.zeros(8, *SIZE)}, "no precision 'int8'"),
+        ({"precision": "bf16"}, "no precision 'bf16'; it has fp32, fp16, int8"),
     ],
 )
 def test_what_a_page_cannot_show(options, words, runtime, tmp_path):
@@ -151,21 +182,22 @@ class Served(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["photo.png", "wide.jpg"])
-def test_a_browser_computes_the_same(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, precision", [("photo.png", "fp32"), ("wide.jpg", "fp32"), ("photo.png", "int8")]
+)
+def test_a_browser_computes_the_same(name, precision, photos, tmp_path):
     """The real runtime, in a real browser, on a photograph of another size than the model's."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
-    model = small()
+    options = {"input_size": SIZE, "classes": CLASSES, "precision": precision}
+    options["calibration"] = photos if precision == "int8" else None
     try:
-        report = export(model, tmp_path / "page", format="web", input_size=SIZE, classes=CLASSES)
+        report = export(small(), tmp_path / "page", format="web", **options)
     except MissingDependencyError as error:
         pytest.skip(str(error))
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (9, 14, 3), np.uint8).repeat(11, 0).repeat(13, 1)
     file = report.path / name
-    Image.fromarray(pixels).save(file)
+    picture().save(file)
     pixels = np.array(Image.open(file).convert("RGB"))
     logits = OnnxRuntimeRunner(report.path / "model.onnx")(torch.from_numpy(pixels)[None])
     expected = logits.softmax(-1)[0]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from backbones.engines.executorch.forms import for_xnnpack
 from backbones.engines.executorch.passes import simplified, with_constants, with_plain_attention
 from backbones.engines.executorch.quantization import quantized
@@ -64,11 +66,15 @@ def _program(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> An
     """Return what ``torch.export`` records, quantized in int8."""
     limits = {"batch": config.max_batch}
     plain = _contiguous(dataclasses.replace(conversion, model=for_xnnpack(conversion.model)))
-    program = with_constants(with_plain_attention(traced(plain, limits)))
-    if conversion.precision != "int8":
+    int8 = conversion.precision == "int8"
+    before, inner = plain.parts() if int8 and conversion.raw else (None, plain)
+    program = with_constants(with_plain_attention(traced(inner, limits)))
+    if not int8:
         return program
     with explained(f"{path.name}: XNNPACK's quantizer cannot quantize it"):
-        model = quantized(program, conversion)
+        model = quantized(program, inner)
+    if before is not None:
+        model = nn.Sequential(before.model, model)
     return traced(dataclasses.replace(plain, model=model), limits)
 
 

@@ -17,7 +17,7 @@ from backbones.engines.litert.runner import LiteRtRunner
 from backbones.engines.quantization import OPERATORS, to_target
 from backbones.engines.rewrites import rewrite_for_graphs, split_large_kernels
 from backbones.engines.runners import explained
-from backbones.errors import ConfigError
+from backbones.errors import ConfigError, UnsupportedError
 from backbones.optional import optional_import
 
 __all__ = ["INPUT_LAYOUTS", "LiteRtConfig", "to_litert"]
@@ -66,6 +66,11 @@ def to_litert(conversion: Conversion, config: LiteRtConfig, path: Path) -> Notes
     """
     if conversion.raw and config.input_layout == "nchw":
         raise ConfigError("decoded images are (B, H, W, C); leave input_layout out or preprocess")
+    if conversion.raw and conversion.precision == "int8":
+        raise UnsupportedError(
+            f"{path.name}: int8 files of LiteRT take normalized images; leave preprocess out, or"
+            " write OUT.onnx or OUT.xml"
+        )
     free = "batch" in conversion.dynamic
     images = config.images if free else len(conversion.example)
     example = conversion.example[:1].expand(images, -1, -1, -1).contiguous()

@@ -50,27 +50,40 @@ def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> 
     ov = optional_import("openvino", "openvino")
     # In int8 norms stay whole operations: NNCF would quantize the statistics of decomposed ones.
     whole = conversion.precision == "int8"
+    before, inner = conversion.parts() if whole and conversion.raw else (None, conversion)
     with TemporaryDirectory(dir=path.parent) as folder:
         between = Path(folder, path.with_suffix(".onnx").name)
-        program = write_onnx(conversion, OnnxConfig(), between, decompose=not whole)
+        first = Path(folder, f"preprocessing of {between.name}")
+        program = write_onnx(inner, OnnxConfig(), between, decompose=not whole)
+        if before is not None:
+            write_onnx(before, OnnxConfig(), first)
+        notes: Notes = {}
         with explained(f"{path.name}: OpenVINO cannot convert it"):
             model = ov.Core().read_model(str(between))
-
-            def save(model: Any) -> None:
-                model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
-                ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
-
             if whole:
-                quantizer = Quantizer(model, conversion, program)
-                return to_target(
-                    conversion,
+                small = Path(folder, f"int8 of {path.name}")
+                quantizer = Quantizer(model, inner, program)
+                notes = to_target(
+                    inner,
                     program,
-                    lambda plan: save(quantizer.quantized(plan)),
-                    lambda: OpenVinoRunner(path, batch_size=None),
+                    lambda plan: ov.save_model(quantizer.quantized(plan), str(small), False),
+                    lambda: OpenVinoRunner(small),
                 )
-            save(model)
+                model = ov.Core().read_model(str(small))
+            if before is not None:
+                model = _joined(ov.Core().read_model(str(first)), model)
+            model.set_rt_info(json.dumps(conversion.metadata, allow_nan=False), "backbones")
+            ov.save_model(model, str(path), compress_to_fp16=conversion.precision == "fp16")
             del model  # some systems do not remove a file that is open
-    return {}
+    return notes
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Return one ``openvino.Model`` of two: the output of the first is the input of the second."""
+    ov = optional_import("openvino", "openvino")
+    (given,), (taken,) = first.get_results(), second.get_parameters()
+    taken.output(0).replace(given.input_value(0))
+    return ov.Model(second.get_results(), first.get_parameters(), second.get_friendly_name())
 
 
 class OpenVinoRunner(Runner):

@@ -1,10 +1,11 @@
 """What goes into a model: the size of images, random ones, and real ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Union
 
+import numpy as np
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from backbones.errors import ConfigError, DataError
 from backbones.images import find_bad_images, image_mode, list_images
 
-__all__ = ["Images", "check_input_size", "input_size_of", "load_images", "random_input"]
+__all__ = [
+    "Images",
+    "check_input_size",
+    "input_size_of",
+    "load_images",
+    "load_raw_images",
+    "random_input",
+]
 
 Images = Union[Tensor, str, "PathLike[str]"]
 _MOST = 256
@@ -63,13 +71,7 @@ def load_images(images: Images, data_config: Mapping[str, Any], most: int = _MOS
         if images.ndim != 4 or not len(images):
             raise ConfigError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
         return images[:most].detach().cpu().float()
-    if not Path(images).exists():
-        raise ConfigError(f"{images}: no such folder; give a folder of images")
-    files = list_images(images)
-    if not files.paths:
-        raise ConfigError(f"{images}: no images in it")
-    count = min(most, len(files))
-    chosen = [files.paths[i * len(files) // count] for i in range(count)]
+    files, chosen = _chosen(images, most)
     mode, transform = image_mode(data_config["input_size"][0]), create_transform(**data_config)
     tensors: dict[str, Tensor] = {}
 
@@ -79,6 +81,45 @@ def load_images(images: Images, data_config: Mapping[str, Any], most: int = _MOS
     if bad := find_bad_images(chosen, opener=take):
         raise DataError("\n       ".join(bad.values()))
     return torch.stack([tensors[path] for path in chosen])
+
+
+def load_raw_images(
+    images: Images, data_config: Mapping[str, Any], size: Sequence[int] | None, most: int = _MOST
+) -> Iterator[Tensor]:
+    """Yield images, uint8 (B, H, W, C), as a file takes them that has the preprocessing in it.
+
+    Photographs come one by one, as they differ in size; of normalized images (N, C, H, W) their
+    gray levels come at once.
+
+    Args:
+        images: as for `load_images`, which tells what is wrong with them.
+        data_config: the model's.
+        size: (height, width) that photographs are scaled to; None leaves them as they are.
+        most: how many at most.
+    """
+    if isinstance(images, Tensor):
+        mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ("mean", "std"))
+        levels = (load_images(images, data_config, most) * std + mean) * 255
+        yield levels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+        return
+    files, chosen = _chosen(images, most)
+    for path in chosen:
+        photograph = files.open(path, image_mode(data_config["input_size"][0]))
+        if size is not None:
+            photograph = photograph.resize((size[1], size[0]))
+        pixels = np.array(photograph)
+        yield torch.from_numpy(pixels.reshape(1, *pixels.shape[:2], -1))
+
+
+def _chosen(images: str | PathLike[str], most: int) -> tuple[Any, list[Any]]:
+    """Return the images of a folder or archive, and those to take."""
+    if not Path(images).exists():
+        raise ConfigError(f"{images}: no such folder; give a folder of images")
+    files = list_images(images)
+    if not files.paths:
+        raise ConfigError(f"{images}: no images in it")
+    count = min(most, len(files))
+    return files, [files.paths[i * len(files) // count] for i in range(count)]
 
 
 def random_input(shape: Sequence[int], *, raw: bool = False) -> Tensor:

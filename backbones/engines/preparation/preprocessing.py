@@ -55,6 +55,7 @@ class Preprocessed(nn.Module):
         # (value / 255 - mean) / std in one multiplication and one addition
         self.register_buffer("scale", (1 / (255 * std)).reshape(1, -1, 1, 1))
         self.register_buffer("shift", (-mean / std).reshape(1, -1, 1, 1))
+        self.data_config = config
         self.model = model
 
     def forward(self, images: Tensor) -> Any:
@@ -67,6 +68,10 @@ class Preprocessed(nn.Module):
         x = (x @ columns.transpose(0, 1)).clamp(0, 255)
         x = (rows @ x).clamp(0, 255)
         return self.model(x * self.scale + self.shift)
+
+    def alone(self) -> "Preprocessed":
+        """Return the preprocessing without the model: it gives normalized images (B, C, H, W)."""
+        return Preprocessed(nn.Identity(), self.data_config).eval()
 
     def resized(self, height: Any, width: Any) -> tuple[Any, Any]:
         """Return the image's height and width after timm's resizing, before its center crop."""

@@ -118,7 +118,9 @@ def to_target(
 
     def tried(kept: int) -> _Found:
         make(Plan(seen, part.ranges(best), _names(order[:kept])))
-        return _compared(logits, open()(judges))
+        runner = open()
+        found = torch.cat([runner(batch) for batch in batches(judges)])
+        return _compared(logits, found[: len(judges)])
 
     kept, found = _search(order, margin_of(logits), conversion.agreement, tried)
     if len(seen) < len(images):
