@@ -17,6 +17,7 @@ from backbones.engines import (
     COREML_TARGETS,
     INPUT_LAYOUTS,
     CoreMlConfig,
+    ExecuTorchConfig,
     FormatConfig,
     LiteRtConfig,
     OnnxConfig,
@@ -85,6 +86,12 @@ def add_parser(commands: Any) -> None:
         help="order of a LiteRT file's input (default: nhwc, as programs for phones have images)",
     )
     parser.add_argument(
+        "--max-size",
+        type=positive,
+        metavar="N",
+        help="largest free height and width of an ExecuTorch file (default: twice the input size)",
+    )
+    parser.add_argument(
         "--minimum-target",
         choices=COREML_TARGETS,
         help="first system that a Core ML file is for (default: iOS16, which is macOS13)",
@@ -138,6 +145,12 @@ def _format(args: argparse.Namespace) -> str | FormatConfig | None:
                 "--input-layout: LiteRT files alone have it; leave it out, or write OUT.tflite"
             )
         return LiteRtConfig(args.input_layout)
+    if args.max_size is not None:
+        if not _is_for(args, "executorch", ".pte"):
+            raise ConfigError(
+                "--max-size: ExecuTorch files alone have it; leave it out, or write OUT.pte"
+            )
+        return ExecuTorchConfig(max_size=args.max_size)
     if args.minimum_target is not None:
         if not _is_for(args, "coreml", ".mlpackage"):
             raise ConfigError(

@@ -25,6 +25,7 @@ from backbones.engines.preparation import (
     random_input,
     reparameterized_copy,
 )
+from backbones.engines.runners import Runner
 from backbones.engines.targets import find_format
 from backbones.engines.verification import Check, run_model, verify_on_inputs
 from backbones.errors import ConfigError, UnsupportedError
@@ -93,6 +94,8 @@ class ExportReport:
                 f" {notes['delegated_operations'] + notes['other_operations']} operations"
                 f" ({notes['delegated_share']:.0%}), portable kernels the rest"
             )
+        for name, sizes in self.notes.get("free_sizes", {}).items():
+            lines.append(f"  {name} may be any of the {sizes}")
         return "\n".join(lines)
 
 
@@ -244,7 +247,8 @@ def _free_dimensions(target: Format, dynamic: Sequence[str], preprocess: bool) -
     if not preprocess:
         return tuple(dynamic)
     asked = [name for name in DYNAMIC if name in dynamic or name in DYNAMIC[1:]]
-    return tuple(name for name in asked if name in target.dynamic)
+    known = target.dynamic if target.dynamic_raw is None else target.dynamic_raw
+    return tuple(name for name in asked if name in known)
 
 
 def _check_request(target: Format, dynamic: Sequence[str], precision: str, path: Path) -> None:
@@ -328,7 +332,7 @@ def _verified(
 ) -> tuple[str, tuple[Check, ...]]:
     """Run a file in its engine and compare it; return the engine's name and the comparisons."""
     runner = target.open(file)
-    shapes = _shapes(conversion) if conversion.precision != "int8" else []
+    shapes = _shapes(conversion, runner) if conversion.precision != "int8" else []
     inputs: list[tuple[Iterable[Tensor], bool]] = [
         ([random_input(shape, raw=conversion.raw)], False) for shape in shapes
     ]
@@ -340,7 +344,7 @@ def _verified(
     )
 
 
-def _shapes(conversion: Conversion) -> list[tuple[int, ...]]:
+def _shapes(conversion: Conversion, runner: Runner) -> list[tuple[int, ...]]:
     """Return input shapes (B, C, H, W) that differ from the example's in every free dimension."""
     channels, height, width = conversion.metadata["input"]["input_size"]
     free = conversion.dynamic
@@ -349,6 +353,8 @@ def _shapes(conversion: Conversion) -> list[tuple[int, ...]]:
     if "batch" in free:
         found.append((5, channels, height, width))
     if {"height", "width"} & {*free}:
-        sizes = (height + 32 * ("height" in free), width + 64 * ("width" in free))
-        found.append((images, channels, *sizes))
+        found += [
+            (images, channels, h if "height" in free else height, w if "width" in free else width)
+            for h, w in runner.other_sizes(height, width)
+        ]
     return found

@@ -100,6 +100,8 @@ class Format:
     precisions: tuple[str, ...] = ("fp32",)
     """The first is that of files for which none is asked for."""
     dynamic: tuple[str, ...] = ("batch", "height", "width")
+    dynamic_raw: tuple[str, ...] | None = None
+    """Those of `dynamic` that may stay free where files take photographs; None for all."""
     folder: bool = False
     """What is written is a folder: one that stands for a file and has its suffix, or a page."""
     page: bool = False
@@ -119,23 +121,21 @@ class Format:
         return new_bundle(path) if self.folder else new_file(path)
 
 
-def traced(conversion: Conversion, limits: Mapping[str, int] | None = None) -> Any:
+def traced(conversion: Conversion, dims: Mapping[str, Any] | None = None) -> Any:
     """Return the model as ``torch.export`` records it, free dimensions as asked for.
 
-    `limits` has the largest values of free dimensions, by name, for formats that need some.
+    `dims` has what ``torch.export`` shall know of them, by name, for formats that need bounds.
     """
-    bounds = limits or {}
+    known = dims or {}
     shapes: dict[int, Any] = {
-        axis: torch.export.Dim(name, max=bounds[name])
-        if name in bounds
-        else torch.export.Dim.DYNAMIC
-        for axis, name in conversion.axes.items()
+        axis: known.get(name, torch.export.Dim.DYNAMIC) for axis, name in conversion.axes.items()
     }
     with explained("torch.export cannot record the model"), torch.no_grad():
         return torch.export.export(
             conversion.model,
             (conversion.example,),
             dynamic_shapes=(shapes or None,),
-            # What cannot be decided for all sizes is checked when the program runs.
-            prefer_deferred_runtime_asserts_over_guards=True,
+            # What cannot be decided for all sizes is checked when the program runs, unless their
+            # bounds are known: then it has to hold for all of them.
+            prefer_deferred_runtime_asserts_over_guards=not {"height", "width"} & known.keys(),
         )

@@ -83,6 +83,10 @@ class Runner(ABC):
     def infer(self, x: Tensor) -> Tensor | Sequence[Tensor]:
         """Compute the outputs for an input that was checked: contiguous, on the CPU."""
 
+    def other_sizes(self, height: int, width: int) -> Sequence[tuple[int, int]]:
+        """Return heights and widths at which a file that leaves them free is compared, too."""
+        return [(height + 32, width + 64)]
+
     def __call__(self, x: Tensor | np.ndarray) -> Any:
         """Map a batch of images to the model's outputs.
 

@@ -191,7 +191,7 @@ def test_what_is_not_supported_is_named(tmp_path):
     with pytest.raises(ConfigError, match="int8 needs images to calibrate on"):
         export(model, tmp_path / "m.onnx", precision="int8")
     with pytest.raises(UnsupportedError, match="'height' cannot stay free; give input_size"):
-        export(model, tmp_path / "m.pte", dynamic=("height",))
+        export(model, tmp_path / "m.tflite", dynamic=("height",))
     with pytest.raises(ConfigError, match="no dynamic dimension 'heigth'"):
         export(model, tmp_path / "m.onnx", dynamic=("heigth",))
     with pytest.raises(ConfigError, match="folder that exists"):

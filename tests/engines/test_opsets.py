@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from damping import damp
+from randomized import randomize
 from small_models import small
+from tiers import shallow, smallest_of_each_family, smallest_size
 from torch import nn
 
+import backbones
 from backbones.engines import OnnxConfig, OnnxRuntimeRunner, compare, export
 from backbones.engines.opsets import lower_opset
 from backbones.errors import ConfigError, ExportError
@@ -17,6 +21,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 SIZE = (3, 64, 64)
 OPSETS = range(11, 18)
+LIGHT = {"convnext_atto", "cpubone_nano", "inception_next_atto", "lsnet_t", "patchconvnet_s60"}
 
 
 class Everything(nn.Module):
@@ -82,6 +87,49 @@ def test_the_file_has_the_opset_asked_for(opset, precision, tmp_path):
     with torch.no_grad():
         found = compare(model(images), OnnxRuntimeRunner(report.path)(images))
     assert found.relative_error < {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5}[precision]
+
+
+def cells():
+    for name in smallest_of_each_family():
+        yield pytest.param(name, marks=[] if name in LIGHT else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", cells())
+def test_every_family_has_a_form_in_older_opsets(name, tmp_path):
+    """What `OnnxConfig(opset=...)` does, with one conversion for all opsets."""
+    torch.manual_seed(0)
+    model = backbones.create_model(name, num_classes=7, **shallow(name, blocks=1)).eval()
+    damp(randomize(model), name)
+    size = (3, *[max(64, smallest_size(model))] * 2)
+    config = OnnxConfig(opset=18)
+    newest = export(model, tmp_path / "m.onnx", format=config, input_size=size, verify=False).path
+    x = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(x)
+    for opset in (17, 16, 13):
+        older = tmp_path / f"{opset}.onnx"
+        shutil.copy(newest, older)
+        lower_opset(older, opset)
+        assert opset_of(older) == opset
+        assert {node.domain for node in onnx.load(older).graph.node} <= {"", "ai.onnx"}
+        assert compare(expected, OnnxRuntimeRunner(older)(x)).relative_error < 1e-4, opset
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, opset, words",
+    [
+        ("glnet_4g", 12, "Softmax over axis 2"),
+        ("transnext_micro", 12, "Softmax over axis 2"),
+        ("uniformer_xxs", 11, "LessOrEqual"),
+    ],
+)
+def test_what_a_family_has_no_form_of(name, opset, words, tmp_path):
+    model = backbones.create_model(name, num_classes=7, **shallow(name, blocks=1)).eval()
+    damp(randomize(model), name)
+    with pytest.raises(ExportError, match=f"opset {opset} cannot hold this model.*{words}"):
+        export(model, tmp_path / "m.onnx", format=OnnxConfig(opset=opset), input_size=SIZE)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [10, 0, -1, "13", 13.0])

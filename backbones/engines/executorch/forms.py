@@ -118,7 +118,12 @@ class DecomposedResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Of the root of a mean where the norm has that of a sum: the same ratio, but for eps.
         energy = (x * x).mean((2, 3), keepdim=True).sqrt()  # B C 1 1
-        eps = self.eps / (x.shape[2] * x.shape[3]) ** 0.5
+        places = x.shape[2] * x.shape[3]
+        eps: Any = self.eps
+        if isinstance(places, int):
+            eps = eps / places**0.5
+        else:  # of free sizes a program has products, but no roots
+            eps = eps * torch.scalar_tensor(places, dtype=x.dtype).rsqrt()
         x = x * (1 + self.weight * (energy / (self.mean(energy) + eps)))
         return x if self.bias is None else x + self.bias
 

@@ -59,11 +59,7 @@ def simplified(module: Any) -> Any:
     axes = (ops.unsqueeze_copy.default, ops.squeeze_copy.dim, ops.squeeze_copy.dims)
     for node in list(module.graph.nodes):
         if node.target in axes:
-            node.target, node.args = (
-                ops.view_copy.default,
-                (node.args[0], [*node.meta["val"].shape]),
-            )
-            _infer_free_size(node)
+            _view(node, ops.view_copy.default)
         elif node.target == ops.mm.default:
             _multiply_in_batch(node, module.graph, ops)
         elif node.target == ops.expand_copy.default:
@@ -84,6 +80,14 @@ def _leave_out_if_same(node: Any) -> None:
     before, after = node.args[0].meta["val"], node.meta["val"]
     if before.shape == after.shape and before.dtype == after.dtype:
         node.replace_all_uses_with(node.args[0])
+
+
+def _view(node: Any, operator: Any) -> None:
+    """Write an added or dropped axis as a view, unless two sizes of its result are free."""
+    shape = [*node.meta["val"].shape]
+    if sum(not isinstance(size, int) for size in shape) < 2:
+        node.target, node.args = operator, (node.args[0], shape)
+        _infer_free_size(node)
 
 
 def _infer_free_size(node: Any) -> None:

@@ -1,5 +1,6 @@
 """int8 by XNNPACK's own quantizer: weights a channel, activations a tensor, ranges from images."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -7,47 +8,51 @@ from torch import nn
 
 from backbones.engines.executorch.forms import ChannelMean
 from backbones.engines.formats import Conversion
+from backbones.engines.quantization import Layer, Plan, layers_of
 from backbones.optional import optional_import
 
-__all__ = ["quantized"]
+__all__ = ["is_quantized", "quantized"]
 
 LEAST_SCALE = 2.0**-24  # below any that weights or activations of a model have
 
 
-def quantized(program: Any, conversion: Conversion) -> nn.Module:
-    """Return the int8 form of what ``torch.export`` recorded, calibrated on the images.
+def quantized(program: Any, conversion: Conversion, plan: Plan) -> nn.Module:
+    """Return the int8 form of what ``torch.export`` recorded, ranges of the plan's images.
 
-    Convolutions and linear layers are quantized; norms, activations and products of feature maps
-    stay in float32.
+    Convolutions and linear layers are quantized, but for those that the plan keeps; norms,
+    activations and products of feature maps stay in float32.
     """
     pt2e = optional_import("torchao.quantization.pt2e.quantize_pt2e", "executorch")
     # What the images of calibration number is no business of the bounds of the file.
-    model = pt2e.prepare_pt2e(program.module(check_guards=False), _quantizer())
-    assert conversion.calibration is not None  # `export` refuses int8 without images
+    module = program.module(check_guards=False)
+    layers = {name for name, layer in layers_of(module).items() if is_quantized(layer)}
+    model = pt2e.prepare_pt2e(module, _quantizer(layers - plan.kept))
     with torch.no_grad():
-        for batch in conversion.calibration_batches(conversion.calibration):
+        for batch in conversion.calibration_batches(plan.images):
             model(batch)
     result: nn.Module = pt2e.convert_pt2e(model)
     return result
 
 
-def _quantizer() -> Any:
-    """Return XNNPACK's quantizer for convolutions and linear layers."""
+def is_quantized(layer: Layer) -> bool:
+    """Tell whether a layer is quantized at all.
+
+    The mean and variance of a norm decide over whole maps, and have to be exact.
+    """
+    name = f"{ChannelMean.__module__}.{ChannelMean.__qualname__}"
+    return not layer.is_product and all(kind != name for _, kind in layer.modules)
+
+
+def _quantizer(names: Collection[str]) -> Any:
+    """Return XNNPACK's quantizer for the layers of these names."""
     xnnpack = optional_import(
         "executorch.backends.xnnpack.quantizer.xnnpack_quantizer", "executorch"
     )
     quantizer, aten = xnnpack.XNNPACKQuantizer(), torch.ops.aten
     for operator in (aten.conv2d.default, aten.linear.default):
         quantizer.set_operator_type(operator, _ranges())
-    # The mean and variance of a norm decide over whole maps, and have to be exact.
-    quantizer.set_filter_function(lambda node: not _within(node, ChannelMean))
+    quantizer.set_filter_function(lambda node: node.name in names)
     return quantizer
-
-
-def _within(node: Any, kind: type[nn.Module]) -> bool:
-    """Tell whether a node of a program was recorded in a module of this type."""
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    return any(found == name for _, found in node.meta.get("nn_module_stack", {}).values())
 
 
 def _ranges() -> Any:

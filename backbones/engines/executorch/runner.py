@@ -1,4 +1,4 @@
-"""Running ExecuTorch programs, and what the format and the engine are."""
+"""Running ExecuTorch programs."""
 
 import json
 import threading
@@ -8,15 +8,17 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from backbones.engines.executorch.lowering import ExecuTorchConfig, to_executorch
-from backbones.engines.formats import Format
-from backbones.engines.runners import Deployment, Engine, Runner, existing, explained
+from backbones.engines.executorch.sizes import Span
+from backbones.engines.runners import Runner, existing, explained
+from backbones.errors import InputSizeError
 from backbones.optional import optional_import
 
-__all__ = ["ENGINE", "FORMAT"]
+__all__ = ["ExecuTorchRunner"]
+
+_SIDES = {"height": 2, "width": 3}  # of images (B, C, H, W)
 
 
-class _ExecuTorchRunner(Runner):
+class ExecuTorchRunner(Runner):
     """An ExecuTorch program that `export` wrote; calls of several threads take turns.
 
     Its threads are XNNPACK's own, one for each core; `threads` cannot set their number.
@@ -35,13 +37,30 @@ class _ExecuTorchRunner(Runner):
             self._method = self._program.load_method("forward")
         batch, *rest = facts["shape"]
         self.max_batch = int(self._method.metadata.input_tensor_meta(0).sizes()[0])
+        self.spans = {name: Span(**span) for name, span in facts.get("free_sizes", {}).items()}
         shape = [None if facts["free_batch"] else batch, *rest]
+        for name, span in self.spans.items():
+            shape[_SIDES[name]] = str(span)
         raw = facts["preprocess"]
         super().__init__(self.path, shape, threads=threads, raw=raw, metadata=facts)
         self._turn = threading.Lock()
 
+    def other_sizes(self, height: int, width: int) -> Sequence[tuple[int, int]]:
+        """Return the borders: the least height at the largest width, and the largest of both."""
+        fixed = {"height": height, "width": width}
+        most = {name: span.most for name, span in self.spans.items()}
+        least = self.spans["height"].least if "height" in self.spans else height
+        largest = {**fixed, **most}
+        return [(least, largest["width"]), (largest["height"], largest["width"])]
+
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run the method, in parts where there are more images than memory was planned for."""
+        for name, span in self.spans.items():
+            if x.shape[_SIDES[name]] not in span:
+                raise InputSizeError(
+                    f"{self.what} takes for {name} the {span}, got {tuple(x.shape)}; resize the"
+                    " images, or export the model for others by input_size and max_size"
+                )
         with self._turn:
             # The runtime takes the strides for those of a contiguous tensor, whatever they are.
             parts = [
@@ -49,24 +68,3 @@ class _ExecuTorchRunner(Runner):
                 for part in x.split(self.max_batch)
             ]
         return [torch.cat(outputs) for outputs in zip(*parts)]
-
-
-def _start(deployment: Deployment) -> Runner:
-    """Export to ExecuTorch and run it, on as many threads as the machine has cores."""
-    batch = deployment.batch_size
-    config = ExecuTorchConfig(max_batch=max(2, batch))
-    path = deployment.exported(f"{deployment.precision}-{batch}.pte", deployment.precision, config)
-    return _ExecuTorchRunner(path, threads=deployment.threads)
-
-
-_PRECISIONS = ("fp32", "int8")
-FORMAT = Format(
-    "executorch",
-    ".pte",
-    ExecuTorchConfig,
-    to_executorch,
-    _ExecuTorchRunner,
-    _PRECISIONS,
-    dynamic=("batch",),
-)
-ENGINE = Engine("executorch", _start, _PRECISIONS, ("executorch",), extra="executorch")

@@ -1,0 +1,29 @@
+"""What ExecuTorch is as a format and as an engine."""
+
+from backbones.engines.executorch.lowering import ExecuTorchConfig, to_executorch
+from backbones.engines.executorch.runner import ExecuTorchRunner
+from backbones.engines.formats import Format
+from backbones.engines.runners import Deployment, Engine, Runner
+
+__all__ = ["ENGINE", "FORMAT"]
+
+
+def _start(deployment: Deployment) -> Runner:
+    """Export to ExecuTorch and run it, on as many threads as the machine has cores."""
+    batch = deployment.batch_size
+    config = ExecuTorchConfig(max_batch=max(2, batch))
+    path = deployment.exported(f"{deployment.precision}-{batch}.pte", deployment.precision, config)
+    return ExecuTorchRunner(path, threads=deployment.threads)
+
+
+_PRECISIONS = ("fp32", "int8")
+FORMAT = Format(
+    "executorch",
+    ".pte",
+    ExecuTorchConfig,
+    to_executorch,
+    ExecuTorchRunner,
+    _PRECISIONS,
+    dynamic_raw=("batch",),
+)
+ENGINE = Engine("executorch", _start, _PRECISIONS, ("executorch",), extra="executorch")
