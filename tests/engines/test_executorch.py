@@ -3,8 +3,8 @@
 import pytest
 import torch
 from damping import damp
+from digit_models import convolutions, digits, trained
 from randomized import randomize
-from sklearn.datasets import load_digits
 from small_models import small
 from tiers import shallow, smallest_of_each_family
 from torch import nn
@@ -14,45 +14,6 @@ from backbones.engines import export, open_exported
 from backbones.errors import UnsupportedError
 
 pytest.importorskip("executorch")
-
-
-def digits(side):
-    """Digits as images (N, 3, side, side), and their classes; every fifth is held out."""
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
-    images = nn.functional.interpolate(images, (side, side), mode="bilinear").expand(-1, 3, -1, -1)
-    classes = torch.tensor(found.target)
-    held_out = torch.arange(len(classes)) % 5 == 0
-    return images[~held_out], classes[~held_out], images[held_out], classes[held_out]
-
-
-def trained(model, images, classes, steps):
-    """Return the model, trained until it tells most digits."""
-    torch.manual_seed(0)
-    steps_of = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(steps_of, 3e-3, total_steps=steps)
-    model.train()
-    for _ in range(steps):
-        chosen = torch.randint(len(images), (64,))
-        loss = nn.functional.cross_entropy(model(images[chosen]), classes[chosen])
-        steps_of.zero_grad()
-        loss.backward()
-        steps_of.step()
-        schedule.step()
-    return model.eval()
-
-
-def convolutions():
-    """The least that tells digits: two convolutions and a linear layer."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 4, stride=4),
-        nn.GELU(),
-        nn.Conv2d(16, 32, 2, stride=2),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.Linear(512, 10),
-    )
 
 
 def cpubone():

@@ -1,13 +1,18 @@
 """int8 keeps the classes of float32: ranges, shares of the error, and layers left in float32."""
 
+import dataclasses
 import logging
 
 import numpy as np
 import pytest
 import torch
+from damping import damp
 from digit_models import convolutions, digits, trained
+from randomized import randomize
+from tiers import shallow
 from torch import nn
 
+import backbones
 from backbones.cli import main
 from backbones.engines import ENGINES, deploy, export, open_exported
 from backbones.engines.quantization.layers import layers_of
@@ -102,6 +107,35 @@ def test_what_cannot_hold_is_told(uneven, tmp_path, caplog, monkeypatch):
         )
     assert report.notes["layers_in_float32"] == [] and report.notes["expected_agreement"] < 0.99
     assert "not for the 99.0 % asked for, with 0 of 3 layers in float32" in caplog.text
+
+
+def test_nothing_is_rounded_but_layers(tmp_path, monkeypatch):
+    """With every layer kept an OpenVINO file is one of float32: norms and sums are not rounded."""
+    pytest.importorskip("nncf")
+    from backbones.engines.openvino.quantization import Quantizer
+
+    quantized = Quantizer.quantized
+
+    def keeping_all(self, plan):
+        layers = frozenset(layer for _, layer in self._layers())
+        assert len(layers) > 20
+        return quantized(self, dataclasses.replace(plan, kept=layers))
+
+    monkeypatch.setattr(Quantizer, "quantized", keeping_all)
+    torch.manual_seed(0)
+    model = backbones.create_model("lsnet_t", num_classes=7, **shallow("lsnet_t")).eval()
+    damp(randomize(model), "lsnet_t")
+    images = torch.randn(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "m.xml"
+    export(
+        model,
+        path,
+        input_size=(3, 64, 64),
+        precision="int8",
+        calibration=images,
+        agreement=0,
+    )
+    assert 'type="FakeQuantize"' not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("agreement", [-0.1, 1.5, float("nan")])

@@ -14,8 +14,12 @@ from backbones.optional import optional_import
 __all__ = ["Quantizer"]
 
 LAYERS = ("Convolution", "GroupConvolution", "MatMul")
-# What norms, gates and pooled statistics compute with stays in float32.
-EXACT = ["MVN", "ReduceMean", "Multiply", "Add", "Power", "Divide", "Interpolate"]
+# Rounded values may pass through what only moves or chooses them. Whatever else computes stays in
+# float32: norms, gates, pooled statistics, sums.
+MOVES = (
+    "Reshape Transpose Squeeze Unsqueeze Concat Split VariadicSplit Slice StridedSlice Gather Pad"
+    " Relu MaxPool Broadcast Tile ShuffleChannels DepthToSpace SpaceToDepth"
+).split()
 
 
 class Quantizer:
@@ -33,6 +37,8 @@ class Quantizer:
 
     def quantized(self, plan: Plan) -> Any:
         """Return the int8 form of a plan; the model stays as it is."""
+        present = {operation.get_type_name() for operation in self.model.get_ops()}
+        exact = sorted(present.difference(LAYERS, MOVES))
         kept = [operation for operation, layer in self._layers() if layer in plan.kept]
         batches = [one.numpy() for one in self.conversion.calibration_batches(plan.images)]
         model = self.nncf.quantize(
@@ -40,7 +46,7 @@ class Quantizer:
             self.nncf.Dataset(batches),
             subset_size=len(batches),
             preset=self.nncf.QuantizationPreset.MIXED,
-            ignored_scope=self.nncf.IgnoredScope(types=EXACT, names=kept, validate=False),
+            ignored_scope=self.nncf.IgnoredScope(types=exact, names=kept, validate=False),
         )
         for operation in model.get_ops():
             if operation.get_type_name() == "FakeQuantize":
