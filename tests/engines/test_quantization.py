@@ -9,13 +9,14 @@ import torch
 from damping import damp
 from digit_models import convolutions, digits, trained
 from randomized import randomize
-from tiers import shallow
+from tiers import shallow, smallest_of_each_family, smallest_size
 from torch import nn
 
 import backbones
 from backbones.cli import main
 from backbones.engines import ENGINES, deploy, export, open_exported
-from backbones.engines.quantization.layers import layers_of
+from backbones.engines.formats import Conversion
+from backbones.engines.quantization import layers_of, to_target
 from backbones.engines.quantization.ranges import Statistics, least_squares, quantized_activation
 from backbones.engines.quantization.shares import margin_of, shares_of, statistics_of
 from backbones.errors import ConfigError
@@ -136,6 +137,42 @@ def test_nothing_is_rounded_but_layers(tmp_path, monkeypatch):
         agreement=0,
     )
     assert 'type="FakeQuantize"' not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("best", [0, 2])
+def test_the_best_file_is_left_where_none_holds(best, told):
+    model, images, _ = told
+    conversion = Conversion(model, images[:8], dynamic=(), calibration=images[:16], agreement=0.999)
+    plans = []
+
+    def opened():
+        noise = 5.0 if len(plans[-1].kept) == best else 50.0
+        generator = torch.Generator().manual_seed(0)
+        return lambda x: model(x) + noise * torch.randn(len(x), 10, generator=generator)
+
+    with torch.no_grad():
+        notes = to_target(conversion, recorded(model, images[:8]), plans.append, opened)
+    assert {len(plan.kept) for plan in plans} == {0, 2}  # none, and the two that may be kept
+    assert len(plans[-1].kept) == len(notes["layers_in_float32"]) == best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", smallest_of_each_family())
+def test_every_family_is_searched(name, tmp_path):
+    """Each operation of our models has the gradient that the shares are taken from."""
+    torch.manual_seed(0)
+    model = backbones.create_model(name, num_classes=7, **shallow(name, 1)).eval()
+    damp(randomize(model), name)
+    size = (3, *[max(64, smallest_size(model))] * 2)
+    report = export(
+        model,
+        tmp_path / "m.onnx",
+        input_size=size,
+        precision="int8",
+        calibration=torch.randn(64, *size, generator=torch.Generator().manual_seed(0)),
+    )
+    assert report.notes["layers"] > 10
+    assert report.checks[-1].agreement.relative_error < 0.2
 
 
 @pytest.mark.parametrize("agreement", [-0.1, 1.5, float("nan")])

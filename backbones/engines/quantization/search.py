@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion, Notes
 from backbones.engines.quantization.layers import Layer, layers_of
-from backbones.engines.quantization.ranges import Range
+from backbones.engines.quantization.ranges import Range, Statistics
 from backbones.engines.quantization.shares import KINDS, Share, margin_of, shares_of, statistics_of
 from backbones.engines.verification import run_model
 from backbones.errors import ConfigError
@@ -106,7 +106,7 @@ def to_target(
     layers = {name: layer for name, layer in layers_of(program).items() if quantizes(layer)}
     logits = _logits(conversion)
     everything = statistics_of(program, layers, batches(images))
-    if logits is None:
+    if logits is None or not layers:
         make(Plan(images, everything.ranges()))
         return {}
     seen, part, judges = images, everything, images
@@ -114,17 +114,23 @@ def to_target(
         seen, judges, logits = images[::2], images[1::2], logits[1::2]
         part = statistics_of(program, layers, batches(seen))
     shares, best = shares_of(program, layers, batches(judges[:SAMPLE]), part, rounded, kinds)
-    order = _worst_first(shares)
+    order, most = _worst_first(shares)
+
+    made: list[Plan] = []
+
+    def make_plan(images: Tensor, statistics: Statistics, kept: int) -> None:
+        made.append(Plan(images, statistics.ranges(best), _names(order[:kept])))
+        make(made[-1])
 
     def tried(kept: int) -> _Found:
-        make(Plan(seen, part.ranges(best), _names(order[:kept])))
+        make_plan(seen, part, kept)
         runner = open()
         found = torch.cat([runner(batch) for batch in batches(judges)])
         return _compared(logits, found[: len(judges)])
 
-    kept, found = _search(order, margin_of(logits), conversion.agreement, tried)
-    if len(seen) < len(images):
-        make(Plan(images, everything.ranges(best), _names(order[:kept])))
+    kept, found = _search(order, most, margin_of(logits), conversion.agreement, tried)
+    if seen is not images or len(made[-1].kept) != kept:
+        make_plan(images, everything, kept)
     if found.agreement < conversion.agreement:
         _logger.warning(
             "int8 keeps the class of float32 for %.1f %% of images (%.1f %% of %d that were"
@@ -149,26 +155,31 @@ def to_target(
 
 
 def _search(
-    order: list[Share], margins: Tensor, agreement: float, tried: Callable[[int], _Found]
+    order: list[Share],
+    most: int,
+    margins: Tensor,
+    agreement: float,
+    tried: Callable[[int], _Found],
 ) -> tuple[int, _Found]:
-    """Return how many of the worst layers to keep, and what the file with them was found to do.
+    """Return how many of the worst layers to keep, `most` at most, and what the file then does.
 
     `tried` makes the file that keeps so many, and compares it.
     """
-    most = _most(order)
     allowed = _variance_for(margins, agreement)
     kept = _enough(order, allowed, most)
     found = {kept: tried(kept)}
     for _ in range(ROUNDS - 1):
         last = found[kept]
-        if last.agreement >= agreement or kept == most:
+        if last.agreement >= agreement:
             return kept, last
+        if kept == most:
+            break
         # The file may be off by more than was predicted, so that less is allowed.
         scale = max(1.0, last.variance / _left(order, kept))
         further = kept + max(1, (most - kept) // 8)
         kept = max(further, _enough(order, allowed / scale, most))
         found[kept] = tried(kept)
-    best = max(found, key=lambda kept: found[kept].agreement)
+    best = max(found, key=lambda kept: (found[kept].agreement, -kept))
     return best, found[best]
 
 
@@ -185,13 +196,21 @@ def _names(shares: list[Share]) -> frozenset[str]:
     return frozenset(one.layer.name for one in shares)
 
 
-def _worst_first(shares: list[Share]) -> list[Share]:
-    """Order layers by what they add to the error for their work.
+def _worst_first(shares: list[Share]) -> tuple[list[Share], int]:
+    """Order layers by what they add to the error for their work; say how many may be kept.
 
-    A small layer costs some time too where it stays in float32 alone.
+    A small layer costs some time too where it stays in float32 alone. Those that would go beyond
+    what may stay in float32 come last.
     """
-    least = _work(shares) / 100
-    return sorted(shares, key=lambda one: one.variance / (one.work + least), reverse=True)
+    work = _work(shares)
+    left, fit, others = MOST_WORK * work, [], []
+    for one in sorted(shares, key=lambda one: one.variance / (one.work + work / 100), reverse=True):
+        if one.work <= left:
+            left -= one.work
+            fit.append(one)
+        else:
+            others.append(one)
+    return fit + others, len(fit)
 
 
 def _work(shares: list[Share]) -> float:
@@ -201,12 +220,6 @@ def _work(shares: list[Share]) -> float:
 def _left(order: list[Share], kept: int) -> float:
     """Return the predicted variance of the layers that are not kept."""
     return max(sum(one.variance for one in order[kept:]), 1e-30)
-
-
-def _most(order: list[Share]) -> int:
-    """Return how many of the worst layers may be kept."""
-    allowed = MOST_WORK * _work(order)
-    return sum(_work(order[: kept + 1]) <= allowed for kept in range(len(order)))
 
 
 def _enough(order: list[Share], variance: float, most: int) -> int:

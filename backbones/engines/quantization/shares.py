@@ -104,13 +104,16 @@ def shares_of(
         work[layer.name] = _work(layer, operands, output) / len(output)
         seen.append((layer.name, errors, output))
 
-    for logits in walk(module, layers, _with_gradients(batches), visit):
-        gradients = torch.autograd.grad(margin_of(logits).sum(), [output for *_, output in seen])
-        for (name, errors, _), gradient in zip(seen, gradients):
-            for side, error in errors.items():
-                products = (error * gradient).flatten(2).sum(2)  # kinds, images
-                added.setdefault((name, side), []).append(products)
-        seen.clear()
+    with torch.enable_grad():  # whatever the caller is in
+        for logits in walk(module, layers, _with_gradients(batches), visit):
+            gradients = torch.autograd.grad(
+                margin_of(logits).sum(), [output for *_, output in seen]
+            )
+            for (name, errors, _), gradient in zip(seen, gradients):
+                for side, error in errors.items():
+                    products = (error * gradient).flatten(2).sum(2)  # kinds, images
+                    added.setdefault((name, side), []).append(products)
+            seen.clear()
     variances = {
         key: torch.cat(found, dim=1).double().square().mean(1) for key, found in added.items()
     }
