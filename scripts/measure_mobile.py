@@ -61,37 +61,6 @@ def megabytes(runner: Runner) -> str:
     return f"{sum(file.stat().st_size for file in files if file.is_file()) / 1e6:.1f}"
 
 
-ENGINES_OF_THE_TABLE = ("onnxruntime", "openvino", "litert", "executorch", "ncnn")
-
-
-def runners(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Runner]:
-    """Return runners by engine and precision; what cannot be had goes to stderr."""
-    torch.manual_seed(0)
-    model = backbones.create_model(name).eval()
-    size = (3, options.size, options.size)
-    wanted = [(e, p) for e in options.engines for p in options.precisions]
-    tried = deployed(name, model, [("onnxruntime", "fp32"), *wanted], size, folder, options.threads)
-    found = {}
-    for key, runner in tried.items():
-        if isinstance(runner, str):
-            print(f"  {name}: no {key}: {runner}", file=sys.stderr)
-        else:
-            found[key] = runner
-    return found
-
-
-def megabytes(runner: Runner) -> str:
-    """Return the size of a runner's files; "-" if it has none."""
-    path = getattr(runner, "path", None)
-    if path is None:
-        return "-"
-    files = {file for file in path.parent.glob(f"{path.stem}.*") if file.suffix in _BESIDE}
-    return f"{sum(file.stat().st_size for file in {path, *files}) / 1e6:.1f}"
-
-
-_BESIDE = (".bin", ".data")  # files of weights
-
-
 def cell(runner: Runner, times: Times, baseline: Times | None) -> str:
     """Return ratio, milliseconds and size of a file."""
     ratio = ""
