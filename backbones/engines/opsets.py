@@ -66,6 +66,9 @@ class _Lowering:
             "LayerNormalization": (17, self._layer_norm),
             "HardSwish": (14, self._hard_swish),
             "Shape": (15, self._shape),
+            "Softmax": (13, self._softmax),
+            "LessOrEqual": (12, self._not_greater),
+            "GreaterOrEqual": (12, self._not_less),
             "Resize": (13, self._resize),
         }
         since, form = spelled_out.get(node.op_type, (0, self._changed))
@@ -81,9 +84,6 @@ class _Lowering:
             del node.input[1:]
         given = _attributes(self.onnx, node)
         if node.op_type == "Softmax" and self.opset < 13:
-            # The older form takes all axes from the given one on as one.
-            if given.get("axis", -1) != -1:
-                raise ValueError(f"Softmax over axis {given['axis']}")
             del node.attribute[:]
             node.attribute.append(attribute("axis", -1))
         old, new = (self._schema(node.op_type, opset) for opset in (self.opset, EXPORTED))
@@ -138,6 +138,24 @@ class _Lowering:
         if given:
             ends = (given.get("start", 0), given.get("end", 2**31 - 1))
             nodes.add("Slice", sizes, *(nodes.constant([end]) for end in ends))
+        return nodes.ending()
+
+    def _softmax(self, nodes: "_Nodes") -> list[Any]:
+        # The older form takes all axes from the given one on as one.
+        axis = _attributes(self.onnx, nodes.node).get("axis", -1)
+        if axis == -1:
+            return self._changed(nodes.node)
+        (x,) = nodes.node.input
+        x = nodes.add("Exp", nodes.add("Sub", x, nodes.add("ReduceMax", x, axes=[axis])))
+        nodes.add("Div", x, nodes.add("ReduceSum", x, axes=[axis]))
+        return nodes.ending()
+
+    def _not_greater(self, nodes: "_Nodes") -> list[Any]:
+        nodes.add("Not", nodes.add("Greater", *nodes.node.input))
+        return nodes.ending()
+
+    def _not_less(self, nodes: "_Nodes") -> list[Any]:
+        nodes.add("Not", nodes.add("Less", *nodes.node.input))
         return nodes.ending()
 
     def _resize(self, nodes: "_Nodes") -> list[Any]:

@@ -14,14 +14,14 @@ from torch import nn
 
 import backbones
 from backbones.engines import OnnxConfig, OnnxRuntimeRunner, compare, export
-from backbones.engines.opsets import lower_opset
+from backbones.engines.opsets import EXPORTED, lower_opset
 from backbones.errors import ConfigError, ExportError
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 SIZE = (3, 64, 64)
 OPSETS = range(11, 18)
-LIGHT = {"convnext_atto", "cpubone_nano", "inception_next_atto", "lsnet_t", "patchconvnet_s60"}
+LIGHT = {"convnext_atto", "lsnet_t", "patchconvnet_s60"}  # that export in seconds
 
 
 class Everything(nn.Module):
@@ -37,6 +37,7 @@ class Everything(nn.Module):
         x = F.layer_norm(x, x.shape[1:]) * F.layer_norm(x, x.shape[-1:], eps=0.1)
         x = x / x.norm(dim=(2, 3), keepdim=True) + x.amax(1, keepdim=True)
         x = F.pad(F.interpolate(x, scale_factor=2, mode="bilinear"), (1, 0, 2, 0))
+        x = x * (x <= 0.5) + x * (x >= 0.75) + x.softmax(1)
         x = x.flatten(2).softmax(-1).unsqueeze(1).squeeze(1) * x.shape[-1]
         return x.reshape(x.shape[0], -1).sum(1, keepdim=True) - F.gelu(x.mean((1, 2)))[:, None]
 
@@ -69,6 +70,34 @@ def test_every_operation_has_a_form_in_older_opsets(newest, opset, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in LIGHT else pytest.mark.slow)
+        for name in smallest_of_each_family()
+    ],
+)
+def test_every_family_has_a_form_in_older_opsets(name, tmp_path):
+    """Exported once, as that takes the time, and lowered from there as an export does."""
+    torch.manual_seed(0)
+    model = backbones.create_model(name, num_classes=7, **shallow(name, blocks=1)).eval()
+    damp(randomize(model), name)
+    side = max(64, smallest_size(model))
+    newest = OnnxConfig(opset=EXPORTED)
+    export(model, tmp_path / "m.onnx", format=newest, input_size=(3, side, side), verify=False)
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = model(x)
+    for opset in (17, 16, 13, 11):
+        path = tmp_path / f"{opset}.onnx"
+        shutil.copy(tmp_path / "m.onnx", path)
+        lower_opset(path, opset)
+        file = onnx.load(path)
+        assert [(one.domain, one.version) for one in file.opset_import] == [("", opset)]
+        assert {node.domain for node in file.graph.node} == {""}
+        assert compare(expected, OnnxRuntimeRunner(path)(x)).relative_error < 1e-4, opset
+
+
+@pytest.mark.parametrize(
     "opset, precision", [(11, "fp32"), (17, "fp32"), (13, "fp16"), (13, "int8"), (21, "fp32")]
 )
 def test_the_file_has_the_opset_asked_for(opset, precision, tmp_path):
@@ -87,49 +116,6 @@ def test_the_file_has_the_opset_asked_for(opset, precision, tmp_path):
     with torch.no_grad():
         found = compare(model(images), OnnxRuntimeRunner(report.path)(images))
     assert found.relative_error < {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5}[precision]
-
-
-def cells():
-    for name in smallest_of_each_family():
-        yield pytest.param(name, marks=[] if name in LIGHT else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize("name", cells())
-def test_every_family_has_a_form_in_older_opsets(name, tmp_path):
-    """What `OnnxConfig(opset=...)` does, with one conversion for all opsets."""
-    torch.manual_seed(0)
-    model = backbones.create_model(name, num_classes=7, **shallow(name, blocks=1)).eval()
-    damp(randomize(model), name)
-    size = (3, *[max(64, smallest_size(model))] * 2)
-    config = OnnxConfig(opset=18)
-    newest = export(model, tmp_path / "m.onnx", format=config, input_size=size, verify=False).path
-    x = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = model(x)
-    for opset in (17, 16, 13):
-        older = tmp_path / f"{opset}.onnx"
-        shutil.copy(newest, older)
-        lower_opset(older, opset)
-        assert opset_of(older) == opset
-        assert {node.domain for node in onnx.load(older).graph.node} <= {"", "ai.onnx"}
-        assert compare(expected, OnnxRuntimeRunner(older)(x)).relative_error < 1e-4, opset
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, opset, words",
-    [
-        ("glnet_4g", 12, "Softmax over axis 2"),
-        ("transnext_micro", 12, "Softmax over axis 2"),
-        ("uniformer_xxs", 11, "LessOrEqual"),
-    ],
-)
-def test_what_a_family_has_no_form_of(name, opset, words, tmp_path):
-    model = backbones.create_model(name, num_classes=7, **shallow(name, blocks=1)).eval()
-    damp(randomize(model), name)
-    with pytest.raises(ExportError, match=f"opset {opset} cannot hold this model.*{words}"):
-        export(model, tmp_path / "m.onnx", format=OnnxConfig(opset=opset), input_size=SIZE)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [10, 0, -1, "13", 13.0])
