@@ -259,7 +259,8 @@ def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[C
             problem = str(error)
         if agreement is not None and agreement.top1_agreement < deployment.agreement and several:
             # On random images classes lie close together, and only fp32 is compared on them.
-            problem = f"names the class of fp32 for less than {100 * deployment.agreement:g}% of images"
+            least = 100 * deployment.agreement
+            problem = f"names the class of fp32 for less than {least:g}% of images"
         candidates.append(
             Candidate(
                 *key,
