@@ -137,7 +137,8 @@ def test_int8_leaves_the_preprocessing_exact(kind, photos, suffix, tmp_path):
     )
     (check,) = report.checks
     assert check.real and check.agreement.count == (6 if kind == "photographs" else 40)
-    assert 1e-3 < check.agreement.relative_error < 0.2
+    # A file of one size gets photographs squashed to it, unlike those that it is calibrated on.
+    assert 1e-3 < check.agreement.relative_error < (0.5 if suffix == ".pte" else 0.2)
     whole, plain = open_exported(report.path), open_exported(tmp_path / f"plain{suffix}")
     assert whole.raw and whole.precision == "int8" and whole.metadata["preprocess"] is True
     config = {**resolve_model_data_config(model), "input_size": (3, 64, 64)}
