@@ -39,12 +39,15 @@ class Statistics:
             return dict(self.ends)
         return {name: self.candidates(name)[kind] for name, kind in kinds.items()}
 
-    def candidates(self, name: str) -> tuple[Range, Range, Range]:
+    def candidates(self, name: str) -> tuple[Range, ...]:
         """Return ranges to choose from: all values, between the others, the least squared error.
 
-        What is cut off makes the rest finer, and images wrong that have more of it.
+        What is cut off makes the rest finer, and images wrong that have more of it. Without counts
+        there is the first alone.
         """
         (low, high) = ends = self.ends[name]
+        if name not in self.counts:
+            return (ends,)
         least = least_squares(self.counts[name].numpy(), ends)
         return ends, ((low + least[0]) / 2, (high + least[1]) / 2), least
 

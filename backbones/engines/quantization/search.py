@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion, Notes
 from backbones.engines.quantization.layers import Layer, layers_of
-from backbones.engines.quantization.ranges import Range, Statistics
+from backbones.engines.quantization.ranges import Range
 from backbones.engines.quantization.shares import KINDS, Share, margin_of, shares_of, statistics_of
 from backbones.engines.verification import run_model
 from backbones.errors import ConfigError
@@ -105,32 +105,29 @@ def to_target(
 
     layers = {name: layer for name, layer in layers_of(program).items() if quantizes(layer)}
     logits = _logits(conversion)
-    everything = statistics_of(program, layers, batches(images))
     if logits is None or not layers:
-        make(Plan(images, everything.ranges()))
+        make(Plan(images, statistics_of(program, layers, batches(images), 1).ranges()))
         return {}
-    seen, part, judges = images, everything, images
+    seen = judges = images
     if len(images) >= 2 * FEW:
         seen, judges, logits = images[::2], images[1::2], logits[1::2]
-        part = statistics_of(program, layers, batches(seen))
-    shares, best = shares_of(program, layers, batches(judges[:SAMPLE]), part, rounded, kinds)
+    part = statistics_of(program, layers, batches(seen), kinds)
+    shares, best = shares_of(program, layers, batches(judges[:SAMPLE]), part, rounded)
     order, most = _worst_first(shares)
-
-    made: list[Plan] = []
-
-    def make_plan(images: Tensor, statistics: Statistics, kept: int) -> None:
-        made.append(Plan(images, statistics.ranges(best), _names(order[:kept])))
-        make(made[-1])
+    ranges, sizes = part.ranges(best), []
 
     def tried(kept: int) -> _Found:
-        make_plan(seen, part, kept)
+        sizes.append(kept)
+        make(Plan(seen, ranges, _names(order[:kept])))
         runner = open()
         found = torch.cat([runner(batch) for batch in batches(judges)])
         return _compared(logits, found[: len(judges)])
 
     kept, found = _search(order, most, margin_of(logits), conversion.agreement, tried)
-    if seen is not images or len(made[-1].kept) != kept:
-        make_plan(images, everything, kept)
+    if seen is not images:
+        ranges = statistics_of(program, layers, batches(images), kinds).ranges(best)
+    if seen is not images or sizes[-1] != kept:
+        make(Plan(images, ranges, _names(order[:kept])))
     if found.agreement < conversion.agreement:
         _logger.warning(
             "int8 keeps the class of float32 for %.1f %% of images (%.1f %% of %d that were"

@@ -51,11 +51,11 @@ def margin_of(logits: Tensor, classes: Tensor | None = None) -> Tensor:
 
 
 def statistics_of(
-    module: GraphModule, layers: Mapping[str, Layer], batches: Sequence[Tensor]
+    module: GraphModule, layers: Mapping[str, Layer], batches: Sequence[Tensor], kinds: int = KINDS
 ) -> Statistics:
-    """Return how the operands and outputs of layers are distributed."""
+    """Return how the operands and outputs of layers are distributed, for so many candidates."""
     statistics = Statistics()
-    for add in (statistics.add_ends, statistics.add_counts):
+    for add in (statistics.add_ends, statistics.add_counts)[: 1 if kinds == 1 else 2]:
 
         def visit(layer: Layer, _: Any, operands: list[Any], __: Any, output: Tensor) -> None:
             for position, name in layer.activations.items():
@@ -74,15 +74,15 @@ def shares_of(
     batches: Sequence[Tensor],
     statistics: Statistics,
     rounded: Collection[str] = (),
-    kinds: int = KINDS,
 ) -> tuple[list[Share], dict[str, int]]:
     """Return the share of each layer, in the order of their computation, and kinds of ranges.
 
-    Of the first `kinds` candidates for the range of a value that one counts that does least harm
-    on these images, which should be others than those of the statistics. `rounded` are the
+    Of the candidates for the range of a value that one counts that does least harm on these
+    images, which should be others than those of the statistics. `rounded` are the
     operators whose outputs the engine rounds as well as their operands.
     """
-    candidates = {name: statistics.candidates(name)[:kinds] for name in statistics.ends}
+    candidates = {name: statistics.candidates(name) for name in statistics.ends}
+    kinds = KINDS if statistics.counts else 1
     added: dict[tuple[str, str], list[Tensor]] = {}
     work: dict[str, float] = {}
     seen: list[tuple[str, dict[str, Tensor], Tensor]] = []
