@@ -14,6 +14,7 @@ from backbones.cli.opening import (
 )
 from backbones.cli.parsing import command, positive, tell
 from backbones.engines import (
+    AGREEMENT,
     COREML_TARGETS,
     INPUT_LAYOUTS,
     CoreMlConfig,
@@ -111,9 +112,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--agreement",
         type=float,
+        default=AGREEMENT,
         metavar="SHARE",
         help="of images whose class int8 shall keep; the worst layers stay in float32 for it, none"
-        " at 0 (default: 0.99)",
+        " at 0 (default: %(default)s)",
     )
     parser.add_argument(
         "--preprocess",
@@ -192,7 +194,7 @@ def _run(args: argparse.Namespace) -> int:
         preprocess=args.preprocess,
         features=args.features,
         calibration=args.calibration,
-        **({} if args.agreement is None else {"agreement": args.agreement}),
+        agreement=args.agreement,
         classes=label_names(model),
         provenance={"checkpoint": Path(args.model).name} if from_file else None,
     )
