@@ -1,7 +1,14 @@
 """What a file gives, beside what its model gives."""
 
+import pytest
 import torch
 
+INT8_SUFFIXES = [".onnx", ".xml", pytest.param(".pte", marks=pytest.mark.slow)]  # lowering is slow
+_PACKAGES = {
+    ".onnx": ["onnx", "onnxruntime"],
+    ".xml": ["onnx", "openvino", "nncf"],
+    ".pte": ["executorch"],
+}
 SIZE = (3, 64, 64)
 
 
@@ -19,3 +26,9 @@ def error_of(model, runner, x):
     expected, found = outputs(model, x), runner(x)
     assert found.shape == expected.shape
     return float((expected - found).abs().max() / expected.abs().max())
+
+
+def skip_without_packages(suffix):
+    """Skip the test where files of a suffix cannot be written or run here."""
+    for package in _PACKAGES.get(suffix, ()):
+        pytest.importorskip(package)

@@ -4,25 +4,18 @@ import logging
 
 import pytest
 import torch
+from file_checks import INT8_SUFFIXES, skip_without_packages
 from small_models import small
 
 from backbones.engines import export, open_exported
 from backbones.engines.formats import Conversion
 
 SIZE = (3, 32, 32)
-SUFFIXES = {
-    ".onnx": ["onnx", "onnxruntime"],
-    ".xml": ["onnx", "openvino", "nncf"],
-    ".pte": ["executorch"],
-}
 
 
-@pytest.fixture(
-    params=[".onnx", ".xml", pytest.param(".pte", marks=pytest.mark.slow)]  # lowering takes long
-)
+@pytest.fixture(params=INT8_SUFFIXES)
 def suffix(request):
-    for package in SUFFIXES[request.param]:
-        pytest.importorskip(package)
+    skip_without_packages(request.param)
     return request.param
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from file_checks import INT8_SUFFIXES, skip_without_packages
 from PIL import Image
 from small_models import small
 from timm.data import create_transform, resolve_model_data_config
@@ -94,19 +95,9 @@ def photos(tmp_path_factory):
     return folder
 
 
-ENGINES = {
-    ".onnx": ["onnxruntime"],
-    ".xml": ["onnx", "openvino", "nncf"],
-    ".pte": ["executorch"],
-}
-
-
-@pytest.fixture(
-    params=[".onnx", ".xml", pytest.param(".pte", marks=pytest.mark.slow)]  # lowering takes long
-)
+@pytest.fixture(params=INT8_SUFFIXES)
 def suffix(request):
-    for package in ENGINES[request.param]:
-        pytest.importorskip(package)
+    skip_without_packages(request.param)
     return request.param
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from damping import damp
 from digit_models import convolutions, digits, trained
+from file_checks import INT8_SUFFIXES, skip_without_packages
 from randomized import randomize
 from tiers import shallow, smallest_of_each_family, smallest_size
 from torch import nn
@@ -27,17 +28,10 @@ needs_litert = pytest.mark.skipif(not ENGINES["litert"].installed, reason="needs
 
 
 @pytest.fixture(
-    params=[
-        ".onnx",
-        ".xml",
-        pytest.param(".pte", marks=pytest.mark.slow),  # lowering takes long
-        pytest.param(".tflite", marks=[pytest.mark.litert, needs_litert]),
-    ]
+    params=[*INT8_SUFFIXES, pytest.param(".tflite", marks=[pytest.mark.litert, needs_litert])]
 )
 def suffix(request):
-    packages = {".onnx": "onnxruntime", ".xml": "nncf", ".pte": "executorch"}
-    if request.param in packages:
-        pytest.importorskip(packages[request.param])
+    skip_without_packages(request.param)
     return request.param
 
 
