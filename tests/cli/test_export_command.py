@@ -53,9 +53,11 @@ def test_a_checkpoint_becomes_a_file_that_knows_its_classes(checkpoint, tmp_path
         torch.testing.assert_close(runner(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_report_for_programs(checkpoint, folder, tmp_path, capsys):
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_the_report_for_programs(checkpoint, folder, tmp_path, capsys, suffix):
+    pytest.importorskip("nncf" if suffix == ".xml" else "onnxruntime")
     _, source = checkpoint
-    target = str(tmp_path / "m.onnx")
+    target = str(tmp_path / f"m{suffix}")
     options = ["--precision", "int8", "--calibration", folder, "--img-size", "64", "32", "--json"]
     assert main(["export", source, target, *options]) == 0
     report = json.loads(capsys.readouterr().out)

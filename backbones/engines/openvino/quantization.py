@@ -1,6 +1,5 @@
 """int8 by NNCF: where it goes, and the ranges that it gets from this package."""
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion
 from backbones.engines.quantization import Plan, Range, outputs_of
-from backbones.optional import optional_import
+from backbones.optional import optional_import, quiet_nncf
 
 __all__ = ["Quantizer"]
 
@@ -31,9 +30,6 @@ class Quantizer:
         self.recorded = {node.name: node.name for node in program.graph.nodes}
         for output, name in zip(model.outputs, outputs_of(program)):
             self.recorded |= dict.fromkeys(output.get_names(), name)
-        self.nncf = optional_import("nncf", "openvino")
-        # Its own `set_log_level` changes the handlers of the whole program.
-        logging.getLogger("nncf").setLevel(logging.ERROR)
 
     def quantized(self, plan: Plan) -> Any:
         """Return the int8 form of a plan; the model stays as it is."""
@@ -41,13 +37,14 @@ class Quantizer:
         exact = sorted(present.difference(LAYERS, MOVES))
         kept = [operation for operation, layer in self._layers() if layer in plan.kept]
         batches = [one.numpy() for one in self.conversion.calibration_batches(plan.images)]
-        model = self.nncf.quantize(
-            self.model.clone(),
-            self.nncf.Dataset(batches),
-            subset_size=len(batches),
-            preset=self.nncf.QuantizationPreset.MIXED,
-            ignored_scope=self.nncf.IgnoredScope(types=exact, names=kept, validate=False),
-        )
+        with quiet_nncf() as nncf:
+            model = nncf.quantize(
+                self.model.clone(),
+                nncf.Dataset(batches),
+                subset_size=len(batches),
+                preset=nncf.QuantizationPreset.MIXED,
+                ignored_scope=nncf.IgnoredScope(types=exact, names=kept, validate=False),
+            )
         for operation in model.get_ops():
             if operation.get_type_name() == "FakeQuantize":
                 value = operation.input_value(0)
