@@ -67,6 +67,9 @@ class TrainConfig:
     drop: float | None = _option(None, "dropout before the classifier")
     drop_path: float | None = _option(None, "rate of stochastic depth")
     freeze_backbone: bool = _option(False, "train the classifier only (a linear probe)")
+    qat: bool = _option(
+        False, "train the re-parameterized form with weights and activations rounded as in int8"
+    )
     grad_checkpointing: bool = _option(False, "recompute activations to save memory")
     channels_last: bool | Literal["auto"] = _option(
         "auto", "keep images channels last in memory; auto: where a step measured so is faster"

@@ -15,7 +15,7 @@ from backbones.train.data import Splits, open_splits
 from backbones.train.distributed import join_process_group
 from backbones.train.initial_weights import InitialWeights, create_initial_model
 from backbones.train.recipes import Recipe, find_recipe
-from backbones.train.setup import check_options_together
+from backbones.train.setup import check_options_together, deploy_form
 from backbones.train.trainer import Update
 from backbones.train.training_run import Say, TrainingRun, TrainReport
 
@@ -62,7 +62,8 @@ def run(
     recipe, variant = find_recipe(recipe_name, options["model"])
     if saved is None:
         options["recipe"] = recipe.name
-    config = _with_recipe(recipe.for_model(variant), options)
+    qat = bool(options.get("qat"))
+    config = _with_recipe(recipe.for_model(variant, qat=qat), options)
     with join_process_group(config.device) as group:
         if not group.primary:
             say, progress, checking = (lambda line: None), None, None
@@ -77,6 +78,8 @@ def run(
         else:
             model, initial = _as_it_was(config, saved, splits, num_classes)
         check_options_together(config, group)
+        if config.qat:
+            model = deploy_form(model)
         started = TrainingRun(config, group, splits, model, num_classes, initial, say)
         return started.train(saved, progress)
 
@@ -91,6 +94,11 @@ def _begin(
 ) -> tuple[TrainConfig, nn.Module, InitialWeights]:
     """Return the model of a new run, and its options now that its initial weights are known."""
     model, initial = create_initial_model(config, num_classes, splits.classes)
+    if initial.from_scratch and config.qat:
+        raise ConfigError(
+            f"qat goes on from trained weights (--initial-checkpoint FILE), and {config.model} has"
+            f" none: {initial}"
+        )
     if initial.from_scratch:  # the recipe may then have another drop path, say
         config = _with_recipe(recipe.for_model(variant, from_scratch=True), options)
         random_seed(config.seed)

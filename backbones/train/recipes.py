@@ -16,24 +16,27 @@ from backbones.train.config import check_options
 
 __all__ = ["Recipe", "find_recipe", "list_recipes", "read_options", "read_recipe"]
 
-RESERVED = ("family", "global_batch_size", "like", "variants", "from_scratch")
+RESERVED = ("family", "global_batch_size", "like", "variants", "from_scratch", "qat")
 GENERAL = "finetune"
 MAX_LIKES = 8
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of a run, and what differs by variant or without pretrained weights."""
+    """Options of a run, and what differs by variant, without pretrained weights, or for `qat`."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     from_scratch: Mapping[str, Any] = field(default_factory=dict)
+    qat: Mapping[str, Any] = field(default_factory=dict)
 
-    def for_model(self, variant: str | None, *, from_scratch: bool = False) -> dict[str, Any]:
+    def for_model(
+        self, variant: str | None, *, from_scratch: bool = False, qat: bool = False
+    ) -> dict[str, Any]:
         """Return the options for a variant, the most particular last."""
         options = {**self.options, **self.variants.get(variant or "", {})}
-        return {**options, **self.from_scratch} if from_scratch else options
+        return options | (self.from_scratch if from_scratch else {}) | (self.qat if qat else {})
 
 
 def list_recipes() -> list[str]:
@@ -70,7 +73,7 @@ def read_recipe(name: str) -> Recipe:
             raise ConfigError(f"{place}recipes refer to one another in a circle")
         chain.append(read_yaml(_named(str(parent), place)))
     options: dict[str, Any] = {}
-    parts: dict[str, dict[str, Any]] = {"variants": {}, "from_scratch": {}}
+    parts: dict[str, dict[str, Any]] = {"variants": {}, "from_scratch": {}, "qat": {}}
     for content in reversed(chain):
         check_options(content, str(path), also=RESERVED)
         for key, part in parts.items():
@@ -79,12 +82,13 @@ def read_recipe(name: str) -> Recipe:
                 raise ConfigError(f"{content.where(key)}: {key!r} must hold 'name: value' lines")
             part.update(found)
         options |= {key: value for key, value in content.items() if key not in RESERVED}
-    check_options(parts["from_scratch"], str(path))
+    for situation in ("from_scratch", "qat"):
+        check_options(parts[situation], str(path))
     for variant, differing in parts["variants"].items():
         if not isinstance(differing, Mapping):
             raise ConfigError(f"{path}: variant {variant!r} must hold 'option: value' lines")
         check_options(differing, f"{path}, variant {variant!r}")
-    return Recipe(name, options, parts["variants"], parts["from_scratch"])
+    return Recipe(name, options, **parts)
 
 
 def read_options(path: str | Path) -> dict[str, Any]:

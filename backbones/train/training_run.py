@@ -22,7 +22,7 @@ from backbones.train.data import Splits
 from backbones.train.distributed import ProcessGroup
 from backbones.train.initial_weights import InitialWeights
 from backbones.train.plots import draw_curves
-from backbones.train.setup import assemble, distribute, with_memory_layout
+from backbones.train.setup import assemble, distribute, weights_of_twin, with_memory_layout
 from backbones.train.trainer import EpochReport, Trainer, Update, learning_rate
 from backbones.weights import load_checkpoint, save_checkpoint
 
@@ -214,6 +214,9 @@ class TrainingRun:
         average = trainer.task.has_ema()
         model = unwrap_model(trainer.task.get_eval_model(ema=average))
         inner = getattr(model, "student", model)  # of a task that compares features
+        if self.config.qat:
+            self.model.load_state_dict(weights_of_twin(inner))
+            inner = self.model
         initial = self.initial_weights
         provenance = {
             "started_from": initial.source and Path(initial.source).name,
@@ -222,6 +225,7 @@ class TrainingRun:
             "recipe": self.config.recipe,
             "epoch": report.epoch,
             "average_of_weights": average,
+            "qat": self.config.qat,
             "top1": report.val_top1,
         }
         path, license, classes = self.folder / BEST, initial.license, self.splits.classes

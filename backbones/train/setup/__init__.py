@@ -7,6 +7,7 @@ from backbones.train.setup.assembling import (
     distribute,
 )
 from backbones.train.setup.layouts import with_memory_layout
+from backbones.train.setup.rounding import deploy_form, weights_of_twin
 from backbones.train.setup.tasks import AuxiliaryHeadTask, create_task
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "check_options_together",
     "create_optimizer",
     "create_task",
+    "deploy_form",
     "distribute",
+    "weights_of_twin",
     "with_memory_layout",
 ]

@@ -1,7 +1,7 @@
 """Puts a run's parts together: loaders, task with its losses, optimizer, schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from backbones.train.config import TrainConfig
 from backbones.train.data import Splits, eval_loader, train_loader
 from backbones.train.distributed import ProcessGroup
 from backbones.train.setup.freezing import freeze_backbone
+from backbones.train.setup.rounding import rounding_twin
 from backbones.train.setup.tasks import create_task
 from backbones.train.trainer import Trainer, Update
 
@@ -37,6 +38,10 @@ def check_options_together(config: TrainConfig, group: ProcessGroup) -> None:
                 f"no backend {config.torchcompile!r} of torch.compile"
                 f"{nearest(config.torchcompile, backends)} (there are {', '.join(backends)})"
             )
+    if config.qat:
+        for name in ("torchcompile", "grad_checkpointing", "sync_bn"):
+            if getattr(config, name):
+                raise ConfigError(f"qat and {name} exclude each other; leave one out")
     if config.kd_checkpoint and not config.kd_model_name:
         raise ConfigError("kd_checkpoint needs kd_model_name, the teacher's model")
 
@@ -57,24 +62,13 @@ def assemble(
     model.to(device=group.device).to(memory_format=layout)  # type: ignore[call-overload]
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    frozen = freeze_backbone(model) if config.freeze_backbone else []
     if config.sync_bn and group.distributed:
         model = convert_sync_batchnorm(model)
+    train_batches, val_batches = _batches(config, group, splits, data_config)
+    if config.qat:
+        model = rounding_twin(model, (images.to(group.device) for images, _ in train_batches))
+    frozen = freeze_backbone(model) if config.freeze_backbone else []
     task = create_task(model, config, group.device, num_classes=num_classes, classes=splits.classes)
-    try:
-        train_batches = train_loader(splits.train, config, data_config, group)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"aa {config.aa!r} and other augmentation: {error}") from error
-    val_batches = None
-    if splits.val is not None:
-        val_batches = eval_loader(
-            splits.val,
-            data_config,
-            batch_size=config.validation_batch_size or config.batch_size,
-            workers=config.workers,
-            pin_mem=config.pin_mem,
-            group=group,
-        )
     lr = config.lr or _scaled_rate(config, group, train_batches)
     # A distilling task may have parameters of its own, beside the model's.
     optimizer = create_optimizer(task.get_trainable_module(), config, lr)
@@ -110,6 +104,26 @@ def assemble(
         frozen=frozen,
         progress=progress,
         epochs=epochs,
+    )
+
+
+def _batches(
+    config: TrainConfig, group: ProcessGroup, splits: Splits, data_config: Mapping[str, Any]
+) -> tuple[Any, Any | None]:
+    """Return loaders of training images and, where there are any, of validation images."""
+    try:
+        train_batches = train_loader(splits.train, config, data_config, group)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f"aa {config.aa!r} and other augmentation: {error}") from error
+    if splits.val is None:
+        return train_batches, None
+    return train_batches, eval_loader(
+        splits.val,
+        data_config,
+        batch_size=config.validation_batch_size or config.batch_size,
+        workers=config.workers,
+        pin_mem=config.pin_mem,
+        group=group,
     )
 
 
