@@ -80,7 +80,7 @@ class DeployReport:
                 continue
             text = f"  {what}: {one.median_ms:.2f} ms (p90 {one.p90_ms:.2f} ms)"
             if one.agreement is not None:
-                text += f", same top-1 for {one.agreement.top1_agreement:.1%}"
+                text += f", {one.agreement.in_words}"
             if "layers_in_float32" in one.notes:
                 text += f", {len(one.notes['layers_in_float32'])} of {one.notes['layers']} layers"
                 text += " in float32"
@@ -254,7 +254,8 @@ def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[C
         parts = [as_list(runner(part)) for part in images.split(8)]
         agreement, problem = None, None
         try:
-            agreement = compare(expected, [torch.cat(outputs) for outputs in zip(*parts)])
+            outputs = [torch.cat(several) for several in zip(*parts)]
+            agreement = compare(expected, outputs, deployment.labels)
         except BackbonesError as error:
             problem = str(error)
         if agreement is not None and agreement.top1_agreement < deployment.agreement and several:

@@ -19,6 +19,7 @@ from backbones.engines.preparation import (
     Images,
     input_size_of,
     load_images,
+    load_labels,
     load_raw_images,
     plain_copy,
     prepared,
@@ -29,6 +30,7 @@ from backbones.engines.runners import Runner
 from backbones.engines.targets import find_format
 from backbones.engines.verification import Check, run_model, verify_on_inputs
 from backbones.errors import ConfigError, UnsupportedError
+from backbones.factory import label_names
 from backbones.images import fit_channels
 from backbones.reparameterization import backbones_in
 from backbones.wrappers import unwrapped
@@ -75,7 +77,7 @@ class ExportReport:
             lines.append(
                 f"  {self.engine} on {kind} {shape}: largest error"
                 f" {found.max_error:.1e}, mean {found.mean_error:.1e}, relative"
-                f" {found.relative_error:.1e}, same top-1 for {found.top1_agreement:.1%}"
+                f" {found.relative_error:.1e}, {found.in_words}"
             )
         if "not_run" in self.notes:
             lines.append(f"  not run: {self.notes['not_run']}")
@@ -225,7 +227,8 @@ def export(
         elif verify:
             # The runner is gone before the file moves: some systems do not move open files.
             own = _own_images(calibration, conversion)
-            engine, checks = _verified(reference, target, file, conversion, path, own)
+            labels = _own_labels(calibration, conversion, classes or label_names(model))
+            engine, checks = _verified(reference, target, file, conversion, path, own, labels)
         beside = file if target.folder else file.parent
         written = sum(one.stat().st_size for one in beside.rglob("*") if one.is_file())
     return ExportReport(
@@ -322,6 +325,17 @@ def _own_images(calibration: Images | None, conversion: Conversion) -> Iterable[
             yield x.expand(images, *x.shape[1:]) if len(x) == 1 else x[:images]
 
 
+def _own_labels(
+    calibration: Images | None, conversion: Conversion, classes: Sequence[str] | None
+) -> Tensor | None:
+    """Return the classes of what `_own_images` gives, where folders tell them."""
+    labels = None if calibration is None else load_labels(calibration, classes)
+    if labels is None or "batch" in conversion.dynamic:
+        return labels
+    images = len(conversion.example)
+    return labels.repeat_interleave(images) if conversion.raw else labels[:images]
+
+
 def _verified(
     reference: nn.Module,
     target: Format,
@@ -329,19 +343,24 @@ def _verified(
     conversion: Conversion,
     path: Path,
     own: Iterable[Tensor],
+    labels: Tensor | None,
 ) -> tuple[str, tuple[Check, ...]]:
     """Run a file in its engine and compare it; return the engine's name and the comparisons."""
     runner = target.open(file)
     shapes = _shapes(conversion, runner) if conversion.precision != "int8" else []
-    inputs: list[tuple[Iterable[Tensor], bool]] = [
-        ([random_input(shape, raw=conversion.raw)], False) for shape in shapes
+    compared = reference, runner
+    checks = [
+        verify_on_inputs(
+            *compared, [random_input(shape, raw=conversion.raw)], conversion.precision, path
+        )
+        for shape in shapes
     ]
     if conversion.calibration is not None:
-        inputs.append((own, True))
-    return runner.engine, tuple(
-        verify_on_inputs(reference, runner, given, conversion.precision, path, is_real)
-        for given, is_real in inputs
-    )
+        real = verify_on_inputs(
+            *compared, own, conversion.precision, path, real=True, labels=labels
+        )
+        checks.append(real)
+    return runner.engine, tuple(checks)
 
 
 def _shapes(conversion: Conversion, runner: Runner) -> list[tuple[int, ...]]:

@@ -15,6 +15,7 @@ from backbones.engines.preparation import (
     Images,
     input_size_of,
     load_images,
+    load_labels,
     reparameterized_copy,
 )
 from backbones.engines.runners import Deployment, Runner
@@ -58,7 +59,10 @@ def request_of(
     model = unwrapped(model)
     size = input_size_of(model, input_size)
     data_config = fit_channels({**resolve_model_data_config(model), "input_size": size}, size[0])
-    images = None if calibration is None else load_images(calibration, data_config)
+    images, labels = None, None
+    if calibration is not None:
+        images = load_images(calibration, data_config)
+        labels = load_labels(calibration, label_names(model))
     clone = reparameterized_copy(model)
     folder = Path(cache_dir or Path(torch.hub.get_dir(), "backbones", "engines"))
     deployment = Deployment(
@@ -70,6 +74,7 @@ def request_of(
         folder=folder / content_key(clone, size, images),
         export=export,
         images=images,
+        labels=labels,
         agreement=agreement,
     )
     deployment.folder.mkdir(parents=True, exist_ok=True)

@@ -185,8 +185,9 @@ class Deployment:
     """What an engine starts: a re-parameterized model in eval mode on the CPU, for which inputs.
 
     `folder` is where files stay, those of an earlier time included; `images` are real ones,
-    normalized (N, C, H, W), `agreement` the share of them whose class int8 shall keep; `export`
-    writes a file; `streams` calls are made side by side, each with `threads`.
+    normalized (N, C, H, W), `labels` their classes (N,) where known, and `agreement` the share of
+    them whose class int8 shall keep; `export` writes a file; `streams` calls are made side by side,
+    each with `threads`.
     """
 
     model: nn.Module
@@ -197,6 +198,7 @@ class Deployment:
     folder: Path
     export: Callable[..., Any]
     images: Tensor | None = None
+    labels: Tensor | None = None
     agreement: float = 0.0
     streams: int = 1
 

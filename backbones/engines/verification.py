@@ -28,6 +28,8 @@ class Agreement:
     reference's largest magnitude; `top1_agreement` is the share of rows (0 to 1) whose highest
     logit is the same; `worst` is the index of the largest difference. Of several outputs (feature
     maps of all stages) the one with the largest relative error counts; `output` is its number.
+    Where classes of the images are known, `top1` is the share that the output gets right, and
+    `reference_top1` the share that the reference does.
     """
 
     count: int
@@ -37,6 +39,16 @@ class Agreement:
     top1_agreement: float
     worst: tuple[int, ...]
     output: int = 0
+    top1: float | None = None
+    reference_top1: float | None = None
+
+    @property
+    def in_words(self) -> str:
+        """Shares of classes, as reports show them."""
+        same = f"same top-1 for {self.top1_agreement:.1%}"
+        if self.top1 is None:
+            return same
+        return f"{same}, {self.top1:.1%} right (model: {self.reference_top1:.1%})"
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,12 @@ def as_list(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def compare(reference: Tensor | Sequence[Tensor], output: Tensor | Sequence[Tensor]) -> Agreement:
-    """Compare the outputs of the same inputs, in float64.
+def compare(
+    reference: Tensor | Sequence[Tensor],
+    output: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+) -> Agreement:
+    """Compare the outputs of the same inputs, in float64; `labels` are the classes (N,) of them.
 
     Raises:
         ExportError: another number of outputs, other shapes, or values that are not finite.
@@ -66,11 +82,11 @@ def compare(reference: Tensor | Sequence[Tensor], output: Tensor | Sequence[Tens
     expected, found = as_list(reference), as_list(output)
     if len(expected) != len(found):
         raise ExportError(f"there are {len(expected)} outputs and {len(found)}")
-    several = [_compare(a, b, i) for i, (a, b) in enumerate(zip(expected, found))]
+    several = [_compare(a, b, i, labels) for i, (a, b) in enumerate(zip(expected, found))]
     return max(several, key=lambda one: one.relative_error)
 
 
-def _compare(reference: Tensor, output: Tensor, number: int) -> Agreement:
+def _compare(reference: Tensor, output: Tensor, number: int, labels: Tensor | None) -> Agreement:
     if reference.shape != output.shape:
         raise ExportError(
             f"the outputs have shapes {tuple(reference.shape)} and {tuple(output.shape)}"
@@ -83,15 +99,24 @@ def _compare(reference: Tensor, output: Tensor, number: int) -> Agreement:
     worst = torch.unravel_index(difference.argmax(), difference.shape)
     largest = float(difference.max())
     scale = float(a.abs().max())
+    classes = a.argmax(dim=1), b.argmax(dim=1)
+    known = labels if a.dim() == 2 else None
+    right = [None if known is None else _share(one.eq(known)) for one in classes]
     return Agreement(
         count=len(a),
         max_error=largest,
         mean_error=float(difference.mean()),
         relative_error=largest / scale if scale else largest,
-        top1_agreement=float((a.argmax(dim=1) == b.argmax(dim=1)).double().mean()),
+        top1_agreement=_share(classes[0].eq(classes[1])),
         worst=tuple(int(i) for i in worst),
         output=number,
+        reference_top1=right[0],
+        top1=right[1],
     )
+
+
+def _share(true: Tensor) -> float:
+    return float(true.double().mean())
 
 
 def verify_on_inputs(
@@ -101,11 +126,12 @@ def verify_on_inputs(
     precision: str,
     path: Path,
     real: bool = False,
+    labels: Tensor | None = None,
 ) -> Check:
     """Compare the runner of a file with the model, the reference in float32, on inputs (B, ...).
 
     They may differ as `TOLERANCE` allows. `path` is where the file shall go, for the message;
-    `real`: the inputs are real images.
+    `real`: the inputs are real images, whose classes `labels` (N,) are, where known.
     """
     given, one_by_one = [], []
     for x in inputs:  # of photographs not all at once, as there are large ones
@@ -115,7 +141,7 @@ def verify_on_inputs(
     images, *sizes = zip(*given)
     shape = (sum(images), *(same[0] if len({*same}) == 1 else None for same in sizes))
     try:
-        agreement = compare(expected, found)
+        agreement = compare(expected, found, labels)
     except ExportError as error:
         raise ExportError(f"{path}: input {shape}: {error}; no file was written") from None
     tolerance = TOLERANCE[precision]

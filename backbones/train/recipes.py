@@ -36,7 +36,11 @@ class Recipe:
     ) -> dict[str, Any]:
         """Return the options for a variant, the most particular last."""
         options = {**self.options, **self.variants.get(variant or "", {})}
-        return options | (self.from_scratch if from_scratch else {}) | (self.qat if qat else {})
+        if from_scratch:
+            options |= self.from_scratch
+        if qat:
+            options |= self.qat
+        return options
 
 
 def list_recipes() -> list[str]:

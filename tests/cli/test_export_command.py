@@ -1,6 +1,7 @@
 """``backbones export``, and what takes its files."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,23 @@ def test_the_report_for_programs(checkpoint, folder, tmp_path, capsys, suffix):
     assert report["input_size"] == [3, 64, 32]
     assert [check["real"] for check in report["checks"]] == [True]
     assert report["checks"][0]["shape"] == [12, 3, 64, 32]
+    found = report["checks"][0]["agreement"]  # the folders of the images are classes
+    for file, share in ((target, found["top1"]), (source, found["reference_top1"])):
+        size = ["--img-size", "64", "32"] if file == source else []
+        assert main(["validate", file, "--data-dir", folder, *size, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(100 * share)
+
+
+def test_accuracy_is_told_where_every_folder_is_a_class(checkpoint, folder, tmp_path, capsys):
+    _, source = checkpoint
+    target = str(tmp_path / "m.onnx")
+    options = ["--batch", "2", "--preprocess", "--calibration"]
+    assert main(["export", source, target, *options, folder]) == 0
+    assert "% right (model: " in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "more")
+    (tmp_path / "more" / "cat").rename(tmp_path / "more" / "dog")
+    assert main(["export", source, target, *options, str(tmp_path / "more")]) == 0
+    assert "% right" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])

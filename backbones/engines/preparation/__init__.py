@@ -5,6 +5,7 @@ from backbones.engines.preparation.inputs import (
     check_input_size,
     input_size_of,
     load_images,
+    load_labels,
     load_raw_images,
     random_input,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "contiguous_copy",
     "input_size_of",
     "load_images",
+    "load_labels",
     "load_raw_images",
     "plain_copy",
     "prepared",

@@ -18,6 +18,7 @@ __all__ = [
     "check_input_size",
     "input_size_of",
     "load_images",
+    "load_labels",
     "load_raw_images",
     "random_input",
 ]
@@ -81,6 +82,17 @@ def load_images(images: Images, data_config: Mapping[str, Any], most: int = _MOS
     if bad := find_bad_images(chosen, opener=take):
         raise DataError("\n       ".join(bad.values()))
     return torch.stack([tensors[path] for path in chosen])
+
+
+def load_labels(images: Images, classes: Sequence[str] | None, most: int = _MOST) -> Tensor | None:
+    """Return the classes (N,) of the images that `load_images` takes: of each the folder, in any
+    depth, that has a class's name. None where some image is in no such folder."""
+    if isinstance(images, Tensor) or not classes:
+        return None
+    numbers = {name: number for number, name in enumerate(classes)}
+    _, chosen = _chosen(images, most)
+    found = [[numbers[f] for f in path.split("/")[:-1] if f in numbers] for path in chosen]
+    return torch.tensor([one[0] for one in found]) if all(found) else None
 
 
 def load_raw_images(
