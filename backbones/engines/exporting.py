@@ -26,6 +26,7 @@ from backbones.engines.preparation import (
     random_input,
     reparameterized_copy,
 )
+from backbones.engines.quantization import equalized
 from backbones.engines.runners import Runner
 from backbones.engines.targets import find_format
 from backbones.engines.verification import Check, run_model, verify_on_inputs
@@ -218,6 +219,8 @@ def export(
             "dynamic": list(free),
         },
     )
+    if precision == "int8":
+        conversion = equalized(conversion)
     with target.place(path) as file:
         notes = dict(target.convert(conversion, config, file) or {})
         engine: str | None = None

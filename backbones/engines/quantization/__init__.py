@@ -1,5 +1,6 @@
 """int8: ranges of values, what each layer adds to the error, and which stay in float32."""
 
+from backbones.engines.quantization.equalization import equalized
 from backbones.engines.quantization.layers import (
     CONVOLUTIONS,
     OPERATORS,
@@ -16,6 +17,7 @@ __all__ = [
     "Layer",
     "Plan",
     "Range",
+    "equalized",
     "layers_of",
     "outputs_of",
     "to_target",

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-__all__ = ["CONVOLUTIONS", "OPERATORS", "Layer", "Visitor", "layers_of", "outputs_of", "walk"]
+__all__ = [
+    "CONVOLUTIONS",
+    "OPERATORS",
+    "Layer",
+    "Visitor",
+    "layers_of",
+    "operator_of",
+    "outputs_of",
+    "walk",
+]
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _PRODUCTS = ("matmul", "mm", "bmm")
@@ -50,7 +59,7 @@ def layers_of(module: GraphModule) -> dict[str, Layer]:
         operands = node.all_input_nodes
         if node.op == "get_attr" or (operands and all(one in constant for one in operands)):
             constant.add(node)
-        elif (operator := _operator(node)) in OPERATORS:
+        elif (operator := operator_of(node)) in OPERATORS:
             pair = dict(enumerate(node.args[:2]))
             stack = node.meta.get("nn_module_stack", {}).values()
             found[node.name] = Layer(
@@ -69,7 +78,7 @@ def outputs_of(module: GraphModule) -> list[str]:
     return [node.name for node in output.all_input_nodes]
 
 
-def _operator(node: Node) -> str:
+def operator_of(node: Node) -> str:
     """Return the name of PyTorch's operation that a node calls; "" for other nodes."""
     target: Any = node.target
     is_operation = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
