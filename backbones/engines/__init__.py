@@ -12,6 +12,7 @@ from backbones.engines.onnx import OnnxConfig, OnnxRuntimeRunner
 from backbones.engines.openvino import OpenVinoConfig
 from backbones.engines.preparation import PRECISIONS, check_input_size, input_size_of
 from backbones.engines.pytorch import AotiConfig, Pt2Config
+from backbones.engines.quantization import equalize
 from backbones.engines.runners import Runner
 from backbones.engines.targets import (
     ENGINES,
@@ -63,6 +64,7 @@ __all__ = [
     "content_key",
     "deploy",
     "deploy_for_throughput",
+    "equalize",
     "export",
     "file_suffixes",
     "input_size_of",

@@ -1,6 +1,6 @@
 """int8: ranges of values, what each layer adds to the error, and which stay in float32."""
 
-from backbones.engines.quantization.equalization import equalized
+from backbones.engines.quantization.equalization import equalize, equalized
 from backbones.engines.quantization.layers import (
     CONVOLUTIONS,
     OPERATORS,
@@ -17,6 +17,7 @@ __all__ = [
     "Layer",
     "Plan",
     "Range",
+    "equalize",
     "equalized",
     "layers_of",
     "outputs_of",

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from backbones.engines.formats import Conversion, traced
+from backbones.engines.preparation import Preprocessed
 from backbones.engines.quantization.layers import Layer, layers_of, operator_of, walk
 from backbones.engines.quantization.ranges import quantized_activation, quantized_weight
 from backbones.engines.verification import as_list, run_model
 from backbones.errors import EquivalenceError
 
-__all__ = ["equalized"]
+__all__ = ["equalize", "equalized"]
 
 BALANCES = (0.5, 0.75, 1.0)  # of activations (1) against weights (0)
 MOST_DOUBLINGS = 12
@@ -72,17 +73,33 @@ class _Junction:
 def equalized(conversion: Conversion) -> Conversion:
     """Return a conversion of a copy of the model whose values fit one range better.
 
-    Half of the images tell the largest values of channels, the others whether a layer errs less.
-
     Raises:
         EquivalenceError: the copy computes something else.
     """
     assert conversion.calibration is not None
     alone = conversion.parts()[1] if conversion.raw else conversion
     batches = list(alone.calibration_batches(conversion.calibration[:IMAGES]))
+    whole = copy.deepcopy(conversion.model)
+    equalize(whole.model if isinstance(whole, Preprocessed) else whole, batches)
+    return dataclasses.replace(conversion, model=whole)
+
+
+def equalize(model: nn.Module, batches: Sequence[Tensor], *, norms: bool = True) -> None:
+    """Scale channels of a model in eval mode, in place, so that values fit one range better.
+
+    Half of the batches tell the largest values of channels, the others whether a layer errs less.
+
+    Args:
+        batches: normalized images (B, C, H, W), in batches of one size.
+        norms: also give weights to norms that have none, by which the state gets further entries.
+
+    Raises:
+        ExportError: the model cannot be recorded.
+        EquivalenceError: the model then computes something else.
+    """
     seen, judges = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
-    program = traced(dataclasses.replace(alone, example=batches[0], dynamic=())).module()
-    junctions = {one.value: one for one in _junctions(program, alone.model)}
+    program = traced(Conversion(model, batches[0], dynamic=())).module()
+    junctions = {one.value: one for one in _junctions(program, model, norms)}
     layers = {layer.name: layer for one in junctions.values() for layer, *_ in one.readers}
     ends = _ends(program, layers, seen)
     weights = dict(program.named_parameters()) | dict(program.named_buffers())
@@ -91,16 +108,14 @@ def equalized(conversion: Conversion) -> Conversion:
         for value, one in junctions.items()
         if value in ends
     }
-    whole = copy.deepcopy(conversion.model)
-    model: Any = whole.model if conversion.raw else whole
+    best = _best(program, layers, judges, options, ends)
+    expected = as_list(run_model(model, batches[0]))
     with torch.no_grad():
-        for value, scales in _best(program, layers, judges, options, ends).items():
+        for value, scales in best.items():
             _apply(junctions[value], scales, model)
-    outputs = [as_list(run_model(one, batches[0])) for one in (alone.model, model)]
-    for before, after in zip(*outputs):
+    for before, after in zip(expected, as_list(run_model(model, batches[0]))):
         if (before - after).abs().max() > TOLERANCE * before.abs().max():
             raise EquivalenceError("scaling channels for int8 changed what the model computes")
-    return dataclasses.replace(conversion, model=whole)
 
 
 def _apply(junction: _Junction, scales: Tensor, model: nn.Module) -> None:
@@ -217,10 +232,10 @@ def _walk_all(
             pass
 
 
-def _junctions(program: GraphModule, model: nn.Module) -> Iterator[_Junction]:
+def _junctions(program: GraphModule, model: nn.Module, norms: bool) -> Iterator[_Junction]:
     """Yield the values all of whose readers are layers, and some of whose channels scale."""
     layers = layers_of(program)
-    found = _Numbered(program, model)
+    found = _Numbered(program, model if norms else None)
     for node in program.graph.nodes:
         readers = [_reader(layers.get(one.name), node, found) for one in node.users]
         if not readers or None in readers:
@@ -250,7 +265,7 @@ def _reader(layer: Layer | None, value: Node, found: "_Numbered") -> tuple[Layer
 class _Numbered:
     """Finds the parameters by which the channels of a recorded value scale."""
 
-    def __init__(self, program: GraphModule, model: nn.Module) -> None:
+    def __init__(self, program: GraphModule, model: nn.Module | None) -> None:
         tensors = [*program.named_parameters(remove_duplicate=False), *program.named_buffers()]
         places = Counter(tensor.data_ptr() for _, tensor in tensors)
         nodes = [node for node in program.graph.nodes if node.op == "get_attr"]
@@ -260,7 +275,7 @@ class _Numbered:
         }
         norms = [_module_of(node) for node in program.graph.nodes if operator_of(node) in _NORMS]
         once = {path for path, count in Counter(norms).items() if path and count == 1}
-        self.bare = {path for path in once if _is_bare(model.get_submodule(path))}
+        self.bare = {p for p in once if model is not None and _is_bare(model.get_submodule(p))}
 
     def name_of(self, node: Any) -> str | None:
         """Return the name of a parameter that is used here alone."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.engines import equalize
 from backbones.errors import UnsupportedError
 from backbones.optional import optional_import, quiet_nncf
 from backbones.reparameterization import reparameterize
@@ -42,14 +43,16 @@ def deploy_form(model: nn.Module) -> nn.Module:
 def rounding_twin(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Return a copy of a re-parameterized model that rounds what layers read to 256 values.
 
-    Weights have a scale for each channel, activations a range for each value. Both are found on the
-    first batches (B, C, H, W) and stay; gradients pass through the rounding.
+    First the model's channels are scaled as for a file, in place. Weights have a scale for each
+    channel, activations a range for each value. Both are found on the first batches (B, C, H, W)
+    and stay; gradients pass through the rounding.
 
     Raises:
         MissingDependencyError: NNCF is not installed.
     """
-    twin = copy.deepcopy(model).eval()
     images = list(itertools.islice(batches, BATCHES))
+    equalize(model.eval(), images, norms=False)
+    twin = copy.deepcopy(model)
     with quiet_nncf() as nncf, torch.no_grad():
         exact = {*_functions(copy.deepcopy(twin), images[0])}.difference(LAYERS, MOVES)
         twin = nncf.quantize(
