@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backbones import merge
 from backbones.config import PerStage
 from backbones.layers import CONVNEXT_LAYOUT, Chain, Head, conv_norm, fx_leaf, statistics_dtype
-from backbones.ops import attentive_convolution, is_recorded
+from backbones.ops import attentive_convolution, is_recorded, mean_matrix
 from backbones.skeleton import StagedBackbone, StagePlan, per_stage
 
 KERNEL_SIZE = 3
@@ -61,13 +61,8 @@ def strip_means(x: Tensor, count: int) -> Tensor:
     flat = x.flatten(2)  # B C N
     if not is_recorded():
         return F.adaptive_avg_pool1d(flat, count)
-    # Engines have no such pooling where the count is no divisor of N; N may be symbolic.
-    size, place = flat.shape[2], torch.arange(flat.shape[2], device=x.device)[:, None]
-    run = torch.arange(count, device=x.device)
-    first, end = run * size // count, ((run + 1) * size + count - 1) // count
-    inside = torch.logical_and(place >= first, place < end)  # N count; for Core ML no `&`
-    dtype = statistics_dtype(x)
-    means = flat.to(dtype) @ (inside.to(dtype) / (end - first).to(dtype))
+    # Engines have no such pooling where the count is no divisor of N.
+    means = flat.to(statistics_dtype(x)) @ mean_matrix(flat.shape[2], count, x)
     return means.to(x.dtype)
 
 

@@ -17,11 +17,13 @@ from backbones.ops.dispatch import (
 )
 from backbones.ops.involution import involution
 from backbones.ops.low_frequencies import amplify_low_frequencies
+from backbones.ops.means import adaptive_mean, mean_matrix
 from backbones.ops.neighborhood import neighborhood_aggregation, neighborhood_bias
 from backbones.ops.small_kernel import small_kernel_aggregation, small_kernel_correlation
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
+    "adaptive_mean",
     "amplify_low_frequencies",
     "adaptive_spectral_filter",
     "at_least_float32",
@@ -29,6 +31,7 @@ __all__ = [
     "involution",
     "fixed",
     "is_recorded",
+    "mean_matrix",
     "neighborhood_aggregation",
     "neighborhood_bias",
     "reference_active",

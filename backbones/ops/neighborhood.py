@@ -153,8 +153,8 @@ def _recorded(value: Tensor, attention: Tensor, k: int) -> Tensor:
             weights = attention[:, :, tile.rows, tile.cols].flatten(2, 3).flatten(0, 1)
             if not tile.shared:
                 index, inside = tile.weight_places(value.device)
-                matrix = weights.flatten(1).index_select(1, index.flatten())
-                weights = matrix.view(-1, *index.shape) * inside.to(weights.dtype)
+                matrix = weights.flatten(1).index_select(1, index)
+                weights = matrix.view(-1, tile.queries, tile.keys) * inside.to(weights.dtype)
             block = torch.bmm(keys, weights.transpose(1, 2))
             blocks.append(block.view(*value.shape[:3], tile.height, tile.width))
         rows.append(torch.cat(blocks, -1) if len(blocks) > 1 else blocks[0])

@@ -4,9 +4,12 @@ A tile is a rectangle of query positions with the smallest rectangle of key posi
 all their windows. Within a tile the aggregation is one matrix product (queries x keys).
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -107,21 +110,39 @@ class Tile:
         """Return where the entries of the matrix (queries, keys) are among the weights.
 
         Returns:
-            Their places in the flattened weights (queries, k*k) of the tile, and whether a key is
-            inside of a query's window; the place of one that is not means nothing.
+            Their places in the flattened weights (queries, k*k) of the tile, one after the other,
+            and a matrix (float32): 1 where a key is inside of a query's window, else 0. The place
+            of one that is not means nothing.
         """
-        k = self.vertical.k
-        taps, inside = [], []  # of each axis: (queries, keys)
-        for span in (self.vertical, self.horizontal):
-            starts = window_starts(span.length, k, device)[span.first : span.stop, None]
-            tap = torch.arange(span.keys.start, span.keys.stop, device=device) - starts
-            taps.append(tap.clamp(0, k - 1))
-            inside.append(torch.logical_and(tap >= 0, tap < k))  # Core ML knows no `&`
-        tap = taps[0][:, None, :, None] * k + taps[1][:, None]
-        first = torch.arange(self.queries, device=device)[:, None] * (k * k)
-        both = torch.logical_and(inside[0][:, None, :, None], inside[1][:, None])
-        shape = self.queries, self.keys
-        return first + tap.reshape(shape), both.reshape(shape)
+        # As numbers, since compilers take nothing else to be constant.
+        return _places(*(astuple(span) for span in (self.vertical, self.horizontal)), device)
+
+
+@torch.compiler.assume_constant_result  # so that a graph holds them and computes nothing
+def _places(
+    vertical: tuple[int, ...], horizontal: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, ...]:
+    index, inside = _place_arrays(Span(*vertical), Span(*horizontal))
+    return torch.from_numpy(index).to(device), torch.from_numpy(inside).to(device)
+
+
+@lru_cache(maxsize=64)
+def _place_arrays(
+    vertical: Span, horizontal: Span
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    k = vertical.k
+    taps, inside = [], []  # of each axis: (queries, keys)
+    for span in (vertical, horizontal):
+        starts = np.array([span.start(i) for i in range(span.first, span.stop)])
+        tap = np.arange(span.keys.start, span.keys.stop) - starts[:, None]
+        taps.append(tap.clip(0, k - 1))
+        inside.append((tap >= 0) & (tap < k))
+    tap = taps[0][:, None, :, None] * k + taps[1][:, None]  # rows, columns of queries, of keys
+    both = inside[0][:, None, :, None] & inside[1][:, None]
+    queries = tap.shape[0] * tap.shape[1]
+    first = np.arange(queries)[:, None] * (k * k)
+    index = first + tap.reshape(queries, -1)
+    return index.reshape(-1), both.reshape(queries, -1).astype(np.float32)
 
 
 def split_map(height: int, width: int, k: int, edge: int) -> list[list[Tile]]:

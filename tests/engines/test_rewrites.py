@@ -4,7 +4,7 @@ import pytest
 import torch
 from randomized import randomize
 from tiers import families_by_default, shallow
-from timm.layers import GroupNorm1, LayerNorm2d, SqueezeExcite
+from timm.layers import GroupNorm1, LayerNorm2d, SelectAdaptivePool2d, SqueezeExcite
 from torch import nn
 
 import backbones
@@ -96,7 +96,8 @@ def test_every_form_is_met(decompose):
         DistanceAttention,
         *(NORMS if decompose else ()),
     }
-    assert replaced | NORMS == set(REWRITES) - {convnext.Block}  # which stays, changed
+    changed = {convnext.Block, SelectAdaptivePool2d}  # in place
+    assert replaced | NORMS == set(REWRITES) - changed
     assert replaced <= set().union(*map(kinds, models))
     after = set().union(
         *(kinds(rewrite_for_graphs(model, decompose=decompose)) for model in models)
@@ -248,6 +249,18 @@ def test_norms_where_the_data_lies(kind, channels):
     norm = randomize(norm).double()
     with torch.no_grad():
         assert relative(rewrite_block(norm, decompose=True)(x), norm(x)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["avg", "max", "avgmax", "fastmax", ""])
+def test_maps_are_pooled_by_reductions(kind):
+    pool = SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind))
+    x = images(2, 6, 5, 7).to(memory_format=torch.channels_last)
+    expected = pool(x)
+    other = rewrite_block(pool, decompose=False)
+    assert relative(other(x), expected) < 1e-12
+    graph = torch.export.export(other, (x,)).run_decompositions().graph
+    targets = [str(node.target) for node in graph.nodes]
+    assert not [t for t in targets if "adaptive" in t or "as_strided" in t]
 
 
 @pytest.mark.parametrize("decompose", [False, True])

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from small_models import small
+from tiers import shallow, smallest_of_each_family
 
+import backbones
 from backbones.cli import main
 from backbones.engines import OnnxConfig, export, open_exported
 from backbones.errors import ConfigError
@@ -12,6 +14,16 @@ from backbones.weights import save_checkpoint
 onnx = pytest.importorskip("onnx")
 SIZE = (3, 64, 64)
 IMAGES = torch.randn(10, *SIZE, generator=torch.Generator().manual_seed(0))
+# Others export in more than a few seconds.
+QUICK = {"attnet_xxs", "convnext_atto", "glnet_4g", "spartan_t", "uniformer_xxs"}
+# What computes integers, by the smallest member of a family, and why.
+COMPUTED = {
+    "spartan_t": ({"ArgMax"}, "each position's strongest channel is found, and its feature taken"),
+    "uniformer_xxs": (
+        {"TopK", "Unsqueeze", "Expand"},
+        "the tokens that score highest are found, taken out and put back",
+    ),
+}
 
 
 def shape_and_names(path):
@@ -19,6 +31,22 @@ def shape_and_names(path):
     (taken,) = graph.input
     shape = [d.dim_value or d.dim_param for d in taken.type.tensor_type.shape.dim]
     return shape, taken.name, [output.name for output in graph.output]
+
+
+def contents(path):
+    """Return the types of a file's values, and the operations that compute other than float32."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True).graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    constants, computing = {tensor.name for tensor in graph.initializer}, set()
+    for node in graph.node:
+        outputs = {*node.output} - {""}
+        if node.op_type in ("Constant", "Reshape") and constants >= {*node.input}:
+            constants |= outputs
+        elif {types[output] for output in outputs} != {onnx.TensorProto.FLOAT}:
+            computing.add(node.op_type)
+    return {*types.values()}, computing
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2", ".pte"])
@@ -33,6 +61,31 @@ def test_a_fixed_batch(suffix, tmp_path):
         assert (found - model(IMAGES[:4])).abs().max() < 1e-4
     if suffix == ".onnx":
         assert shape_and_names(report.path)[0] == [4, *SIZE]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in smallest_of_each_family()
+    ],
+)
+def test_files_hold_no_truth_values_and_compute_no_integers(name, tmp_path):
+    """At a size whose maps are no multiples of the grids that families pool them to."""
+    model = backbones.create_model(name, num_classes=7, **shallow(name, blocks=1)).eval()
+    path = tmp_path / "m.onnx"
+    export(model, path, input_size=(3, 224, 160), batch_size=1, verify=False)
+    types, computing = contents(path)
+    assert onnx.TensorProto.BOOL not in types
+    assert computing == COMPUTED.get(name, (set(), ""))[0]
+
+
+def test_maps_are_pooled_without_integers_where_the_batch_is_free(tmp_path):
+    export(small(), tmp_path / "m.onnx", input_size=SIZE)
+    assert contents(tmp_path / "m.onnx") == (
+        {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64},
+        set(),
+    )
 
 
 def test_a_fixed_batch_beside_free_sizes(tmp_path):

@@ -66,6 +66,11 @@ class AdaptiveSpectral(nn.Module):
         return ops.adaptive_spectral_filter(x, *self.layers)
 
 
+class Means(nn.Module):
+    def forward(self, x):
+        return ops.adaptive_mean(x, (7, 4))
+
+
 def neighborhood_inputs(batch, height, width, k):
     return torch.randn(batch, 2, 3, height, width), torch.randn(batch, 2, height, width, k * k)
 
@@ -89,6 +94,7 @@ CASES = {
     "neighborhood": (lambda: Neighborhood(5), lambda b: neighborhood_inputs(b, 14, 9, 5)),
     "one_window": (lambda: Neighborhood(7), lambda b: neighborhood_inputs(b, 7, 7, 7)),
     "tiles": (lambda: Neighborhood(4), lambda b: neighborhood_inputs(b, 17, 20, 4)),
+    "means": (Means, lambda b: (torch.randn(b, 4, 12, 15),)),
     "low_frequencies": (LowFrequencies, lambda b: (torch.randn(b, 4, 12, 15),)),
     "spectral_dense": (lambda: Spectral(7, 4), lambda b: (torch.randn(b, 4, 7, 7),)),
     "spectral_resized": (lambda: Spectral(14, 8), lambda b: (torch.randn(b, 4, 13, 16),)),

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from timm.layers import GroupNorm1, LayerNorm2d
+from timm.layers import GroupNorm1, LayerNorm2d, SelectAdaptivePool2d
 from torch import nn
 
 from backbones.engines.rewrites.attention import SeparateHeads, SeparateProjections
@@ -20,6 +20,7 @@ from backbones.engines.rewrites.hornet import ChannelsFirstBlock, separate_gates
 from backbones.engines.rewrites.large_kernels import split_large_kernel, split_large_kernels
 from backbones.engines.rewrites.moganet import SummedBlock
 from backbones.engines.rewrites.norms import DecomposedNorm2d, WholeNorm2d
+from backbones.engines.rewrites.pooling import pool_by_reductions
 from backbones.engines.rewrites.spartan import JoinedMixer, separate_pairs
 from backbones.families import attnet, convnext, hornet, moganet, spartan
 from backbones.families.cpubone import ConvAttention
@@ -60,6 +61,7 @@ REWRITES: Mapping[type[nn.Module], Rewrite] = {
     CenteredNorm2d: _decomposed(DecomposedNorm2d),
     GroupNorm1: _decomposed(WholeNorm2d),
     LayerNorm2d: _decomposed(DecomposedNorm2d),
+    SelectAdaptivePool2d: _always(pool_by_reductions),
 }
 
 

@@ -102,7 +102,6 @@ class PairMixer(nn.Module):
         self.se = _in_order(mixer.se, order)
         self.proj_out = select_inputs(mixer.proj_out, order)
         self.register_buffer("indices", _channel_numbers(torch.arange(dim), dim), persistent=False)
-        # Looked up: not all engines have the integer arithmetic that finds the place.
         self.register_buffer("places", order.argsort()[:dim], persistent=False)
         original = _channel_numbers(torch.where(order < dim, order, -1), dim)
         self.register_buffer("original", original, persistent=False)
@@ -116,7 +115,9 @@ class PairMixer(nn.Module):
 
     def gathered(self, token: Tensor, x: Tensor) -> Tensor:
         """Return the feature of each position's strongest channel in x, (B, 1, H, W)."""
-        return token.gather(1, self.places[x.argmax(dim=1, keepdim=True)])
+        # In their own order: not all engines can find the place of a number in another.
+        own = token.index_select(1, self.places)
+        return own.gather(1, x.argmax(dim=1, keepdim=True))
 
     def picked(self, token: Tensor, x: Tensor) -> Tensor:
         """Return the same without argmax and gather."""

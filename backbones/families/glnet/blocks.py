@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from backbones import merge
 from backbones.layers import ChannelMlp, ResidualConv, SelfAttention, statistics_dtype
+from backbones.ops import adaptive_mean
 
 __all__ = ["HEAD_DIM", "AttentionBlock", "Block", "LocalMlp", "SlotBlock", "pooled"]
 
@@ -19,7 +20,7 @@ HEAD_DIM = 32
 
 def pooled(x: Tensor) -> Tensor:
     """Return the means over an 8x8 grid of windows of a map (B, C, H, W), (B, 64, C)."""
-    return F.adaptive_avg_pool2d(x, GRID).flatten(2).mT
+    return adaptive_mean(x, (GRID, GRID)).flatten(2).mT
 
 
 class LocalMlp(ChannelMlp):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from backbones import merge
 from backbones.layers import conv_norm, fx_leaf, statistics_dtype
-from backbones.ops import neighborhood_aggregation, neighborhood_bias
+from backbones.ops import adaptive_mean, neighborhood_aggregation, neighborhood_bias
 
 __all__ = ["DynamicConv"]
 
@@ -33,7 +33,7 @@ def _shrink(x: Tensor, like: Tensor) -> Tensor:
     """Pool an enlarged feature map back to the size of `like`."""
     height, width = like.shape[-2:]
     same = x.shape[-2:] == like.shape[-2:]
-    return x if same else F.adaptive_avg_pool2d(x, (height, width))
+    return x if same else adaptive_mean(x, (height, width))
 
 
 @fx_leaf
@@ -99,7 +99,6 @@ class DynamicConv(nn.Module):
         self.kernel_size = kernel_size
         self.scale = (dim // groups) ** -0.5
         self.query = conv_norm(dim, dim // 2, 1)
-        self.pool = nn.AdaptiveAvgPool2d(REGIONS)
         self.key = conv_norm(context_dim, dim // 2, 1)
         self.kernel = nn.Linear(REGIONS**2, SMALL_KERNEL**2 + kernel_size**2)
         side = 2 * SMALL_KERNEL - 1
@@ -115,7 +114,7 @@ class DynamicConv(nn.Module):
         query = self.query(x)
         if self.scale != 1:
             query = query * self.scale
-        key = self.key(self.pool(context)).flatten(2)  # B C/2 R
+        key = self.key(adaptive_mean(context, (REGIONS, REGIONS))).flatten(2)  # B C/2 R
         kernel = self.kernel.weight, self.kernel.bias
         mixed = _mix(wide, query, key, kernel, (self.bias_small, self.bias_large))
         return self.proj(_shrink(mixed, values))

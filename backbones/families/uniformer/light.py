@@ -103,10 +103,12 @@ def _best(score: Tensor, count: int) -> Tensor:
     if count == 0:
         return best.indices
     least = best.values.amin(1, keepdim=True)  # B 1
-    above = (score > least).float()  # B N
-    equal = (score == least).float()
+    # In numbers, as not all programs that read exported files know truth values.
+    sign = (score - least).sign()
+    above, equal = sign.clamp_min(0).float(), (1 - sign.abs()).float()  # B N, 1 or 0
     room = count - above.sum(1, keepdim=True)
-    chosen = above + equal * (equal.cumsum(1) <= room).float()  # as many ones as asked for
+    fits = (room + 1 - equal.cumsum(1)).clamp(0, 1)
+    chosen = above + equal * fits  # as many ones as asked for
     return chosen.topk(count).indices
 
 
