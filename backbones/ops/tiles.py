@@ -7,6 +7,7 @@ all their windows. Within a tile the aggregation is one matrix product (queries 
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,19 +115,26 @@ class Tile:
             and a matrix (float32): 1 where a key is inside of a query's window, else 0. The place
             of one that is not means nothing.
         """
+        spans = self.vertical, self.horizontal
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # With free sizes `torch.compile` would hold those of constants open, too.
+            return _as_tensors(_place_arrays(*spans), device)
         # As numbers, since compilers take nothing else to be constant.
-        return _places(*(astuple(span) for span in (self.vertical, self.horizontal)), device)
+        return _constant_places(*(astuple(span) for span in spans), device)
 
 
 @torch.compiler.assume_constant_result  # so that a graph holds them and computes nothing
-def _places(
+def _constant_places(
     vertical: tuple[int, ...], horizontal: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, ...]:
-    index, inside = _place_arrays(Span(*vertical), Span(*horizontal))
+) -> tuple[Tensor, Tensor]:
+    return _as_tensors(_kept_places(Span(*vertical), Span(*horizontal)), device)
+
+
+def _as_tensors(arrays: tuple[Any, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    index, inside = arrays
     return torch.from_numpy(index).to(device), torch.from_numpy(inside).to(device)
 
 
-@lru_cache(maxsize=64)
 def _place_arrays(
     vertical: Span, horizontal: Span
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -143,6 +151,9 @@ def _place_arrays(
     first = np.arange(queries)[:, None] * (k * k)
     index = first + tap.reshape(queries, -1)
     return index.reshape(-1), both.reshape(queries, -1).astype(np.float32)
+
+
+_kept_places = lru_cache(maxsize=64)(_place_arrays)
 
 
 def split_map(height: int, width: int, k: int, edge: int) -> list[list[Tile]]:
