@@ -96,6 +96,22 @@ def test_channels_last_computes_the_same(model_in, tmp_path):
         assert (runner(x) - expected).abs().max() < 1e-4
 
 
+def test_runners_compute_with_the_threads_asked_for(tmp_path):
+    """A process has one pool of threads: what was loaded with another is not run any more."""
+    from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count
+
+    model = Mixed().eval()
+    path = export(model, tmp_path / "m.pte", input_size=(3, 16, 16)).path
+    runners = [open_exported(path, threads=number) for number in (1, 3, 1)]
+    path.unlink()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    for runner in 3 * runners:
+        assert (runner(images) - expected).abs().max() < 1e-4
+        assert _threadpool_get_thread_count() == runner.threads
+
+
 def test_half_precision_still_computes_wrong_numbers(tmp_path):
     """Why `export` refuses fp16; when this fails, a version has mended it, and fp16 can be offered.
 

@@ -9,7 +9,7 @@ __all__ = ["ENGINE", "FORMAT"]
 
 
 def _start(deployment: Deployment) -> Runner:
-    """Export to ExecuTorch and run it, on as many threads as the machine has cores."""
+    """Export to ExecuTorch and run it."""
     batch = deployment.batch_size
     config = ExecuTorchConfig(max_batch=max(2, batch))
     path = deployment.exported(f"{deployment.precision}-{batch}.pte", deployment.precision, config)
