@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backbones.engines.executorch.sizes import Span
-from backbones.engines.runners import Runner, existing, explained
+from backbones.engines.runners import Runner, existing, explained, filled
 from backbones.errors import InputSizeError
 from backbones.optional import optional_import
 
@@ -66,6 +66,7 @@ class ExecuTorchRunner(Runner):
             taken = program.metadata("forward").input_tensor_meta(0).sizes()
         batch, *rest = facts["shape"]
         self.max_batch = int(taken[0])
+        self._exact = facts.get("images") is not None
         self.spans = {name: Span(**span) for name, span in facts.get("free_sizes", {}).items()}
         shape = [None if facts["free_batch"] else batch, *rest]
         for name, span in self.spans.items():
@@ -94,18 +95,18 @@ class ExecuTorchRunner(Runner):
         return self._program.load_method("forward")  # which a program keeps
 
     def infer(self, x: Tensor) -> Sequence[Tensor]:
-        """Run the method, in parts where there are more images than memory was planned for."""
+        """Run the method, in parts where there are more images than it takes."""
         for name, span in self.spans.items():
             if x.shape[_SIDES[name]] not in span:
                 raise InputSizeError(
                     f"{self.what} takes for {name} the {span}, got {tuple(x.shape)}; resize the"
                     " images, or export the model for others by input_size and max_size"
                 )
+        # The runtime takes the strides for those of a contiguous tensor, whatever they are.
+        parts = [part.contiguous() for part in x.split(self.max_batch)]
+        if self._exact:
+            parts[-1] = filled(parts[-1], self.max_batch)
         with _POOL.turn:
             method = self._loaded()
-            # The runtime takes the strides for those of a contiguous tensor, whatever they are.
-            parts = [
-                [output.clone() for output in method.execute([part.contiguous()])]
-                for part in x.split(self.max_batch)
-            ]
-        return [torch.cat(outputs) for outputs in zip(*parts)]
+            found = [[output.clone() for output in method.execute([part])] for part in parts]
+        return [torch.cat(outputs)[: len(x)] for outputs in zip(*found)]
