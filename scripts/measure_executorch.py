@@ -1,13 +1,10 @@
 """What XNNPACK runs of ExecuTorch programs, and how fast they are beside ONNX Runtime in float32.
 
-Random weights, one image. The files of a model take turns in one process. ExecuTorch's threads are
-one for each core and cannot be set from Python, so that one thread takes
+Random weights, one image. The files of a model take turns in one process. By default the smallest
+member of every family is measured, at 224 pixels:
 
-    taskset -c 0 python scripts/measure_executorch.py --threads 1
-
-By default the smallest member of every family is measured, at 224 pixels:
-
-    taskset -c 0 python scripts/measure_executorch.py --threads 1 cpubone_nano convnext_atto
+    python scripts/measure_executorch.py --threads 1
+    python scripts/measure_executorch.py --threads 1 cpubone_nano convnext_atto
 """
 
 import argparse

@@ -35,6 +35,7 @@ __all__ = [
     "Runner",
     "existing",
     "explained",
+    "filled",
     "notes_on",
     "own_facts",
 ]
@@ -138,13 +139,14 @@ class FixedBatchRunner(Runner):
     def infer(self, x: Tensor) -> Sequence[Tensor]:
         """Run the file, as often as it takes for this number of images."""
         with self._turn:
-            parts = [self.run(self._filled(part)) for part in x.split(self.images)]
+            parts = [self.run(filled(part, self.images)) for part in x.split(self.images)]
         return [torch.cat(outputs)[: len(x)] for outputs in zip(*parts)]
 
-    def _filled(self, x: Tensor) -> Tensor:
-        """Return fewer images than the file takes filled up with the last."""
-        missing = self.images - len(x)
-        return torch.cat((x, x[-1:].expand(missing, *x.shape[1:]))) if missing else x
+
+def filled(x: Tensor, images: int) -> Tensor:
+    """Return fewer images than a file takes filled up with the last."""
+    missing = images - len(x)
+    return torch.cat((x, x[-1:].expand(missing, *x.shape[1:]))) if missing else x
 
 
 def own_facts(facts: dict[str, Any] | None, path: Path) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: (B, C, H, W), any memory layout.
-        weight: (B, wc, k*k, H, W) with k odd and C a multiple of wc; its type may differ.
+        weight: (B, wc, k*k, H, W) with k odd and C a multiple of wc, or (B, k*k, H, W) for all
+            channels; its type may differ.
 
     Returns:
         (B, C, H, W) of `x`'s type and memory layout.
@@ -47,13 +48,15 @@ def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         InputSizeError: the shapes do not fit each other, or k is no odd integer.
     """
-    k = _check(x, weight)
+    whole = weight.unsqueeze(1) if weight.ndim == 4 else weight
+    k = _check(x, whole)
     dtype = at_least_float32(x, weight)
     with without_autocast(x):
+        if is_recorded() and not reference_active():
+            return _recorded(x.to(dtype), weight.to(dtype), k).to(x.dtype)
+        weight = whole
         if reference_active():
             out = _reference(x.to(dtype), weight.to(dtype), k)
-        elif is_recorded():
-            out = _recorded(x.to(dtype), weight.to(dtype), k)
         elif _is_differentiated(x, weight) or is_transformed(x, weight):
             out = _SmallKernel.apply(x.to(dtype), weight.to(dtype), k)
         else:  # on small maps the autograd function itself would cost a third of the time
@@ -107,8 +110,8 @@ def _is_differentiated(x: Tensor, weight: Tensor) -> bool:
 def _check(x: Tensor, weight: Tensor) -> int:
     if x.ndim != 4 or weight.ndim != 5:
         raise InputSizeError(
-            "small_kernel_aggregation takes x (B, C, H, W) and weight (B, wc, k*k, H, W), "
-            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
+            "small_kernel_aggregation takes x (B, C, H, W) and weight (B, wc, k*k, H, W) or "
+            f"(B, k*k, H, W), not {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     k = round(fixed(weight.shape[2]) ** 0.5)
     if k * k != weight.shape[2] or k % 2 == 0:
@@ -139,16 +142,19 @@ def _reference(x: Tensor, weight: Tensor, k: int) -> Tensor:
 def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
     """The eager path in operations that graphs have; height and width may be symbolic."""
     (height, width), edge = x.shape[2:], k // 2 * (x.shape[3] + 1)
-    taps = (weight * _inside_recorded(x, k)).flatten(3)
-    flat = F.pad(x.flatten(2), (edge, edge)).unflatten(1, (-1, weight.shape[1]))
+    grouped = weight.ndim == 5  # else no more than four axes, as many as ncnn has
+    taps = (weight * _inside_recorded(x, k)).flatten(weight.ndim - 2)
+    flat = F.pad(x.flatten(2), (edge, edge))
+    flat = flat.unflatten(1, (-1, weight.shape[1])) if grouped else flat
     out = None
     for tap in range(k * k):
         row, col = divmod(tap, k)
         start = row * width + col
-        term = flat[..., start : start + height * width] * taps[:, None, :, tap]
+        part = taps[:, None, :, tap] if grouped else taps[:, tap, None]
+        term = flat[..., start : start + height * width] * part
         out = term if out is None else out + term
     assert out is not None  # k >= 1
-    return out.flatten(1, 2).view_as(x)
+    return (out.flatten(1, 2) if grouped else out).view_as(x)
 
 
 def _inside_recorded(x: Tensor, k: int) -> Tensor:

@@ -10,8 +10,8 @@ from tiers import shallow, smallest_of_each_family
 from torch import nn
 
 import backbones
-from backbones.engines import export, open_exported
-from backbones.errors import UnsupportedError
+from backbones.engines import ExecuTorchConfig, deploy, export, open_exported
+from backbones.errors import ConfigError, UnsupportedError
 
 pytest.importorskip("executorch")
 
@@ -94,6 +94,57 @@ def test_channels_last_computes_the_same(model_in, tmp_path):
     runner = open_exported(report.path)
     for x in (images, last):
         assert (runner(x) - expected).abs().max() < 1e-4
+
+
+def test_runners_compute_with_the_threads_asked_for(tmp_path):
+    """A process has one pool of threads: what was loaded with another is not run any more."""
+    from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count
+
+    model = Mixed().eval()
+    path = export(model, tmp_path / "m.pte", input_size=(3, 16, 16)).path
+    runners = [open_exported(path, threads=number) for number in (1, 3, 1)]
+    path.unlink()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    for runner in 3 * runners:
+        assert (runner(images) - expected).abs().max() < 1e-4
+        assert _threadpool_get_thread_count() == runner.threads
+
+
+class Halves(nn.Module):
+    """The product of two halves of the channels, whose split XNNPACK has for fixed batches only."""
+
+    def forward(self, x):
+        first, second = x.split(2, 1)
+        return (first * second).mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_program_for_one_number_of_images_takes_any(images, tmp_path):
+    model, config = Halves(), ExecuTorchConfig(images=images)
+    report = export(model, tmp_path / "m.pte", format=config, input_size=(4, 8, 8))
+    assert report.dynamic == ("batch",) and report.notes["other_operations"] == 1
+    runner = open_exported(report.path)
+    for count in (1, 2, 3, 7):
+        x = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(count))
+        torch.testing.assert_close(runner(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_deploy_lowers_for_its_number_of_images(tmp_path):
+    model = small()
+    options = {"engine": "executorch", "batch_size": 2, "input_size": (3, 64, 64)}
+    runner = deploy(model, cache_dir=tmp_path, **options)
+    assert runner.metadata["images"] == 2 and runner.shape[0] is None
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(runner(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [0, -1, 1.5, True])
+def test_no_number_of_images_is_refused(images):
+    with pytest.raises(ConfigError, match=f"no program for {images} images; give 1 or more"):
+        ExecuTorchConfig(images=images)
 
 
 def test_half_precision_still_computes_wrong_numbers(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 import backbones
 from backbones.engines import export
 from backbones.engines.executorch.forms import (
+    DecomposedGroupNorm,
     DecomposedNorm,
     DecomposedResponseNorm,
     for_xnnpack,
@@ -73,6 +74,8 @@ def test_the_function_stays_the_same(name):
     [
         (LayerNorm2d(8), (2, 8, 5, 6)),
         (GroupNorm1(8), (2, 8, 5, 6)),
+        (nn.GroupNorm(4, 8), (2, 8, 5, 6)),
+        (nn.GroupNorm(8, 8, affine=False), (2, 8, 5, 6)),
         (nn.LayerNorm(8), (2, 3, 8)),
         (nn.LayerNorm(8, bias=False, eps=1e-3), (2, 8)),
         (nn.LayerNorm(8, elementwise_affine=False), (2, 5, 6, 8)),
@@ -86,7 +89,16 @@ def test_norms_are_arithmetic_on_whole_maps(norm, shape):
         found = for_xnnpack(nn.Sequential(norm)).double()
         # without parameters the type of the model is not known, and is float32
         assert relative(found(x), norm(x)) < (1e-12 if norm.weight is not None else 1e-6)
-    assert type(found[0]) is DecomposedNorm
+    grouped = isinstance(norm, nn.GroupNorm)
+    assert type(found[0]) is (DecomposedGroupNorm if grouped else DecomposedNorm)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 3, 4, 5)], ids=str)
+def test_group_norms_of_what_is_no_map(shape):
+    norm = randomize(nn.GroupNorm(4, 8)).double().eval()
+    x = images(*shape)
+    with torch.no_grad():
+        assert torch.equal(for_xnnpack(nn.Sequential(norm))(x), norm(x))
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -109,7 +121,8 @@ def test_xnnpack_runs_nearly_all(tmp_path):
     pytest.importorskip("executorch")
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 4, 4), LayerNorm2d(8), nn.Conv2d(8, 8, 7, padding=3, groups=8)]
-    model = nn.Sequential(*layers, GroupNorm1(8), nn.Flatten(), nn.Linear(128, 8), nn.LayerNorm(8))
+    norms = GroupNorm1(8), nn.GroupNorm(4, 8)
+    model = nn.Sequential(*layers, *norms, nn.Flatten(), nn.Linear(128, 8), nn.LayerNorm(8))
     report = export(model.eval(), tmp_path / "m.pte", input_size=(3, 16, 16))
     assert report.notes["delegated_share"] > 0.95
 

@@ -18,6 +18,7 @@ import backbones
 from backbones.cli import main
 from backbones.engines import deploy, export, open_exported, requesting
 from backbones.engines.ncnn import conversion as converting
+from backbones.engines.ncnn import spelling
 from backbones.engines.ncnn.spelling import Respelled
 from backbones.errors import (
     ExportError,
@@ -36,7 +37,6 @@ FILES = ["m.ncnn.bin", "m.ncnn.json", "m.ncnn.param"]
 WITHOUT = {
     "overlock_xt": "ncnn has no operation for torch.index_select in OverLoCK",
     "rednet26": "ncnn has no operation for Tensor.index, Tensor.reshape",
-    "transnext_micro": "pnnx failed",
     "uniformer_xxs": "ncnn has no operation for .*torch.topk in UniFormer",
 }
 
@@ -195,6 +195,23 @@ def test_a_converter_that_fails_says_what_it_said(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+class ChosenSquared(torch.nn.Module):
+    """A chosen channel, its square and a use of both."""
+
+    def forward(self, x):
+        chosen = x[:, 0]
+        return (chosen * chosen).relu() * chosen
+
+
+def test_pnnx_still_crashes_on_the_square_of_a_choice(tmp_path, monkeypatch):
+    """Why products with itself are squares; when this fails, a version has mended it."""
+    options = {"input_size": SIZE, "verify": False}
+    assert export(ChosenSquared(), tmp_path / "m.ncnn.param", **options).path.is_file()
+    monkeypatch.delitem(spelling._SPELLINGS, torch.Tensor.mul)
+    with pytest.raises(ExportError, match="pnnx failed"):
+        export(ChosenSquared(), tmp_path / "other.ncnn.param", **options)
+
+
 @pytest.mark.parametrize("lacking", ["bin", "json", "param"])
 def test_a_file_without_the_others(exported, lacking, tmp_path):
     for file in exported[1].path.parent.iterdir():
@@ -277,6 +294,9 @@ X = images(2, (4, 6, 6))
         lambda x: F.normalize(x),
         lambda x: F.normalize(x, dim=-1, eps=3.0),
         lambda x: F.normalize(x, p=1.0, dim=-1),
+        lambda x: x * x,
+        lambda x: x.mul(x) * 2 + 2 * x,
+        lambda x: torch.mul(x, x, out=torch.empty_like(x)),
         lambda x: torch.where(x == x.amax(1, keepdim=True), x, 0),
         lambda x: torch.where(torch.eq(x, x + 1e-7), 2.0, x),
     ],

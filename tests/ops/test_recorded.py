@@ -82,6 +82,10 @@ CASES = {
         SmallKernel,
         lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 4, 9, 9, 11)),
     ),
+    "small_kernel_for_all": (
+        SmallKernel,
+        lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 9, 9, 11)),
+    ),
     "involution": (
         lambda: Involution(1),
         lambda b: (torch.randn(b, 16, 9, 11), torch.randn(b, 4, 49, 9, 11)),

@@ -58,6 +58,14 @@ def test_paths_agree(layout, batch, channels, groups, k, height, width):
     assert_matches_reference(ops.small_kernel_aggregation, inputs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_of_all_channels_need_no_groups(layout):
+    x, weight = (LAYOUTS[layout](x) for x in arguments(2, 6, 1, 3, 4, 5))
+    expected = ops.small_kernel_aggregation(x, weight)
+    assert_matches_reference(ops.small_kernel_aggregation, [x, weight[:, 0]])
+    assert torch.equal(ops.small_kernel_aggregation(x, weight[:, 0]), expected)
+
+
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_gradcheck(k):
     inputs = [x.requires_grad_() for x in arguments(2, 4, 2, k, 3, 4)]
@@ -100,6 +108,8 @@ def test_channels_last_stays_channels_last():
     ("x", "weight", "message"),
     [
         ((1, 4, 5), (1, 2, 9, 5, 5), "takes x"),
+        ((1, 4, 5, 5), (9, 5, 5), "takes x"),
+        ((1, 4, 5, 5), (1, 8, 5, 5), "8 taps"),
         ((1, 4, 5, 5), (1, 2, 4, 5, 5), "4 taps"),
         ((1, 4, 5, 5), (1, 2, 8, 5, 5), "8 taps"),
         ((1, 4, 5, 5), (1, 2, 9, 5, 6), "agree"),

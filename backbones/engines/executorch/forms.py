@@ -18,7 +18,13 @@ from backbones.engines.rewrites import rewrite_for_graphs, split_large_kernel
 from backbones.families.unireplknet import CenteredNorm2d
 from backbones.layers import GlobalResponseNorm
 
-__all__ = ["ChannelMean", "DecomposedNorm", "DecomposedResponseNorm", "for_xnnpack"]
+__all__ = [
+    "ChannelMean",
+    "DecomposedGroupNorm",
+    "DecomposedNorm",
+    "DecomposedResponseNorm",
+    "for_xnnpack",
+]
 
 
 def for_xnnpack(model: nn.Module) -> nn.Module:
@@ -45,25 +51,34 @@ def _replace_children(module: nn.Module) -> nn.Module:
 class ChannelMean(nn.Module):
     """The mean over channels as a convolution or linear layer, plus a constant.
 
-    Over maps (B, C, H, W) it is (B, 1, H, W); over the last axis of (..., C) it is (..., 1).
+    Over maps (B, C, H, W) it is (B, 1, H, W); over the last axis of (..., C) it is (..., 1). Over
+    several groups of a map's channels each channel gets the mean of its group.
     """
 
-    def __init__(self, channels: int, constant: float = 0.0, *, maps: bool) -> None:
+    def __init__(
+        self, channels: int, constant: float = 0.0, *, maps: bool, groups: int = 1
+    ) -> None:
         super().__init__()
-        kind: Any = partial(nn.Conv2d, kernel_size=1) if maps else nn.Linear
-        mean = kind(channels, 1, dtype=torch.float64)  # exact until the model's type is known
-        nn.init.constant_(mean.weight, 1 / channels)
+        kind: Any = partial(nn.Conv2d, kernel_size=1, groups=groups) if maps else nn.Linear
+        mean = kind(channels, groups, dtype=torch.float64)  # exact until the model's type is known
+        nn.init.constant_(mean.weight, groups / channels)
         nn.init.constant_(mean.bias, constant)
         self.mean = mean.requires_grad_(False)
+        self.spread: nn.Module = nn.Identity()
+        if groups > 1:
+            spread = kind(groups, channels, bias=False, dtype=torch.float64)
+            nn.init.ones_(spread.weight)
+            self.spread = spread.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mean(x)
+        return self.spread(self.mean(x))
 
 
 class DecomposedNorm(nn.Module):
     """A norm over channels, with `whole` also over positions, by arithmetic on whole maps.
 
-    It takes over the parameters of `norm`; `centered` says that the mean is zero already.
+    It takes over the parameters of `norm`; `centered` says that the mean is zero already. With
+    `whole` there may be several groups of channels.
     """
 
     weight: Tensor | None
@@ -74,9 +89,11 @@ class DecomposedNorm(nn.Module):
     ) -> None:
         super().__init__()
         channels = norm.num_channels if whole else _channels_of(norm)
+        groups = norm.num_groups if whole else 1
+        over: Any = partial(ChannelMean, channels, maps=maps, groups=groups)
         self.whole = whole
-        self.mean = None if centered else ChannelMean(channels, maps=maps)
-        self.variance = ChannelMean(channels, norm.eps, maps=maps)
+        self.mean = None if centered else over()
+        self.variance = over(norm.eps)
         shape = (1, -1, 1, 1) if maps else (-1,)
         for name in ("weight", "bias"):
             values = getattr(norm, name)
@@ -99,6 +116,17 @@ def _channels_of(norm: Any) -> int:
     if isinstance(norm, nn.LayerNorm):
         return int(norm.normalized_shape[0])
     return len(norm.weight)
+
+
+class DecomposedGroupNorm(nn.Module):
+    """A group norm, of maps (B, C, H, W) by arithmetic; it takes over the parameters."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.of_maps, self.of_others = DecomposedNorm(norm, whole=True), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_maps(x) if x.ndim == 4 else self.of_others(x)
 
 
 class DecomposedResponseNorm(nn.Module):
@@ -143,7 +171,8 @@ _FORMS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     LayerNorm2d: DecomposedNorm,
     CenteredNorm2d: lambda norm: DecomposedNorm(norm, centered=True),
     GlobalResponseNorm: _response_norm,
-    GroupNorm1: lambda norm: DecomposedNorm(norm, whole=True),
+    GroupNorm1: DecomposedGroupNorm,
+    nn.GroupNorm: DecomposedGroupNorm,
     LayerNorm: _of_last_axis,
     nn.LayerNorm: _of_last_axis,
 }

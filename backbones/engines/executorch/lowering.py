@@ -19,7 +19,7 @@ from backbones.engines.formats import Conversion, FormatConfig, Notes, traced
 from backbones.engines.preparation import contiguous_copy
 from backbones.engines.quantization import OPERATORS, Plan, to_target
 from backbones.engines.runners import explained
-from backbones.errors import ExportError
+from backbones.errors import ConfigError, ExportError
 from backbones.optional import optional_import
 
 __all__ = ["ExecuTorchConfig", "to_executorch"]
@@ -32,10 +32,18 @@ class ExecuTorchConfig(FormatConfig):
     Args:
         max_batch: images of a batch at most, where their number is free.
         max_size: largest height and width, where they are free; None for twice `input_size`.
+        images: lower the program for this number of images, of which XNNPACK runs more, even where
+            their number is free: our runner cuts and fills other numbers. None for a program that
+            takes any number up to `max_batch`.
     """
 
     max_batch: int = 8
     max_size: int | None = None
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.images is not None and (type(self.images) is not int or self.images < 1):
+            raise ConfigError(f"no program for {self.images!r} images; give 1 or more")
 
 
 def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) -> Notes:
@@ -47,7 +55,8 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
     sizes that a free height and width may have.
     """
     spans = free_sizes(conversion, config.max_size)
-    most = {"batch": config.max_batch, **{name: span.most for name, span in spans.items()}}
+    exact = config.images if "batch" in conversion.dynamic else None
+    most = {"batch": exact or config.max_batch, **{name: span.most for name, span in spans.items()}}
     dims = known_dims(spans, config.max_batch)
     shape = [
         most[conversion.axes[axis]] if axis in conversion.axes else size
@@ -57,6 +66,7 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
         **conversion.metadata,
         "shape": shape,
         "free_batch": "batch" in conversion.dynamic,
+        "images": exact,
         "free_sizes": {name: dataclasses.asdict(span) for name, span in spans.items()},
     }
     # Where lowering loses the bound of a size, memory is planned for the example's.
@@ -64,6 +74,7 @@ def to_executorch(conversion: Conversion, config: ExecuTorchConfig, path: Path) 
         conversion,
         model=for_xnnpack(conversion.model),
         example=conversion.example.new_zeros(shape),
+        dynamic=(*spans,) if exact else conversion.dynamic,
     )
     with _way_out(spans, path):
         if conversion.precision == "int8":

@@ -9,10 +9,10 @@ __all__ = ["ENGINE", "FORMAT"]
 
 
 def _start(deployment: Deployment) -> Runner:
-    """Export to ExecuTorch and run it, on as many threads as the machine has cores."""
-    batch = deployment.batch_size
-    config = ExecuTorchConfig(max_batch=max(2, batch))
-    path = deployment.exported(f"{deployment.precision}-{batch}.pte", deployment.precision, config)
+    """Export to ExecuTorch for this number of images and run it."""
+    batch, precision = deployment.batch_size, deployment.precision
+    config = ExecuTorchConfig(images=batch)
+    path = deployment.exported(f"{precision}-{batch}.pte", precision, config)
     return ExecuTorchRunner(path, threads=deployment.threads)
 
 

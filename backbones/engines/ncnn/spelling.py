@@ -49,6 +49,11 @@ def _normalized(
     return x / (x * x).sum(dim, keepdim=True).sqrt().clamp(min=eps)
 
 
+def _product(x: Any, other: Any, **options: Any) -> Tensor:
+    """Return a square where both are one: of a selected part with further uses pnnx crashes."""
+    return x.square() if x is other and not options else torch.mul(x, other, **options)
+
+
 def _equal(x: Tensor, other: Tensor) -> Tensor:
     """Return 1 where values are equal and 0 elsewhere: ncnn knows no truth values."""
     return 1 - (x - other).abs().clamp(max=1).ceil()
@@ -70,6 +75,8 @@ _SPELLINGS: Mapping[Any, Callable[..., Any]] = {
     torch.Tensor.unbind: _unbound,
     torch.unbind: _unbound,
     F.normalize: _normalized,
+    torch.mul: _product,
+    torch.Tensor.mul: _product,
     torch.eq: _equal,
     torch.Tensor.__eq__: _equal,
     torch.where: _chosen,

@@ -166,7 +166,7 @@ def _pool(x: Tensor, tables: Tables) -> Tensor:
 def _split_heads(x: Tensor, parts: int) -> Sequence[Tensor]:
     """Split (B, N, parts * C) into parts (B, G, c, N) in memory of their own, at least float32."""
     x = x.mT.to(ops.at_least_float32(x)).contiguous()
-    return x.unflatten(1, (parts, -1, HEAD_DIM)).unbind(1)
+    return [part.unflatten(1, (-1, HEAD_DIM)) for part in x.chunk(parts, 1)]
 
 
 @fx_leaf
@@ -210,10 +210,10 @@ def _aggregate(
         near = ops.small_kernel_correlation(maps[0], maps[1], WINDOW).view(*k.shape[:2], taps, -1)
         offset = attn.relative_pos_bias_local.to(k.dtype).unsqueeze(2) + tables.outside
         logits = torch.cat((near + offset, far_k.mT @ scaled + bias), 2)  # B G 9+P N
-        near, far = logits.softmax(2).tensor_split((taps,), 2)
+        near, far = logits.softmax(2).split((taps, far_k.shape[3]), 2)
         # Each tap has a further weight, which is no part of the softmax.
         tokens = attn.learnable_tokens.mT.to(k.dtype) @ query
         near = near + (tokens + attn.learnable_bias.mT.to(k.dtype))  # B G 9 N
         values, weights = v.flatten(0, 1).unflatten(2, size), near.flatten(0, 1).unflatten(2, size)
-        mixed = ops.small_kernel_aggregation(values, weights.unsqueeze(1)).view_as(v)
+        mixed = ops.small_kernel_aggregation(values, weights).view_as(v)
         return (mixed + far_v @ far).flatten(1, 2).mT.to(q.dtype)
