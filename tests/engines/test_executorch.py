@@ -96,6 +96,23 @@ def test_channels_last_computes_the_same(model_in, tmp_path):
         assert (runner(x) - expected).abs().max() < 1e-4
 
 
+class Turned(nn.Module):
+    """The sum of a map and the transpose of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.arange(6.0).view(3, 1, 2))
+
+    def forward(self, x):
+        return x + self.offset.mT
+
+
+def test_the_transpose_of_a_parameter_is_a_constant(tmp_path):
+    report = export(Turned().eval(), tmp_path / "m.pte", input_size=(3, 2, 8), batch_size=1)
+    assert report.checks[0].agreement.relative_error < 1e-6
+    assert report.notes["other_operations"] == 1
+
+
 def test_runners_compute_with_the_threads_asked_for(tmp_path):
     """A process has one pool of threads: what was loaded with another is not run any more."""
     from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count

@@ -1,5 +1,6 @@
 """Changes of a program's graph before XNNPACK takes its part: no arithmetic on sizes remains."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,16 @@ def with_constants(program: Any) -> Any:
     It is for programs in float32; dequantized weights would be such constants too.
     """
     folding = optional_import("executorch.exir.passes.constant_prop_pass", "executorch")
-    return folding.constant_prop_pass(program)
+    program = folding.constant_prop_pass(program)
+    # Strides of a transpose, even along an axis of one, are the order of the axes to ExecuTorch.
+    plain = partial(torch.clone, memory_format=torch.contiguous_format)
+    for name, value in program.constants.items():
+        if isinstance(value, Tensor):
+            program.constants[name] = plain(value)
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.target in program.graph_signature.inputs_to_lifted_tensor_constants:
+            node.meta["val"] = plain(node.meta["val"])
+    return program
 
 
 def _attention(
