@@ -105,7 +105,7 @@ def _best(score: Tensor, count: int) -> Tensor:
     least = best.values.amin(1, keepdim=True)  # B 1
     # In numbers, as not all programs that read exported files know truth values.
     sign = (score - least).sign()
-    above, equal = sign.clamp_min(0).float(), (1 - sign.abs()).float()  # B N, 1 or 0
+    above, equal = sign.relu().float(), (1 - sign.abs()).float()  # B N, 1 or 0
     room = count - above.sum(1, keepdim=True)
     fits = (room + 1 - equal.cumsum(1)).clamp(0, 1)
     chosen = above + equal * fits  # as many ones as asked for
