@@ -166,7 +166,8 @@ def _pool(x: Tensor, tables: Tables) -> Tensor:
 def _split_heads(x: Tensor, parts: int) -> Sequence[Tensor]:
     """Split (B, N, parts * C) into parts (B, G, c, N) in memory of their own, at least float32."""
     x = x.mT.to(ops.at_least_float32(x)).contiguous()
-    return [part.unflatten(1, (-1, HEAD_DIM)) for part in x.chunk(parts, 1)]
+    whole = x.chunk(parts, 1) if parts > 1 else [x]  # LiteRT knows no split into one
+    return [part.unflatten(1, (-1, HEAD_DIM)) for part in whole]
 
 
 @fx_leaf
