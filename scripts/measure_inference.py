@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument("-b", "--batch-size", type=int, default=32)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         photos = options.photos.resolve()
