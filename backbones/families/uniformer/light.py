@@ -99,10 +99,11 @@ def _best(score: Tensor, count: int) -> Tensor:
 
     A fresh model's scores are all equal, and which of equals `topk` takes differs between engines.
     """
-    best = score.topk(count)
+    best = score.topk(count).indices
     if count == 0:
-        return best.indices
-    least = best.values.amin(1, keepdim=True)  # B 1
+        return best
+    # Not by the values of `topk`: of these alone LiteRT's converter makes a sort, which it lacks.
+    least = score.gather(1, best).amin(1, keepdim=True)  # B 1
     # In numbers, as not all programs that read exported files know truth values.
     sign = (score - least).sign()
     above, equal = sign.relu().float(), (1 - sign.abs()).float()  # B N, 1 or 0
