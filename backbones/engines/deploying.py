@@ -254,7 +254,7 @@ def _measured(runners: Runners, deployment: Deployment, several: bool) -> list[C
         parts = [as_list(runner(part)) for part in images.split(8)]
         agreement, problem = None, None
         try:
-            outputs = [torch.cat(several) for several in zip(*parts)]
+            outputs = [torch.cat(one) for one in zip(*parts)]
             agreement = compare(expected, outputs, deployment.labels)
         except BackbonesError as error:
             problem = str(error)

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from backbones.engines.formats import Conversion, traced
 from backbones.engines.preparation import Preprocessed
-from backbones.engines.quantization.layers import Layer, layers_of, operator_of, walk
+from backbones.engines.quantization.layers import Layer, layers_of, operator_of, visit_all
 from backbones.engines.quantization.ranges import quantized_activation, quantized_weight
 from backbones.engines.verification import as_list, run_model
 from backbones.errors import EquivalenceError
@@ -185,7 +185,7 @@ def _ends(
         before = ends.get(name, (torch.zeros_like(low), torch.zeros_like(high)))
         ends[name] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
 
-    _walk_all(program, layers, batches, visit)
+    visit_all(program, layers, batches, visit)
     return ends
 
 
@@ -215,21 +215,13 @@ def _best(
         if found:
             errors[name] = errors.get(name, 0) + torch.stack(found)
 
-    _walk_all(program, layers, batches, visit)
+    visit_all(program, layers, batches, visit)
     chosen = {name: int(found.argmin()) for name, found in errors.items()}
     return {name: options[name][option] for name, option in chosen.items() if option}
 
 
 def _as_operand(scales: Tensor, x: Tensor, layer: Layer) -> Tensor:
     return scales if layer.operator == "linear" else scales.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def _walk_all(
-    program: GraphModule, layers: dict[str, Layer], batches: Sequence[Tensor], visit: Any
-) -> None:
-    with torch.no_grad():
-        for _ in walk(program, layers, batches, visit):
-            pass
 
 
 def _junctions(program: GraphModule, model: nn.Module, norms: bool) -> Iterator[_Junction]:
@@ -287,7 +279,7 @@ class _Numbered:
         channels = node.meta["val"].shape[axis]
         fixed = [_Piece(channels)]
         operator, args = operator_of(node), cast("tuple[Any, ...]", node.args)
-        if operator == "linear" or operator in _READERS:
+        if operator in _READERS:
             if axis != (node.meta["val"].dim() - 1 if operator == "linear" else 1):
                 return fixed
             return self._made_by(channels, *args[1:3])

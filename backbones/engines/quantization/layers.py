@@ -16,6 +16,7 @@ __all__ = [
     "layers_of",
     "operator_of",
     "outputs_of",
+    "visit_all",
     "walk",
 ]
 
@@ -104,6 +105,15 @@ class _Walk(Interpreter):
         operator: Any = node.target
         self.visit(self.layers[node.name], operator, list(operands), dict(keywords), output)
         return output
+
+
+def visit_all(
+    module: GraphModule, layers: Mapping[str, Layer], batches: Iterable[Tensor], visit: Visitor
+) -> None:
+    """Show the layers of a program to a visitor, for batches of images, without gradients."""
+    with torch.no_grad():
+        for _ in walk(module, layers, batches, visit):
+            pass
 
 
 def walk(

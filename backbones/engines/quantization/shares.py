@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from backbones.engines.quantization.layers import Layer, walk
+from backbones.engines.quantization.layers import Layer, visit_all, walk
 from backbones.engines.quantization.ranges import (
     Range,
     Statistics,
@@ -62,9 +62,7 @@ def statistics_of(
                 add(name, operands[position])  # noqa: B023
             add(layer.name, output)  # noqa: B023
 
-        with torch.no_grad():
-            for _ in walk(module, layers, batches, visit):
-                pass
+        visit_all(module, layers, batches, visit)
     return statistics
 
 
