@@ -143,6 +143,14 @@ def test_a_norm_that_lost_its_weights_gets_some():
     assert found.n.weight[1] > found.n.weight[0]
 
 
+def test_channels_that_are_padded_stay():
+    torch.manual_seed(0)
+    block = Block(
+        lambda m, x: m.b(F.pad(m.a(x), (0, 0, 0, 0, 0, 2))), a=uneven(conv(3, 4)), b=conv(6, 5)
+    )
+    assert after(block)[1] == set()
+
+
 def test_depthwise_and_grouped_columns():
     torch.manual_seed(0)
     block = Block(

@@ -298,6 +298,8 @@ class _Numbered:
         before = None if source is None else _axis_before(node, source, operator, axis)
         if source is None or before is None or len(source.users) != 1:
             return fixed
+        if source.meta["val"].shape[before] != channels:  # padded along this axis
+            return fixed
         return self.pieces(source, before)
 
     def _made_by(self, channels: int, weight: Any, bias: Any = None) -> list[_Piece]:
