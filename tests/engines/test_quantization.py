@@ -133,6 +133,37 @@ def test_nothing_is_rounded_but_layers(tmp_path, monkeypatch):
     assert 'type="FakeQuantize"' not in path.read_text(encoding="utf-8")
 
 
+def scales_of_weights(path):
+    """Yield the shapes of scales and weights of every convolution of an OpenVINO file."""
+    import openvino
+
+    for operation in openvino.Core().read_model(str(path)).get_ops():
+        if operation.get_type_name() in ("Convolution", "GroupConvolution"):
+            weights = operation.input_value(1)
+            scaled = weights.get_node()  # a product with the scales, or a rounding to them
+            scales = scaled.input_value(scaled.get_input_size() - 1)
+            yield tuple(scales.get_shape()), tuple(weights.get_shape())
+
+
+def test_weights_of_every_kind_of_convolution_have_a_scale_per_channel(tmp_path):
+    """OpenVINO computes a layer in float32 whose weights have other scales."""
+    pytest.importorskip("nncf")
+    torch.manual_seed(0)
+    kinds = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8)]
+    last = [nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*(part for kind in kinds for part in (kind, nn.GELU())), *last).eval()
+    path = tmp_path / "m.xml"
+    options = {"precision": "int8", "calibration": torch.randn(8, *SIZE), "agreement": 0}
+    export(model, path, input_size=SIZE, **options)
+    channels = {4: 1, 5: 2}  # leading axes, by the number of axes
+    found = list(scales_of_weights(path))
+    assert {weights[0] for _, weights in found if len(weights) == 5} == {2, 8}
+    assert len(found) == 4
+    for scales, weights in found:
+        leading = channels[len(weights)]
+        assert scales == (*weights[:leading], *[1] * (len(weights) - leading))
+
+
 @pytest.mark.parametrize("best", [0, 2])
 def test_the_best_file_is_left_where_none_holds(best, told):
     model, images, _ = told

@@ -39,7 +39,7 @@ class Quantizer:
         batches = [one.numpy() for one in self.conversion.calibration_batches(plan.images)]
         with quiet_nncf() as nncf:
             model = nncf.quantize(
-                self.model.clone(),
+                _with_whole_weights(self.model),
                 nncf.Dataset(batches),
                 subset_size=len(batches),
                 preset=nncf.QuantizationPreset.MIXED,
@@ -70,6 +70,20 @@ class Quantizer:
             if node.get_type_name() in ("Multiply", "Add"):
                 return self._layer_at(node.output(0))
         return None
+
+
+def _with_whole_weights(model: Any) -> Any:
+    """Return a copy whose weights are constants in the shape in which convolutions read them.
+
+    From ONNX come grouped ones as (O, I / groups, H, W) with a reshape, of which NNCF takes a scale
+    for each column of the kernels instead of each output channel, and OpenVINO then computes the
+    layer in float32.
+    """
+    passes = optional_import("openvino.passes", "openvino")
+    model, manager = model.clone(), passes.Manager()
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(model)
+    return model
 
 
 def _set_range(operation: Any, ends: Range) -> None:
