@@ -9,6 +9,7 @@ from small_models import small
 
 from backbones.engines import export, open_exported
 from backbones.engines.formats import Conversion
+from backbones.errors import ConfigError
 
 SIZE = (3, 32, 32)
 
@@ -31,6 +32,19 @@ def test_few_images_suffice_with_a_warning(suffix, count, tmp_path, caplog):
     companions = [f"m[1] ?#%é{end}" for end in ((".bin", ".xml") if suffix == ".xml" else [suffix])]
     assert sorted(p.name for p in folder.iterdir()) == companions
     assert open_exported(path)(images).shape == (count, 3)
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 48, 32), (8, 1, 32, 32), (0, 3, 32, 32), (3, 32, 32)])
+def test_images_of_another_size_are_refused(shape, suffix, tmp_path):
+    with pytest.raises(ConfigError, match=r"must be \(N, 3, 32, 32\), got .* or give input_size"):
+        export(
+            small(),
+            tmp_path / f"m{suffix}",
+            input_size=SIZE,
+            precision="int8",
+            calibration=torch.randn(shape),
+        )
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dynamic, size", [(("batch",), 8), ((), 2)])

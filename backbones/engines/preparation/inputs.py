@@ -65,12 +65,17 @@ def load_images(images: Images, data_config: Mapping[str, Any], most: int = _MOS
         most: how many at most.
 
     Raises:
-        ConfigError: no folder, or no image in it.
+        ConfigError: no folder, no image in it, or a batch of another size than the model takes.
         DataError: images that cannot be read, all named.
     """
     if isinstance(images, Tensor):
-        if images.ndim != 4 or not len(images):
-            raise ConfigError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
+        size = tuple(data_config["input_size"])
+        if images.ndim != 4 or not len(images) or images.shape[1:] != size:
+            wanted = ", ".join(str(n) for n in size)
+            raise ConfigError(
+                f"calibration images must be (N, {wanted}), got {tuple(images.shape)}; resize them"
+                " or give input_size"
+            )
         return images[:most].detach().cpu().float()
     files, chosen = _chosen(images, most)
     mode, transform = image_mode(data_config["input_size"][0]), create_transform(**data_config)
