@@ -134,12 +134,16 @@ def test_nothing_is_rounded_but_layers(tmp_path, monkeypatch):
 
 
 def scales_of_weights(path):
-    """Yield the shapes of scales and weights of every convolution of an OpenVINO file."""
+    """Yield the shapes of scales and weights of every convolution of an OpenVINO file, each of
+    which reads a value of one range."""
     import openvino
 
     for operation in openvino.Core().read_model(str(path)).get_ops():
         if operation.get_type_name() in ("Convolution", "GroupConvolution"):
             weights = operation.input_value(1)
+            read = operation.input_value(0).get_node()
+            assert read.get_type_name() == "FakeQuantize"
+            assert all(read.input_value(i).get_shape() == [] for i in range(1, 5))
             scaled = weights.get_node()  # a product with the scales, or a rounding to them
             scales = scaled.input_value(scaled.get_input_size() - 1)
             yield tuple(scales.get_shape()), tuple(weights.get_shape())

@@ -93,7 +93,7 @@ def _set_range(operation: Any, ends: Range) -> None:
     steps = operation.get_attributes()["levels"] - 1
     scale = max((high - low) / steps, 1e-12)
     below = round(-low / scale)
+    # NNCF has an end for each channel of what depthwise convolutions read; of one number OpenVINO
+    # computes the layer in int8 behind a permutation too.
     for i, end in enumerate((-below * scale, (steps - below) * scale) * 2, start=1):
-        shape = list(operation.input_value(i).get_shape())
-        values = np.full(shape, end, np.float32)
-        operation.input(i).replace_source_output(ov.opset8.constant(values).output(0))
+        operation.input(i).replace_source_output(ov.opset8.constant(np.float32(end)).output(0))
