@@ -209,6 +209,13 @@ def cell(found: dict[str, Times], form: str | None, engine: bool = True) -> str:
     return f"{found[form].median:.1f}" + (f" ({name})" if engine else "")
 
 
+def ratio(found: dict[str, Times], slow: str | None, fast: str | None) -> str:
+    """Return how many times faster the second form is; "-" where one is missing."""
+    if slow is None or fast is None or not {slow, fast} <= found.keys():
+        return "-"
+    return f"{speedup(found[slow], found[fast]):.2f}x"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,9 +236,10 @@ def main() -> int:
     print(examine(options.threads), end="\n\n", flush=True)
     print(
         "| model | published, eager | merged, eager | best plain fp32 | deploy fp32 | against best"
-        " plain | against plain ONNX Runtime |" + "".join(f" {p} |" for p in lower)
+        " plain | against plain ONNX Runtime |"
+        + "".join(f" deploy {p} | {p} against fp32 |" for p in lower)
     )
-    print("|---|---|---|---|---|---|---|" + "---|" * len(lower), flush=True)
+    print("|---|---|---|---|---|---|---|" + "---|---|" * len(lower), flush=True)
     for name in options.models or MODELS:
         found = measure(name, options)
         plain, ours = best(found, "plain"), best(found, end="fp32")
@@ -242,10 +250,10 @@ def main() -> int:
             cell(found, plain),
             cell(found, ours),
         ]
-        for form in (plain, "plain onnxruntime"):
-            has_both = form in found and ours in found
-            cells.append(f"{speedup(found[form], found[ours]):.2f}x" if has_both else "-")
-        cells += [cell(found, best(found, end=precision)) for precision in lower]
+        cells += [ratio(found, form, ours) for form in (plain, "plain onnxruntime")]
+        for precision in lower:
+            form = best(found, end=precision)
+            cells += [cell(found, form), ratio(found, ours, form)]
         print("| " + " | ".join(cells) + " |", flush=True)
         if options.all:
             for key in sorted(found, key=lambda key: found[key].median):
