@@ -43,7 +43,9 @@ MODELS = (
 ENGINES = ("onnxruntime", "openvino", "eager")
 
 
-def plain_forms(model: nn.Module, x: Tensor, folder: Path, threads: int) -> dict[str, Any]:
+def plain_forms(
+    model: nn.Module, x: Tensor, path: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Return callables by name; a string where a form cannot be made."""
     forms: dict[str, Any] = {}
 
@@ -60,13 +62,13 @@ def plain_forms(model: nn.Module, x: Tensor, folder: Path, threads: int) -> dict
     call_last = in_reference(twin)
     forms["eager channels_last"] = lambda images: call_last(images.contiguous(memory_format=last))
     try:
-        path = plain_onnx(model, x, folder / "plain.onnx")
+        plain_onnx(model, x, path)
     except Exception as error:
         reason = f"{type(error).__name__}"
         return {**forms, "onnxruntime": reason, "openvino": reason}
-    forms["onnxruntime"] = onnx_session(path, threads)
+    forms["onnxruntime"] = onnx_session(path, options.threads)
     try:
-        forms["openvino"] = openvino_request(path, threads)
+        forms["openvino"] = openvino_request(path, options.threads)
         forms["openvino"](x)
     except Exception as error:
         forms["openvino"] = f"{type(error).__name__}"
@@ -74,12 +76,14 @@ def plain_forms(model: nn.Module, x: Tensor, folder: Path, threads: int) -> dict
 
 
 def plain_onnx(model: nn.Module, x: Tensor, path: Path) -> Path:
-    """Write a plain ONNX file for batches like this one."""
+    """Write a plain ONNX file for batches like this one, unless it is there."""
+    if path.is_file():
+        return path
     with ops.use_reference():
         program = torch.onnx.export(model, (x,), dynamo=True, input_names=["input"], verbose=False)
     assert program is not None
-    program.save(path)
-    return path
+    program.save(path.with_suffix(".part"))
+    return path.with_suffix(".part").rename(path)
 
 
 def onnx_session(path: Path, threads: int) -> Callable[[Tensor], Any]:
@@ -150,13 +154,15 @@ def deployed(
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Times]:
     """Return the times of each form of a model; what fails goes to stderr."""
+    torch.manual_seed(0)  # so that a file of an earlier run is one of the same weights
     model = backbones.create_model(name).eval()
     size = (3, options.size, options.size)
     x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     published = timm.create_model(name).eval()  # its own where it has the model, else ours
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        forms = plain_forms(published, x, place, options.threads)
+        place = options.cache or Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        forms = plain_forms(published, x, place / f"plain {name} {options.size}.onnx", options)
         forms = {key: form for key, form in forms.items() if key.split()[0] in options.engines}
         if options.compile:
             compiled = torch.compile(published)
@@ -229,6 +235,7 @@ def main() -> int:
         "--engines", nargs="+", default=ENGINES, choices=ENGINES, help="(default: all three)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile as well; slow")
+    parser.add_argument("--cache", type=Path, help="folder for files (default: none are kept)")
     parser.add_argument("--all", action="store_true", help="print every form besides the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -81,7 +81,7 @@ def plain(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Mea
     for batch in BATCHES:
         x = torch.randn(batch, 3, options.size, options.size)
         try:
-            path = plain_onnx(model, x, folder / f"plain-{batch}.onnx")
+            path = plain_onnx(model, x, folder / f"plain {name} {options.size} {batch}.onnx")
             session = onnx_session(path, options.threads)
             found[f"plain onnxruntime, {batch}"] = repeated(lambda s=session, x=x: s(x), batch)
             measure = queued(path, x.numpy(), options.threads)
@@ -95,6 +95,7 @@ def plain(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Mea
 
 def ours(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Measurement]:
     """Return what measures our settings of a model, and say which they are."""
+    torch.manual_seed(0)  # so that a file of an earlier run is one of the same weights
     model = backbones.create_model(name).eval()
     found: dict[str, Measurement] = {}
     for engine in ENGINES:
@@ -141,14 +142,17 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224, help="height and width (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn (%(default)s)")
+    parser.add_argument("--cache", type=Path, help="folder for files (default: none are kept)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(examine(options.threads), end="\n\n", flush=True)
     print("| model | plain ORT (batch) | ours | ratio | plain OV (batch) | ours | ratio |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in options.models or MODELS:
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            forms = plain(name, options, Path(folder)) | ours(name, options, Path(folder))
+        with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+            folder = options.cache or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            forms = plain(name, options, folder) | ours(name, options, folder)
             figures: dict[str, list[float]] = {key: [] for key in forms}
             for _ in range(TURNS):
                 for key, measure in forms.items():
