@@ -35,7 +35,14 @@ class Quantizer:
         """Return the int8 form of a plan; the model stays as it is."""
         present = {operation.get_type_name() for operation in self.model.get_ops()}
         exact = sorted(present.difference(LAYERS, MOVES))
-        kept = [operation for operation, layer in self._layers() if layer in plan.kept]
+        layers = dict(self._layers())
+        quantized = {name for name, layer in layers.items() if layer not in plan.kept}
+        kept = [
+            operation.get_friendly_name()
+            for operation in self.model.get_ops()
+            if operation.get_type_name() in LAYERS
+            and operation.get_friendly_name() not in quantized
+        ]
         batches = [one.numpy() for one in self.conversion.calibration_batches(plan.images)]
         with quiet_nncf() as nncf:
             model = nncf.quantize(

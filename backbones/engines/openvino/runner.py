@@ -48,19 +48,18 @@ def _to_openvino(conversion: Conversion, config: OpenVinoConfig, path: Path) -> 
     opened. In int8 NNCF quantizes weights and activations.
     """
     ov = optional_import("openvino", "openvino")
-    # In int8 norms stay whole operations: NNCF would quantize the statistics of decomposed ones.
-    whole = conversion.precision == "int8"
-    before, inner = conversion.parts() if whole and conversion.raw else (None, conversion)
+    rounded = conversion.precision == "int8"
+    before, inner = conversion.parts() if rounded and conversion.raw else (None, conversion)
     with TemporaryDirectory(dir=path.parent) as folder:
         between = Path(folder, path.with_suffix(".onnx").name)
         first = Path(folder, f"preprocessing of {between.name}")
-        program = write_onnx(inner, OnnxConfig(), between, decompose=not whole)
+        program = write_onnx(inner, OnnxConfig(), between, decompose=True)
         if before is not None:
             write_onnx(before, OnnxConfig(), first)
         notes: Notes = {}
         with explained(f"{path.name}: OpenVINO cannot convert it"):
             model = ov.Core().read_model(str(between))
-            if whole:
+            if rounded:
                 small = Path(folder, f"int8 of {path.name}")
                 quantizer = Quantizer(model, inner, program)
                 notes = to_target(
