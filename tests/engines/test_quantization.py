@@ -184,6 +184,45 @@ def test_weights_of_every_kind_of_convolution_have_a_scale_per_channel(tmp_path)
         assert scales == (*weights[:leading], *[1] * (len(weights) - leading))
 
 
+class Interleaved(nn.Module):
+    """Two values joined group by group, as real and imaginary parts are, for a grouped layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 104, 3)
+        self.pool = nn.AdaptiveAvgPool2d(10)
+        self.parts = nn.ModuleList(nn.Linear(100, 60) for _ in range(2))
+        self.mix = nn.Conv2d(208, 208, 1, groups=8)
+        self.mix2 = nn.Conv2d(208, 208, 1, groups=8)
+        self.head = nn.Linear(208, 10)
+
+    def forward(self, x):
+        x = self.pool(self.conv(x)).flatten(2)  # B 104 100
+        parts = [part(x).unsqueeze(2).reshape(-1, 8, 13, 1, 60) for part in self.parts]
+        x = torch.cat(parts, 2).reshape(-1, 208, 1, 60)
+        return self.head(self.mix2(self.mix(x).relu()).mean((2, 3)))
+
+
+def test_parts_are_joined_before_they_are_rounded(tmp_path):
+    """OpenVINO computes something else of rounded parts that are joined group by group."""
+    pytest.importorskip("nncf")
+    import openvino
+
+    torch.manual_seed(0)
+    model, path = Interleaved().eval(), tmp_path / "m.xml"
+    images = torch.rand(32, *SIZE)
+    report = export(model, path, input_size=SIZE, precision="int8", calibration=images, agreement=0)
+    assert report.checks[-1].agreement.relative_error < 0.1
+    operations = openvino.Core().read_model(str(path)).get_ops()
+    (joined,) = [one for one in operations if one.get_type_name() == "Concat"]
+    before = [value.get_node() for value in joined.input_values()]
+    while before:
+        node = before.pop()
+        assert node.get_type_name() != "FakeQuantize"
+        if node.get_type_name() in ("Reshape", "Unsqueeze"):
+            before.append(node.input_value(0).get_node())
+
+
 @pytest.mark.parametrize("best", [0, 2])
 def test_the_best_file_is_left_where_none_holds(best, told):
     model, images, _ = told

@@ -1,13 +1,13 @@
 """int8 by NNCF: where it goes, and the ranges that it gets from this package."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from torch.fx import GraphModule
 
 from backbones.engines.formats import Conversion
-from backbones.engines.quantization import Plan, Range, outputs_of
+from backbones.engines.quantization import Plan, Range, layers_of, outputs_of
 from backbones.optional import optional_import, quiet_nncf
 
 __all__ = ["Quantizer"]
@@ -27,6 +27,7 @@ class Quantizer:
     def __init__(self, model: Any, conversion: Conversion, program: GraphModule) -> None:
         self.model = model
         self.conversion = conversion
+        self.layers = layers_of(program)
         self.recorded = {node.name: node.name for node in program.graph.nodes}
         for output, name in zip(model.outputs, outputs_of(program)):
             self.recorded |= dict.fromkeys(output.get_names(), name)
@@ -40,8 +41,11 @@ class Quantizer:
         kept = [
             operation.get_friendly_name()
             for operation in self.model.get_ops()
-            if operation.get_type_name() in LAYERS
-            and operation.get_friendly_name() not in quantized
+            if (
+                operation.get_type_name() in LAYERS
+                and operation.get_friendly_name() not in quantized
+            )
+            or _joins_other_axes(operation)
         ]
         batches = [one.numpy() for one in self.conversion.calibration_batches(plan.images)]
         with quiet_nncf() as nncf:
@@ -52,13 +56,42 @@ class Quantizer:
                 preset=nncf.QuantizationPreset.MIXED,
                 ignored_scope=nncf.IgnoredScope(types=exact, names=kept, validate=False),
             )
-        for operation in model.get_ops():
-            if operation.get_type_name() == "FakeQuantize":
-                value = operation.input_value(0)
-                ends = [plan.ranges[name] for name in value.get_names() if name in plan.ranges]
-                if ends:
-                    _set_range(operation, ends[0])
+        for roundings, values in self._rounded_together(model, layers):
+            ends = [plan.ranges[name] for name in values]
+            for operation in roundings:
+                _set_range(operation, (min(e[0] for e in ends), max(e[1] for e in ends)))
         return model
+
+    def _rounded_together(
+        self, model: Any, layers: Mapping[str, str]
+    ) -> Iterator[tuple[list[Any], set[str]]]:
+        """Yield the roundings that make the values that layers read, and the names of these values.
+
+        NNCF rounds channels before they are joined. Parts with ranges of their own are not what the
+        search has seen, and OpenVINO then computes some of their readers in float32.
+        """
+        found: list[tuple[list[Any], set[str]]] = []
+        for operation in model.get_ops():
+            if operation.get_type_name() != "FakeQuantize":
+                continue
+            roundings, values = [operation], set(self._read(operation.output(0), layers))
+            for one in [one for one in found if one[1] & values]:
+                found.remove(one)
+                roundings, values = [*roundings, *one[0]], values | one[1]
+            if values:
+                found.append((roundings, values))
+        yield from found
+
+    def _read(self, output: Any, layers: Mapping[str, str]) -> Iterator[str]:
+        """Yield the recorded names of the values that layers read and that a value becomes."""
+        for reader in output.get_target_inputs():
+            node = reader.get_node()
+            if node.get_type_name() in MOVES:
+                for moved in node.outputs():
+                    yield from self._read(moved, layers)
+            elif name := layers.get(node.get_friendly_name()):
+                value = self.layers[name].activations.get(reader.get_index())
+                yield from () if value is None else (value,)
 
     def _layers(self) -> Iterator[tuple[str, str]]:
         """Yield the names of operations that int8 is about, and of their recorded layers."""
@@ -77,6 +110,17 @@ class Quantizer:
             if node.get_type_name() in ("Multiply", "Add"):
                 return self._layer_at(node.output(0))
         return None
+
+
+def _joins_other_axes(operation: Any) -> bool:
+    """Whether an operation joins something else than the channels of maps (B, C, H, W).
+
+    OpenVINO 2026.4 computes wrong numbers where such parts are rounded before they are joined.
+    """
+    if operation.get_type_name() != "Concat":
+        return False
+    rank = len(operation.get_output_partial_shape(0))
+    return rank != 4 or operation.get_attributes()["axis"] % rank != 1
 
 
 def _with_whole_weights(model: Any) -> Any:
