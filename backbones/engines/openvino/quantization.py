@@ -98,7 +98,7 @@ class Quantizer:
         for operation in self.model.get_ops():
             if operation.get_type_name() in LAYERS:
                 name = self._layer_at(operation.output(0))
-                if name is not None:
+                if name in self.layers:
                     yield operation.get_friendly_name(), name
 
     def _layer_at(self, output: Any) -> str | None:
