@@ -11,18 +11,15 @@ from digit_models import convolutions, digits, trained
 from file_checks import INT8_SUFFIXES, skip_without_packages
 from randomized import randomize
 from tiers import shallow, smallest_of_each_family, smallest_size
-from timm.layers import LayerNorm2d
 from torch import nn
 
 import backbones
 from backbones.cli import main
 from backbones.engines import ENGINES, deploy, export, open_exported
-from backbones.engines.formats import Conversion, traced
+from backbones.engines.formats import Conversion
 from backbones.engines.quantization import layers_of, to_target
-from backbones.engines.quantization.layers import operator_of
 from backbones.engines.quantization.ranges import Statistics, least_squares, quantized_activation
 from backbones.engines.quantization.shares import margin_of, shares_of, statistics_of
-from backbones.engines.rewrites.norms import DecomposedNorm2d
 from backbones.errors import ConfigError
 from backbones.weights import save_checkpoint
 
@@ -134,19 +131,6 @@ def test_nothing_is_rounded_but_layers(tmp_path, monkeypatch):
         agreement=0,
     )
     assert 'type="FakeQuantize"' not in path.read_text(encoding="utf-8")
-
-
-def test_means_are_no_layers():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), LayerNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
-    model[1] = DecomposedNorm2d(model[1])
-    program = traced(Conversion(model, torch.randn(2, *SIZE), dynamic=())).module()
-    assert "conv2d" in [operator_of(node) for node in program.graph.nodes if "1" in places(node)]
-    assert [layer.place for layer in layers_of(program).values()] == ["0", "2"]
-
-
-def places(node):
-    """The paths of the modules in which a node was recorded."""
-    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def scales_of_weights(path):

@@ -23,7 +23,6 @@ __all__ = [
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _PRODUCTS = ("matmul", "mm", "bmm")
 OPERATORS = (*CONVOLUTIONS, "linear", *_PRODUCTS)
-_FILLED = ("full", "new_full")
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,13 @@ class Layer:
 
 
 def layers_of(module: GraphModule) -> dict[str, Layer]:
-    """Return the layers of a recorded program by name, in the order of their computation.
-
-    Means over channels are none, though they be written as convolutions with one number.
-    """
+    """Return the layers of a recorded program by name, in the order of their computation."""
     found, constant = {}, set()
     for node in module.graph.nodes:
         operands = node.all_input_nodes
         if node.op == "get_attr" or (operands and all(one in constant for one in operands)):
             constant.add(node)
         elif (operator := operator_of(node)) in OPERATORS:
-            if any(operator_of(one) in _FILLED for one in operands):
-                continue
             pair = dict(enumerate(node.args[:2]))
             stack = node.meta.get("nn_module_stack", {}).values()
             found[node.name] = Layer(
