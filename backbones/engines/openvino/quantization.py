@@ -1,6 +1,6 @@
 """int8 by NNCF: where it goes, and the ranges that it gets from this package."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,22 +22,23 @@ MOVES = (
 
 
 class Quantizer:
-    """Makes int8 forms of an OpenVINO model, `program` as it was recorded."""
+    """Makes int8 forms of an OpenVINO model, whose weights it folds; `program` as recorded."""
 
     def __init__(self, model: Any, conversion: Conversion, program: GraphModule) -> None:
+        _fold_weights(model)
         self.model = model
         self.conversion = conversion
         self.layers = layers_of(program)
         self.recorded = {node.name: node.name for node in program.graph.nodes}
         for output, name in zip(model.outputs, outputs_of(program)):
             self.recorded |= dict.fromkeys(output.get_names(), name)
+        self.layer_of = dict(self._layers())  # by the name of the operation
 
     def quantized(self, plan: Plan) -> Any:
         """Return the int8 form of a plan; the model stays as it is."""
         present = {operation.get_type_name() for operation in self.model.get_ops()}
         exact = sorted(present.difference(LAYERS, MOVES))
-        layers = dict(self._layers())
-        quantized = {name for name, layer in layers.items() if layer not in plan.kept}
+        quantized = {name for name, layer in self.layer_of.items() if layer not in plan.kept}
         kept = [
             operation.get_friendly_name()
             for operation in self.model.get_ops()
@@ -50,21 +51,19 @@ class Quantizer:
         batches = [one.numpy() for one in self.conversion.calibration_batches(plan.images)]
         with quiet_nncf() as nncf:
             model = nncf.quantize(
-                _with_whole_weights(self.model),
+                self.model.clone(),
                 nncf.Dataset(batches),
                 subset_size=len(batches),
                 preset=nncf.QuantizationPreset.MIXED,
                 ignored_scope=nncf.IgnoredScope(types=exact, names=kept, validate=False),
             )
-        for roundings, values in self._rounded_together(model, layers):
+        for roundings, values in self._rounded_together(model):
             ends = [plan.ranges[name] for name in values]
             for operation in roundings:
                 _set_range(operation, (min(e[0] for e in ends), max(e[1] for e in ends)))
         return model
 
-    def _rounded_together(
-        self, model: Any, layers: Mapping[str, str]
-    ) -> Iterator[tuple[list[Any], set[str]]]:
+    def _rounded_together(self, model: Any) -> Iterator[tuple[list[Any], set[str]]]:
         """Yield the roundings that make the values that layers read, and the names of these values.
 
         NNCF rounds channels before they are joined. Parts with ranges of their own are not what the
@@ -74,7 +73,7 @@ class Quantizer:
         for operation in model.get_ops():
             if operation.get_type_name() != "FakeQuantize":
                 continue
-            roundings, values = [operation], set(self._read(operation.output(0), layers))
+            roundings, values = [operation], set(self._read(operation.output(0)))
             for one in [one for one in found if one[1] & values]:
                 found.remove(one)
                 roundings, values = [*roundings, *one[0]], values | one[1]
@@ -82,14 +81,14 @@ class Quantizer:
                 found.append((roundings, values))
         yield from found
 
-    def _read(self, output: Any, layers: Mapping[str, str]) -> Iterator[str]:
+    def _read(self, output: Any) -> Iterator[str]:
         """Yield the recorded names of the values that layers read and that a value becomes."""
         for reader in output.get_target_inputs():
             node = reader.get_node()
             if node.get_type_name() in MOVES:
                 for moved in node.outputs():
-                    yield from self._read(moved, layers)
-            elif name := layers.get(node.get_friendly_name()):
+                    yield from self._read(moved)
+            elif name := self.layer_of.get(node.get_friendly_name()):
                 value = self.layers[name].activations.get(reader.get_index())
                 yield from () if value is None else (value,)
 
@@ -123,18 +122,17 @@ def _joins_other_axes(operation: Any) -> bool:
     return rank != 4 or operation.get_attributes()["axis"] % rank != 1
 
 
-def _with_whole_weights(model: Any) -> Any:
-    """Return a copy whose weights are constants in the shape in which convolutions read them.
+def _fold_weights(model: Any) -> None:
+    """Make weights constants in the shape in which convolutions read them.
 
     From ONNX come grouped ones as (O, I / groups, H, W) with a reshape, of which NNCF takes a scale
     for each column of the kernels instead of each output channel, and OpenVINO then computes the
     layer in float32.
     """
     passes = optional_import("openvino.passes", "openvino")
-    model, manager = model.clone(), passes.Manager()
+    manager = passes.Manager()
     manager.register_pass(passes.ConstantFolding())
     manager.run_passes(model)
-    return model
 
 
 def _set_range(operation: Any, ends: Range) -> None:

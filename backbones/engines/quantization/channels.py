@@ -64,15 +64,15 @@ class Junction:
         return torch.cat(parts)
 
 
-def junctions(program: GraphModule, model: nn.Module, norms: bool) -> Iterator[Junction]:
+def junctions(program: GraphModule, model: nn.Module | None = None) -> Iterator[Junction]:
     """Yield the values all of whose readers are layers, and some of whose channels scale.
 
     Args:
         program: the model as it was recorded.
-        model: names norms without weights, which scale where `norms` says so.
+        model: what was recorded; with it norms without weights scale too.
     """
     layers = layers_of(program)
-    found = _Makers(program, model if norms else None)
+    found = _Makers(program, model)
     for node in program.graph.nodes:
         readers = [_reader(layers.get(one.name), node, found) for one in node.users]
         known = [one for one in readers if one is not None]

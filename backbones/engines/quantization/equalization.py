@@ -64,7 +64,7 @@ def equalize(model: nn.Module, batches: Sequence[Tensor], *, norms: bool = True)
     """
     seen, judges = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     program = traced(Conversion(model, batches[0], dynamic=())).module()
-    found = {one.value: one for one in junctions(program, model, norms)}
+    found = {one.value: one for one in junctions(program, model if norms else None)}
     layers = {one.layer.name: one.layer for each in found.values() for one in each.readers}
     ends = _ends(program, layers, seen)
     weights = dict(program.named_parameters()) | dict(program.named_buffers())
