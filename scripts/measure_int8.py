@@ -119,7 +119,7 @@ def row(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
     cells = [f"`{name}`"]
     cells += [f"{unseen.top1(logits[p]):.1f}" if p in logits else "-" for p in options.columns]
     if "int8" not in best:
-        return [*cells, *["-"] * 6]
+        return [*cells, *["-"] * 7]
     same = (logits["int8"].argmax(1) == logits["fp32"].argmax(1)).double().mean()
     cells.append(f"{100 * float(same):.1f}")
     for precision in options.columns:
@@ -131,11 +131,11 @@ def row(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
     notes = candidate.notes
     if "layers" in notes:
         kept, share = len(notes["layers_in_float32"]), 100 * notes["work_in_float32"]
-        cells.append(f"{kept} of {notes['layers']} ({share:.0f} %)")
+        cells += [f"{kept} of {notes['layers']} ({share:.0f} %)", notes.get("rest", "fp32")]
         for layer in notes["layers_in_float32"]:
-            print(f"  {name}: {layer} stays in float32", file=sys.stderr)
+            print(f"  {name}: {layer} stays out of int8", file=sys.stderr)
     else:
-        cells.append("")
+        cells += ["", ""]
     return cells
 
 
@@ -165,9 +165,9 @@ def main() -> int:
     print(examine(options.threads), end="\n\n", flush=True)
     print(
         "| model | top-1 fp32 (%) | bf16 | int8 | int8 agrees (%) | fp32 (ms) | bf16 | int8"
-        " | int8 faster | layers in float32 (of the work) |"
+        " | int8 faster | layers not in int8 (of the work) | rest |"
     )
-    print("|" + "---|" * 10, flush=True)
+    print("|" + "---|" * 11, flush=True)
     for name in options.models or smallest_members():
         with tempfile.TemporaryDirectory() as folder:
             cells = row(name, options, options.cache or Path(folder))

@@ -83,7 +83,7 @@ class DeployReport:
                 text += f", {one.agreement.in_words}"
             if "layers_in_float32" in one.notes:
                 text += f", {len(one.notes['layers_in_float32'])} of {one.notes['layers']} layers"
-                text += " in float32"
+                text += f" in {'bf16' if one.notes.get('rest') == 'bf16' else 'float32'}"
             lines.append(text + (f"; {one.reason}" if one.reason else ""))
         return "\n".join([f"chosen: {self.engine} {self.precision}", *lines])
 

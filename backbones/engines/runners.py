@@ -49,6 +49,7 @@ class Runner(ABC):
     Attributes:
         engine: the engine's name.
         precision: what it computes in: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        rest: in int8, what the rest computes in, if the engine has a choice: ``fp32`` or ``bf16``.
         layout: memory layout of its convolutions; ``engine`` where the engine chooses.
         threads: threads of one call.
         shape: sizes of the input's dimensions; those that are no numbers are free.
@@ -60,6 +61,7 @@ class Runner(ABC):
 
     engine = ""
     layout = "engine"
+    rest = ""
 
     def __init__(
         self,
@@ -229,11 +231,15 @@ class Deployment:
 
 
 def notes_on(runner: Runner) -> dict[str, Any]:
-    """Return what `export` noted on the file that a deployment made for a runner; else nothing."""
+    """Return what `export` noted on the file that a deployment made for a runner, and its `rest`.
+
+    Without a file, or where nothing was noted, nothing.
+    """
     path = getattr(runner, "path", None)
+    rest = {"rest": runner.rest} if runner.rest else {}
     if path is None or not _notes_of(path).is_file():
-        return {}
-    return json.loads(_notes_of(path).read_text(encoding="utf-8"))
+        return rest
+    return {**json.loads(_notes_of(path).read_text(encoding="utf-8")), **rest}
 
 
 def _notes_of(path: Path) -> Path:

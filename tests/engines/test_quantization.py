@@ -20,7 +20,8 @@ from backbones.engines.formats import Conversion
 from backbones.engines.quantization import layers_of, to_target
 from backbones.engines.quantization.ranges import Statistics, least_squares, quantized_activation
 from backbones.engines.quantization.shares import margin_of, shares_of, statistics_of
-from backbones.errors import ConfigError
+from backbones.engines.runners import Deployment
+from backbones.errors import ConfigError, UnsupportedError
 from backbones.weights import save_checkpoint
 
 SIZE = (3, 32, 32)
@@ -288,6 +289,78 @@ def test_deploy_tells_the_layers_and_keeps_files_apart(uneven, tmp_path):
         assert ("layers_in_float32" in candidate.notes) == bool(agreement)
         assert ("layers in float32" in str(runner.report)) == bool(agreement)
     assert found[0.99] < found[0.0]
+
+
+@pytest.fixture
+def mixing():
+    pytest.importorskip("nncf")
+    from backbones.engines.openvino import mixing, runner
+
+    if not runner.computes_in("bf16"):
+        pytest.skip("this processor has no bf16")
+    return mixing
+
+
+@pytest.mark.parametrize("faster", ["fp32", "bf16"])
+def test_the_rest_of_int8_computes_in_what_is_faster_here(
+    uneven, mixing, faster, tmp_path, monkeypatch
+):
+    model, images, unseen = uneven
+    options = {"engine": "openvino", "precision": "int8", "input_size": SIZE}
+    options |= {"calibration": images, "cache_dir": tmp_path}
+    tried = []
+
+    def turns(runners, *_, **__):
+        tried.extend(runners)
+        assert runners["bf16"](images).ne(runners["fp32"](images)).any()
+        return {rest: [[1.0 if rest == faster else 2.0]] * 2 for rest in runners}
+
+    monkeypatch.setattr(mixing, "take_turns", turns)
+    runner = deploy(model, **options)
+    assert (runner.precision, runner.rest) == ("int8", faster)
+    assert f"layers in {'bf16' if faster == 'bf16' else 'float32'}" in str(runner.report)
+    assert same_class(model, runner, unseen) >= 0.96
+    assert deploy(model, **options).rest == faster and tried == ["fp32", "bf16"]  # remembered
+
+
+def test_bf16_beside_int8_keeps_the_classes_asked_for(uneven, mixing, tmp_path, monkeypatch):
+    model, images, _ = uneven
+
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return -model(x)
+
+    def open(rest):
+        return model if rest == "fp32" else Wrong()
+
+    def turns(runners, *_, **__):
+        return {"fp32": [[2.0]], "bf16": [[1.0]]}
+
+    monkeypatch.setattr(mixing, "take_turns", turns)
+    for agreement, rest in ((0.99, "fp32"), (0.0, "bf16")):
+        deployment = Deployment(
+            model, SIZE, 1, "int8", 1, tmp_path, export, images, agreement=agreement
+        )
+        assert mixing.rest_for(deployment, open) == rest
+
+
+def test_without_bf16_the_rest_of_int8_stays_in_float32(uneven, tmp_path, monkeypatch):
+    pytest.importorskip("nncf")
+    from backbones.engines.openvino import OpenVinoRunner, runner
+
+    monkeypatch.setattr(runner, "computes_in", lambda precision: precision in ("fp32", "int8"))
+    model, images, _ = uneven
+    found = deploy(
+        model,
+        engine="openvino",
+        precision="int8",
+        input_size=SIZE,
+        calibration=images,
+        cache_dir=tmp_path,
+    )
+    assert found.rest == "fp32"
+    with pytest.raises(UnsupportedError, match="no bf16 instructions"):
+        OpenVinoRunner(found.path, rest="bf16")
 
 
 def test_the_command(uneven, tmp_path, capsys):

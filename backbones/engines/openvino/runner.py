@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backbones.engines.formats import Conversion, Format, FormatConfig, Notes
 from backbones.engines.onnx import OnnxConfig, write_onnx
+from backbones.engines.openvino.mixing import rest_for
 from backbones.engines.openvino.passes import (
     norms_on_rows,
     scales_into_weights,
@@ -32,7 +33,7 @@ from backbones.optional import optional_import
 __all__ = ["ENGINE", "FORMAT", "OpenVinoConfig", "OpenVinoRunner", "computes_in"]
 
 # What the engine computes in. It would choose a lower precision itself where it were faster.
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 NEEDS = {"bf16": "BF16", "fp16": "FP16"}  # the processor's capability, as OpenVINO calls it
 
 
@@ -98,6 +99,7 @@ class OpenVinoRunner(Runner):
         precision: what to compute in; None for the precision that the file was written for, where
             this processor has it, else fp32.
         streams: calls that are computed side by side, each by `threads`.
+        rest: what an int8 file computes in outside its int8 layers: ``fp32`` or ``bf16``.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -116,6 +118,7 @@ class OpenVinoRunner(Runner):
         batch_size: int | None = None,
         precision: str | None = None,
         streams: int = 1,
+        rest: str = "fp32",
     ) -> None:
         ov = optional_import("openvino", "openvino")
         self.path = existing(path)
@@ -124,8 +127,9 @@ class OpenVinoRunner(Runner):
         has_facts = model.has_rt_info("backbones")
         facts = json.loads(model.get_rt_info("backbones").value) if has_facts else {}
         precision = _possible(precision, facts.get("precision", "fp32"))
+        self.rest = _possible(rest, rest) if precision == "int8" else ""
         self._options = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_PRECISION_HINT": HINTS[self.rest or precision],
             "INFERENCE_NUM_THREADS": (threads or torch.get_num_threads()) * streams,
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -243,13 +247,20 @@ def _start(deployment: Deployment) -> Runner:
     _possible(deployment.precision, "fp32")
     # bf16 and fp16 are what is computed in; the weights stay whole in the file.
     written = deployment.precision if deployment.precision == "int8" else "fp32"
-    return OpenVinoRunner(
-        deployment.exported(f"{written}.xml", written),
-        threads=deployment.threads,
-        batch_size=deployment.batch_size,
-        precision=deployment.precision,
-        streams=deployment.streams,
-    )
+    path = deployment.exported(f"{written}.xml", written)
+
+    def opened(rest: str) -> Runner:
+        return OpenVinoRunner(
+            path,
+            threads=deployment.threads,
+            batch_size=deployment.batch_size,
+            precision=deployment.precision,
+            streams=deployment.streams,
+            rest=rest,
+        )
+
+    mixes = deployment.precision == "int8" and computes_in("bf16")
+    return opened(rest_for(deployment, opened) if mixes else "fp32")
 
 
 ENGINE = Engine(
