@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from backbones.engines.caching import read_choice, write_choice
+from backbones.engines.quantization import agreement_of, tells_classes
 from backbones.engines.runners import Deployment, Runner
 from backbones.engines.timing import take_turns
-from backbones.engines.verification import compare, run_model
+from backbones.engines.verification import run_model
 
 __all__ = ["rest_for"]
 
@@ -17,8 +18,8 @@ __all__ = ["rest_for"]
 def rest_for(deployment: Deployment, open: Callable[[str], Runner]) -> str:
     """Return the precision for what int8 leaves out: ``bf16`` if it is faster here and holds.
 
-    It holds if the images keep their class in float32 for the share asked for, or as often as with
-    the rest in fp32. What is found is remembered.
+    It holds if the images keep their class in float32 for the share asked for, by the measure of
+    `to_target`, or as often as with the rest in fp32. What is found is remembered.
 
     Args:
         deployment: what is started, in int8.
@@ -47,9 +48,10 @@ def _measured(deployment: Deployment, runners: dict[str, Runner]) -> str:
     if images is None or not deployment.agreement:
         return "bf16"
     expected = run_model(deployment.model, images)
+    if not tells_classes(expected):
+        return "bf16"
     same = {
-        rest: compare(expected, torch.cat([runner(part) for part in images.split(8)]))
+        rest: agreement_of(expected, torch.cat([runner(part) for part in images.split(8)]))
         for rest, runner in runners.items()
     }
-    least = min(deployment.agreement, same["fp32"].top1_agreement)
-    return "bf16" if same["bf16"].top1_agreement >= least else "fp32"
+    return "bf16" if same["bf16"] >= min(deployment.agreement, same["fp32"]) else "fp32"

@@ -9,7 +9,12 @@ from backbones.engines.quantization.layers import (
     outputs_of,
 )
 from backbones.engines.quantization.ranges import Range
-from backbones.engines.quantization.search import Plan, to_target
+from backbones.engines.quantization.search import (
+    Plan,
+    agreement_of,
+    tells_classes,
+    to_target,
+)
 
 __all__ = [
     "CONVOLUTIONS",
@@ -17,9 +22,11 @@ __all__ = [
     "Layer",
     "Plan",
     "Range",
+    "agreement_of",
     "equalize",
     "equalized",
     "layers_of",
     "outputs_of",
+    "tells_classes",
     "to_target",
 ]

@@ -16,7 +16,7 @@ from backbones.engines.quantization.shares import KINDS, Share, margin_of, share
 from backbones.engines.verification import run_model
 from backbones.errors import ConfigError
 
-__all__ = ["Plan", "to_target"]
+__all__ = ["Plan", "agreement_of", "tells_classes", "to_target"]
 
 FEW = 32  # images for calibration
 SAMPLE = 128  # images of which gradients are taken
@@ -186,7 +186,12 @@ def _logits(conversion: Conversion) -> Tensor | None:
         return None
     assert conversion.calibration is not None
     logits: Tensor = run_model(conversion.model, conversion.calibration)
-    return logits if logits.dim() == 2 and logits.shape[1] > 1 else None
+    return logits if tells_classes(logits) else None
+
+
+def tells_classes(output: Any) -> bool:
+    """Whether an output is of logits (N, classes), more than one."""
+    return isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
 
 
 def _names(shares: list[Share]) -> frozenset[str]:
@@ -232,6 +237,12 @@ def _variance_for(margins: Tensor, agreement: float) -> float:
         kept = torch.special.ndtr(margins.double() / 10 ** (middle / 2)).mean()
         low, high = (middle, high) if kept >= agreement else (low, middle)
     return 10**low
+
+
+def agreement_of(logits: Tensor, found: Tensor) -> float:
+    """Return the share of images (0 to 1) that keep the class of `logits` (N, classes) in `found`:
+    the share counted, or the share expected of images like them, whichever is less."""
+    return _compared(logits, found).agreement
 
 
 def _compared(logits: Tensor, found: Tensor) -> _Found:
