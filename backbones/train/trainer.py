@@ -18,6 +18,7 @@ from backbones.errors import BackbonesError
 from backbones.skeleton import StagedBackbone
 from backbones.train.config import TrainConfig
 from backbones.train.distributed import ProcessGroup
+from backbones.train.mixed_precision import autocast
 
 __all__ = ["EpochReport", "Trainer", "TrainingError", "Update", "learning_rate"]
 
@@ -177,8 +178,7 @@ class Trainer:
     def _autocast(self) -> Any:
         if not self.config.amp:
             return nullcontext()
-        dtype = getattr(torch, self.config.amp_dtype)
-        return torch.autocast(self.group.device.type, dtype=dtype)
+        return autocast(self.group.device.type, getattr(torch, self.config.amp_dtype))
 
     def _report(self, epoch: int, update: int, loss: float, images: int) -> Update:
         started, first = self._start

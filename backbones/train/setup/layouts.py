@@ -5,6 +5,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from backbones.train.config import TrainConfig
 from backbones.train.distributed import ProcessGroup
+from backbones.train.mixed_precision import autocast
 from backbones.train.setup.freezing import freeze_backbone
 
 __all__ = ["with_memory_layout"]
@@ -69,7 +71,7 @@ def _step(config: TrainConfig, model: nn.Module, images: Tensor, layout: Any) ->
     images, device = images.contiguous(memory_format=layout), images.device.type
     dtype = getattr(torch, config.amp_dtype)
     start = _now(device)
-    with torch.autocast(device, dtype=dtype, enabled=config.amp):
+    with autocast(device, dtype) if config.amp else nullcontext():
         output = model(images)
     outputs = output if isinstance(output, list | tuple) else [output]
     loss = torch.stack([one.float().square().mean() for one in outputs]).sum()
