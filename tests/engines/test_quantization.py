@@ -259,6 +259,25 @@ def test_a_share_is_between_none_and_all(agreement, told, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("needed", [0, 1, 7, 12])
+def test_no_more_layers_stay_than_it_takes(needed):
+    """The search goes back halfway where errors that no gradient tells made it go far."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), *[nn.Linear(27, 27) for _ in range(30)]).eval()
+    images, plans = torch.randn(64, 3, 3, 3), []
+    conversion = Conversion(model, images[:8], dynamic=(), calibration=images, agreement=0.99)
+
+    def opened():
+        holds = len(plans[-1].kept) >= needed
+        return lambda x: model(x) + (0 if holds else 5) * torch.randn(len(x), 27)
+
+    with torch.no_grad():
+        notes = to_target(conversion, recorded(model, images[:8]), plans.append, opened)
+    found = len(notes["layers_in_float32"])
+    assert needed <= found <= needed + 2  # of 30, which is a twentieth of the work and a bit
+    assert len(plans) <= 7 and len(plans[-1].kept) == found
+
+
 def test_feature_maps_have_no_classes_to_keep(tmp_path):
     pytest.importorskip("onnxruntime")
     from small_models import small

@@ -22,6 +22,7 @@ FEW = 32  # images for calibration
 SAMPLE = 128  # images of which gradients are taken
 MOST_WORK = 0.5  # of all multiplications that may stay in float32
 ROUNDS = 6  # files that are made at most
+FINE = 0.05  # of all multiplications, below which it does not matter how many more stay
 _logger = logging.getLogger(__name__)
 
 
@@ -165,19 +166,33 @@ def _search(
     allowed = _variance_for(margins, agreement)
     kept = _enough(order, allowed, most)
     found = {kept: tried(kept)}
-    for _ in range(ROUNDS - 1):
-        last = found[kept]
-        if last.agreement >= agreement:
-            return kept, last
-        if kept == most:
+    while len(found) < ROUNDS:
+        last, holding = found[kept], [one for one in found if found[one].agreement >= agreement]
+        if holding:  # the fewest of them may be far more than it takes
+            fewest = min(holding)
+            failing = [one for one in found if one < fewest]
+            halfway = _halfway(order, max(failing), fewest) if failing else None
+            if halfway is None:
+                break
+            kept = halfway
+        elif kept == most:
             break
-        # The file may be off by more than was predicted, so that less is allowed.
-        scale = max(1.0, last.variance / _left(order, kept))
-        further = kept + max(1, (most - kept) // 8)
-        kept = max(further, _enough(order, allowed / scale, most))
+        else:  # the file may be off by more than was predicted, so that less is allowed
+            scale = max(1.0, last.variance / _left(order, kept))
+            further = kept + max(1, (most - kept) // 8)
+            kept = max(further, _enough(order, allowed / scale, most))
         found[kept] = tried(kept)
-    best = max(found, key=lambda kept: (found[kept].agreement, -kept))
+    holding = [one for one in found if found[one].agreement >= agreement]
+    best = min(holding) if holding else max(found, key=lambda n: (found[n].agreement, -n))
     return best, found[best]
+
+
+def _halfway(order: list[Share], low: int, high: int) -> int | None:
+    """Return how many layers to keep for work halfway between; None if that is little."""
+    done = [_work(order[:kept]) for kept in range(low, high + 1)]
+    if done[-1] - done[0] <= FINE * _work(order) or len(done) < 3:
+        return None
+    return low + min(range(1, high - low), key=lambda i: abs(2 * done[i] - done[0] - done[-1]))
 
 
 def _logits(conversion: Conversion) -> Tensor | None:
