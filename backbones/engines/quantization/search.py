@@ -22,7 +22,7 @@ FEW = 32  # images for calibration
 SAMPLE = 128  # images of which gradients are taken
 MOST_WORK = 0.5  # of all multiplications that may stay in float32
 ROUNDS = 6  # files that are made at most
-FINE = 0.05  # of all multiplications, below which it does not matter how many more stay
+FINE = 0.15  # of all multiplications, below which it does not matter how many more stay
 _logger = logging.getLogger(__name__)
 
 
