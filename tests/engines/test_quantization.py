@@ -208,6 +208,31 @@ def test_parts_are_joined_before_they_are_rounded(tmp_path):
             before.append(node.input_value(0).get_node())
 
 
+class LeftWeighed(nn.Module):
+    """Tokens (taps, channels) times maps, and a bias for each tap."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.tokens = nn.Parameter(torch.randn(2, 9, 8))
+        self.bias = nn.Parameter(torch.rand(2, 9, 1) + 5)
+        self.head = nn.Linear(18, 5)
+
+    def forward(self, x):
+        x = self.conv(x).relu().reshape(-1, 2, 8, 32 * 32)
+        return self.head((self.tokens @ x + self.bias).relu().mean(3).flatten(1))
+
+
+def test_weights_may_stand_left_of_what_they_weigh(tmp_path):
+    """NNCF takes a bias for each row of the product for one of its columns."""
+    pytest.importorskip("nncf")
+    torch.manual_seed(0)
+    model, images = LeftWeighed().eval(), torch.rand(32, *SIZE)
+    options = {"input_size": SIZE, "precision": "int8", "calibration": images, "agreement": 0}
+    report = export(model, tmp_path / "m.xml", **options)
+    assert report.checks[-1].agreement.relative_error < 0.05
+
+
 @pytest.mark.parametrize("best", [0, 2])
 def test_the_best_file_is_left_where_none_holds(best, told):
     model, images, _ = told

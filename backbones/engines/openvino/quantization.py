@@ -56,6 +56,9 @@ class Quantizer:
                 subset_size=len(batches),
                 preset=nncf.QuantizationPreset.MIXED,
                 ignored_scope=nncf.IgnoredScope(types=exact, names=kept, validate=False),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    disable_bias_correction=_weighs_from_the_left(self.model)
+                ),
             )
         for roundings, values in self._rounded_together(model):
             ends = [plan.ranges[name] for name in values]
@@ -109,6 +112,19 @@ class Quantizer:
             if node.get_type_name() in ("Multiply", "Add"):
                 return self._layer_at(node.output(0))
         return None
+
+
+def _weighs_from_the_left(model: Any) -> bool:
+    """Whether some product has its weight before what it weighs, as tokens of a query have.
+
+    NNCF 3.4 corrects the bias after it along the wrong axis: by another shape, which is an error,
+    or by other numbers.
+    """
+    return any(
+        operation.get_type_name() == "MatMul"
+        and operation.input_value(0).get_node().get_type_name() == "Constant"
+        for operation in model.get_ops()
+    )
 
 
 def _joins_other_axes(operation: Any) -> bool:
