@@ -231,15 +231,12 @@ class Deployment:
 
 
 def notes_on(runner: Runner) -> dict[str, Any]:
-    """Return what `export` noted on the file that a deployment made for a runner, and its `rest`.
-
-    Without a file, or where nothing was noted, nothing.
-    """
+    """Return what `export` noted on the file that a deployment made for a runner, if anything, and
+    the runner's `rest`, if it has one."""
     path = getattr(runner, "path", None)
-    rest = {"rest": runner.rest} if runner.rest else {}
-    if path is None or not _notes_of(path).is_file():
-        return rest
-    return {**json.loads(_notes_of(path).read_text(encoding="utf-8")), **rest}
+    noted = None if path is None else _notes_of(path)
+    notes = json.loads(noted.read_text(encoding="utf-8")) if noted and noted.is_file() else {}
+    return {**notes, "rest": runner.rest} if runner.rest else notes
 
 
 def _notes_of(path: Path) -> Path:

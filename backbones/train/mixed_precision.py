@@ -1,4 +1,4 @@
-"""Mixed precision, with the convolutions whose gradients PyTorch gets wrong in float32."""
+"""Mixed precision, in which convolutions stay in float32 whose bf16 gradients are wrong."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -165,11 +165,13 @@ def _search(
     """
     allowed = _variance_for(margins, agreement)
     kept = _enough(order, allowed, most)
-    found = {kept: tried(kept)}
+    found: dict[int, _Found] = {}
+    fewest: int | None = None  # of those that hold
     while len(found) < ROUNDS:
-        last, holding = found[kept], [one for one in found if found[one].agreement >= agreement]
-        if holding:  # the fewest of them may be far more than it takes
-            fewest = min(holding)
+        last = found[kept] = tried(kept)
+        if last.agreement >= agreement:
+            fewest = kept
+        if fewest is not None:  # which may be far more than it takes
             failing = [one for one in found if one < fewest]
             halfway = _halfway(order, max(failing), fewest) if failing else None
             if halfway is None:
@@ -181,9 +183,7 @@ def _search(
             scale = max(1.0, last.variance / _left(order, kept))
             further = kept + max(1, (most - kept) // 8)
             kept = max(further, _enough(order, allowed / scale, most))
-        found[kept] = tried(kept)
-    holding = [one for one in found if found[one].agreement >= agreement]
-    best = min(holding) if holding else max(found, key=lambda n: (found[n].agreement, -n))
+    best = max(found, key=lambda n: (found[n].agreement, -n)) if fewest is None else fewest
     return best, found[best]
 
 
