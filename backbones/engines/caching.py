@@ -36,6 +36,7 @@ def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = N
     facts = {
         "structure": repr(model),
         "config": repr(getattr(model, "config", None)),
+        "settings": _settings(model),
         "size": list(size),
         "versions": versions(VERSIONS),
         "machine": platform.machine(),
@@ -49,6 +50,16 @@ def content_key(model: nn.Module, size: Sequence[int], images: Tensor | None = N
     if images is not None:
         digest.update(_content_of(images))
     return digest.hexdigest()[:32]
+
+
+def _settings(model: nn.Module) -> list[tuple[str, str, str]]:
+    """Return the plain values that modules hold, such as a norm's epsilon, whatever they print."""
+    return [
+        (name, key, repr(value))
+        for name, module in model.named_modules()
+        for key, value in sorted(vars(module).items())
+        if key != "training" and isinstance(value, str | int | float | tuple)
+    ]
 
 
 def _content_of(tensor: Tensor) -> Any:
@@ -68,9 +79,9 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 # What makes a file, beside the forward methods of the model's own family.
 _MAKERS = (
-    "ops layers merge stages.py skeleton.py engines/exporting.py engines/formats.py "
-    "engines/preparation engines/rewrites engines/onnx.py engines/openvino engines/executorch"
-    " engines/litert engines/ncnn engines/coreml engines/quantization"
+    "ops layers merge reparameterization stages.py skeleton.py engines/exporting.py"
+    " engines/formats.py engines/preparation engines/rewrites engines/onnx.py engines/openvino"
+    " engines/executorch engines/litert engines/ncnn engines/coreml engines/quantization"
 ).split()
 
 

@@ -56,8 +56,8 @@ class Candidate:
 class DeployReport:
     """What was tried, what was chosen, and where the files are.
 
-    `remembered` tells that the choice was made at an earlier time; `real_images` that agreement
-    was measured on the user's images.
+    `remembered` tells that candidates were measured at an earlier time; `real_images` that
+    agreement was measured on the user's images.
     """
 
     engine: str
@@ -110,8 +110,8 @@ def deploy(
     that run side by side.
 
     ``auto`` starts every installed engine, lets them take turns, takes the one with the lowest
-    median and remembers it. fp32 is fp32: no engine may lower it. Files of engines are kept by the
-    content of the model, so that the next process starts at once.
+    median. fp32 is fp32: no engine may lower it. Files of engines, and what was measured, are kept
+    by the content of the model: the next process loads the file, and neither merges nor measures.
 
     Args:
         model: images (B, C, H, W) to logits; stays as it is. Of a wrapper (compiled, data parallel,
@@ -170,10 +170,10 @@ def deploy(
         "threads": deployment.threads,
         "batch_size": batch_size,
         "agreement": agreement,
+        "labels": None if deployment.labels is None else deployment.labels.tolist(),
     }
     several = len(names) > 1 or precision == "auto"
-    earlier = read_choice(deployment.folder, request) if several else None
-    if earlier is not None:
+    if earlier := read_choice(deployment.folder, request):
         chosen, report = _as_before(deployment, earlier)
     else:
         precisions = PRECISIONS if precision == "auto" else (precision,)
@@ -196,10 +196,9 @@ def deploy(
             remembered=False,
             real_images=deployment.images is not None,
         )
-        if several:
-            write_choice(deployment.folder, request, report.as_dict())
+        write_choice(deployment.folder, request, report.as_dict())
     chosen.report = report
-    add_facts(chosen, deployment)
+    add_facts(chosen, model, deployment.size)
     for _ in range(3):
         chosen(deployment.example)
     return chosen

@@ -1,6 +1,7 @@
 """What is asked of an engine: a checked request, and the copy of the model that it starts."""
 
 from collections.abc import Sequence
+from functools import cache
 from os import PathLike
 from pathlib import Path
 
@@ -63,15 +64,14 @@ def request_of(
     if calibration is not None:
         images = load_images(calibration, data_config)
         labels = load_labels(calibration, label_names(model))
-    clone = reparameterized_copy(model)
     folder = Path(cache_dir or Path(torch.hub.get_dir(), "backbones", "engines"))
     deployment = Deployment(
-        model=clone,
+        source=cache(lambda: reparameterized_copy(model)),
         size=size,
         batch_size=batch_size,
         precision=precision,
         threads=threads or torch.get_num_threads(),
-        folder=folder / content_key(clone, size, images),
+        folder=folder / content_key(model, size, images),
         export=export,
         images=images,
         labels=labels,
@@ -81,9 +81,9 @@ def request_of(
     return names, deployment
 
 
-def add_facts(runner: Runner, deployment: Deployment) -> None:
+def add_facts(runner: Runner, model: nn.Module, size: Sequence[int]) -> None:
     """Let a runner say what its model takes and its classes, though no file of it does."""
-    model, size = deployment.model, deployment.size
-    config = {**resolve_model_data_config(model), "input_size": size}
+    model = unwrapped(model)
+    config = {**resolve_model_data_config(model), "input_size": tuple(size)}
     facts = {"input": fit_channels(config, size[0]), "classes": label_names(model)}
     runner.metadata = facts | {key: value for key, value in runner.metadata.items() if value}

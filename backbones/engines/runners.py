@@ -188,13 +188,13 @@ def explained(what: str, *through: type[Exception]) -> Iterator[None]:
 class Deployment:
     """What an engine starts: a re-parameterized model in eval mode on the CPU, for which inputs.
 
-    `folder` is where files stay, those of an earlier time included; `images` are real ones,
-    normalized (N, C, H, W), `labels` their classes (N,) where known, and `agreement` the share of
-    them whose class int8 shall keep; `export` writes a file; `streams` calls are made side by side,
-    each with `threads`.
+    `source` gives the model, and is called only where no file of an earlier time will do. `folder`
+    is where files stay; `images` are real ones, normalized (N, C, H, W), `labels` their classes
+    (N,) where known, and `agreement` the share of them whose class int8 shall keep; `export` writes
+    a file; `streams` calls are made side by side, each with `threads`.
     """
 
-    model: nn.Module
+    source: Callable[[], nn.Module]
     size: tuple[int, ...]
     batch_size: int
     precision: str
@@ -205,6 +205,11 @@ class Deployment:
     labels: Tensor | None = None
     agreement: float = 0.0
     streams: int = 1
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.source()
 
     @property
     def example(self) -> Tensor:

@@ -157,7 +157,7 @@ def deploy_for_throughput(
     else:
         runner, setting = _search(deployment, names, batch_size, progress or (lambda line: None))
         write_choice(deployment.folder, request, dataclasses.asdict(setting))
-    add_facts(runner, deployment)
+    add_facts(runner, model, deployment.size)
     return ThroughputRunner(runner, setting, key, deployment.size)
 
 

@@ -383,7 +383,7 @@ def test_bf16_beside_int8_keeps_the_classes_asked_for(uneven, mixing, tmp_path, 
     monkeypatch.setattr(mixing, "take_turns", turns)
     for agreement, rest in ((0.99, "fp32"), (0.0, "bf16")):
         deployment = Deployment(
-            model, SIZE, 1, "int8", 1, tmp_path, export, images, agreement=agreement
+            lambda: model, SIZE, 1, "int8", 1, tmp_path, export, images, agreement=agreement
         )
         with torch.no_grad():
             assert mixing.rest_for(deployment, open) == rest
