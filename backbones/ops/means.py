@@ -47,7 +47,8 @@ def mean_matrix(size: int, count: int, like: Tensor) -> Tensor:
     """
     dtype, device = at_least_float32(like), like.device
     if not is_symbolic(size) and not torch.jit.is_tracing():
-        return _constant(fixed(size), count, dtype, device)
+        (matrix,) = _constant(fixed(size), count, dtype, device)
+        return matrix
     place, run = torch.arange(size, device=device)[:, None], torch.arange(count, device=device)
     first, end = run * size // count, ((run + 1) * size + count - 1) // count
     inside = torch.logical_and(place >= first, place < end)  # for Core ML no `&`
@@ -55,8 +56,9 @@ def mean_matrix(size: int, count: int, like: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # so that a graph holds it and computes nothing
-def _constant(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.from_numpy(_array(size, count, dtype == torch.float32)).to(device)
+def _constant(size: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
+    # In a tuple, as PyTorch 2.14 takes all tensors that one such function gives for the same one.
+    return (torch.from_numpy(_array(size, count, dtype == torch.float32)).to(device),)
 
 
 @lru_cache(maxsize=64)
