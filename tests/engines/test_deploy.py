@@ -16,6 +16,7 @@ from backbones.engines import (
     available_engines,
     deploy,
     deploy_for_throughput,
+    deploying,
     requesting,
     throughput,
 )
@@ -83,6 +84,38 @@ def test_several_threads_may_call_at_once(model, tmp_path):
         assert max(worst) < 1e-4, engine
 
 
+def refuse_to_make(monkeypatch):
+    """Let nothing be exported or merged."""
+
+    def refuse(*_):
+        raise AssertionError("nothing is to be made again")
+
+    monkeypatch.setattr(requesting, "export", refuse)
+    monkeypatch.setattr(requesting, "reparameterized_copy", refuse)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_model_from_the_cache_is_neither_merged_nor_measured(
+    model, engine, precision, tmp_path, monkeypatch
+):
+    if engine not in available_engines():
+        pytest.skip(f"{engine} is not installed")
+    options = {"engine": engine, "input_size": SIZE, "cache_dir": tmp_path, "precision": precision}
+    if precision == "int8":
+        options["calibration"] = images(count=32)
+    first = deploy(model, **options)
+    assert not first.report.remembered
+    refuse_to_make(monkeypatch)
+    monkeypatch.setattr(deploying, "take_turns", None)
+    again = deploy(model, **options)
+    assert again.report.remembered
+    assert again.report.candidates == first.report.candidates
+    assert again.metadata == first.metadata
+    x = images()
+    torch.testing.assert_close(again(x), first(x), rtol=1e-4, atol=1e-4)
+
+
 def test_the_fastest_is_chosen_and_remembered(model, tmp_path, monkeypatch):
     began = []
     first = deploy(
@@ -98,10 +131,7 @@ def test_the_fastest_is_chosen_and_remembered(model, tmp_path, monkeypatch):
     assert f"chosen: {best.engine} fp32" in str(report)
     json.dumps(report.as_dict())
 
-    def refuse(*_):
-        raise AssertionError("nothing is to be exported again")
-
-    monkeypatch.setattr(requesting, "export", refuse)
+    refuse_to_make(monkeypatch)
     again = deploy(model, engine=QUICK, input_size=SIZE, cache_dir=tmp_path, threads=1)
     assert again.report.remembered
     assert again.engine == first.engine
@@ -123,6 +153,18 @@ def test_files_are_kept_by_content(model, tmp_path):
     torch.testing.assert_close(changed(x), outputs(other, x), rtol=1e-4, atol=1e-4)
     assert content_key(model, SIZE) != content_key(model, (3, 96, 96))
     assert content_key(model, SIZE, images()) != content_key(model, SIZE)
+
+
+def test_files_follow_what_modules_do_not_print():
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+    one, same, other = Scaled(2.0), Scaled(2.0), Scaled(3.0)
+    assert repr(one) == repr(other)
+    assert content_key(one, SIZE) == content_key(same.train(not same.training), SIZE)
+    assert content_key(one, SIZE) != content_key(other, SIZE)
 
 
 def twins():
