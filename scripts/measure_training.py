@@ -5,8 +5,10 @@ python scripts/measure_training.py convnext_atto --compile  # torch.compile besi
 
 Forward and backward of 8 images of 160x160 (`--batch`, `--size`) in float32. The forms of a model
 take turns in one process, and each figure is the median over rounds of the ratio to ours with
-contiguous memory. "timm" is timm's class of this name, where it has one. Memory is what a step adds
-to a process of its own at its peak (Linux), without and with gradient checkpointing.
+contiguous memory. Ours run as `backbones train` does, with its convolutions on CPUs; "plain loop"
+is the same model without them, and "timm" timm's class of this name, where it has one. Memory is
+what a step adds to a process of its own at its peak (Linux), without and with gradient
+checkpointing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from measure_finetuning import smallest_members
 from torch import nn
 
 import backbones
+from backbones import train
 from backbones.bench import examine
 
 LAST = torch.channels_last
@@ -37,13 +41,15 @@ def timms_class(name: str) -> nn.Module | None:
     return None if type(model).__module__.startswith("backbones") else model
 
 
-def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], float]:
-    """Return a training step that gives its seconds."""
+def step_of(model: nn.Module, images: torch.Tensor, *, plain: bool = False) -> Callable[[], float]:
+    """Return a training step that gives its seconds, as `backbones train` does it or `plain`."""
     model.train()
 
     def step() -> float:
         start = time.perf_counter()
-        model(images).float().square().mean().backward()
+        with nullcontext() if plain else train.cpu_convolutions():
+            loss = model(images).float().square().mean()
+        loss.backward()
         seconds = time.perf_counter() - start
         model.zero_grad()
         return seconds
@@ -58,12 +64,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
     twin = backbones.create_model(name).to(memory_format=LAST)
     last = images.contiguous(memory_format=LAST)
     forms["channels last"] = step_of(twin, last)
+    forms["plain loop"] = step_of(backbones.create_model(name), images, plain=True)
     theirs = timms_class(name)
     if theirs is not None:
-        forms["timm"] = step_of(theirs, images)
-        forms["timm channels last"] = step_of(timms_class(name).to(memory_format=LAST), last)  # type: ignore[union-attr]
+        forms["timm"] = step_of(theirs, images, plain=True)
+        theirs = timms_class(name).to(memory_format=LAST)  # type: ignore[union-attr]
+        forms["timm channels last"] = step_of(theirs, last, plain=True)
     if options.compile:
-        forms["compiled"] = step_of(torch.compile(backbones.create_model(name)), images)  # type: ignore[arg-type]
+        compiled: Any = torch.compile(backbones.create_model(name))
+        forms["compiled"] = step_of(compiled, images, plain=True)
     for step in forms.values():
         step()
     times: dict[str, list[float]] = {form: [] for form in forms}
@@ -90,7 +99,8 @@ def print_added_memory(name: str, options: argparse.Namespace) -> None:
     assert model is not None
     if options.form == "checkpointing":
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    step = step_of(model, torch.randn(options.batch, 3, options.size, options.size))
+    images = torch.randn(options.batch, 3, options.size, options.size)
+    step = step_of(model, images, plain=options.form == "timm")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what came before
     before = _kilobytes("VmRSS")
     for _ in range(2):
@@ -120,7 +130,8 @@ def main() -> None:
         print_added_memory(options.models[0], options)
         return
     print(examine(options.threads), end="\n\n", flush=True)
-    names = ["channels last", "timm", "timm channels last", *["compiled"] * options.compile]
+    names = ["channels last", "plain loop", "timm", "timm channels last"]
+    names += ["compiled"] * options.compile
     print(
         "| model | contiguous (ms) |",
         " | ".join(names),

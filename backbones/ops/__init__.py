@@ -7,6 +7,7 @@ values and gradients. :func:`use_reference` forces the reference.
 
 from backbones.ops.adaptive_spectral import adaptive_spectral_filter
 from backbones.ops.attentive import attentive_convolution
+from backbones.ops.depthwise import depthwise_conv2d
 from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
@@ -28,6 +29,7 @@ __all__ = [
     "adaptive_spectral_filter",
     "at_least_float32",
     "attentive_convolution",
+    "depthwise_conv2d",
     "involution",
     "fixed",
     "is_recorded",

@@ -3,6 +3,7 @@
 from backbones.errors import DataError
 from backbones.images import find_bad_images, open_image
 from backbones.train.config import TrainConfig
+from backbones.train.convolutions import cpu_convolutions
 from backbones.train.data import (
     ImageFolder,
     eval_loader,
@@ -41,6 +42,7 @@ __all__ = [
     "TrainingError",
     "Update",
     "Validation",
+    "cpu_convolutions",
     "draw_predictions",
     "eval_loader",
     "evaluate",

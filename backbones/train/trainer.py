@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from backbones.errors import BackbonesError
 from backbones.skeleton import StagedBackbone
 from backbones.train.config import TrainConfig
+from backbones.train.convolutions import cpu_convolutions
 from backbones.train.distributed import ProcessGroup
-from backbones.train.mixed_precision import autocast
 
 __all__ = ["EpochReport", "Trainer", "TrainingError", "Update", "learning_rate"]
 
@@ -101,7 +101,7 @@ class Trainer:
             first = index - index % config.grad_accum_steps
             members = min(config.grad_accum_steps, batches - first)
             last = index - first == members - 1
-            with nullcontext() if last else task.no_sync():
+            with nullcontext() if last else task.no_sync(), self._convolutions():
                 loss = self._forward(images, targets)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -142,7 +142,7 @@ class Trainer:
         )
         with torch.inference_mode():
             for images, targets in self.val_batches:
-                with self._autocast():
+                with self._convolutions(), self._autocast():
                     output = model(self._placed(images))
                 evaluator.update(output, targets.to(self.group.device))
         return dict(evaluator.compute(distributed=self.group.distributed))
@@ -178,7 +178,10 @@ class Trainer:
     def _autocast(self) -> Any:
         if not self.config.amp:
             return nullcontext()
-        return autocast(self.group.device.type, getattr(torch, self.config.amp_dtype))
+        return torch.autocast(self.group.device.type, getattr(torch, self.config.amp_dtype))
+
+    def _convolutions(self) -> Any:
+        return cpu_convolutions() if self.group.device.type == "cpu" else nullcontext()
 
     def _report(self, epoch: int, update: int, loss: float, images: int) -> Update:
         started, first = self._start

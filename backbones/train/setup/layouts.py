@@ -13,8 +13,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from backbones.train.config import TrainConfig
+from backbones.train.convolutions import cpu_convolutions
 from backbones.train.distributed import ProcessGroup
-from backbones.train.mixed_precision import autocast
 from backbones.train.setup.freezing import freeze_backbone
 
 __all__ = ["with_memory_layout"]
@@ -71,11 +71,12 @@ def _step(config: TrainConfig, model: nn.Module, images: Tensor, layout: Any) ->
     images, device = images.contiguous(memory_format=layout), images.device.type
     dtype = getattr(torch, config.amp_dtype)
     start = _now(device)
-    with autocast(device, dtype) if config.amp else nullcontext():
-        output = model(images)
-    outputs = output if isinstance(output, list | tuple) else [output]
-    loss = torch.stack([one.float().square().mean() for one in outputs]).sum()
-    loss.backward()
+    with cpu_convolutions() if device == "cpu" else nullcontext():
+        with torch.autocast(device, dtype) if config.amp else nullcontext():
+            output = model(images)
+        outputs = output if isinstance(output, list | tuple) else [output]
+        loss = torch.stack([one.float().square().mean() for one in outputs]).sum()
+        loss.backward()
     seconds = _now(device) - start
     model.zero_grad()
     return seconds

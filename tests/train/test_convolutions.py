@@ -1,0 +1,120 @@
+"""Convolutions in training on CPUs: gradients are those of PyTorch in float32, but for rounding."""
+
+import contextlib
+
+import pytest
+import torch
+from tiers import families_by_default, shallow, smallest_size
+from torch import nn
+
+import backbones
+from backbones.train import cpu_convolutions
+
+LAST = torch.channels_last
+
+
+def dirty_memory():
+    """Leave memory behind in which gradients that nobody wrote would not be numbers."""
+    kept = [
+        torch.full((size,), float("nan"), dtype=torch.bfloat16) for size in range(300, 2100, 30)
+    ]
+    del kept
+
+
+@contextlib.contextmanager
+def in_bf16():
+    with cpu_convolutions(), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+def gradients(conv, x, context=None):
+    conv.zero_grad()
+    dirty_memory()
+    with context or contextlib.nullcontext():
+        y = conv(x)
+    y.float().mul(torch.linspace(-1, 1, y.shape[-1])).sum().backward()
+    return y.detach(), conv.weight.grad.clone()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"dilation": 3, "stride": 2}, {}])
+@pytest.mark.parametrize("channels, groups", [(12, 12), (32, 4), (32, 1)])
+def test_weight_gradients_in_bf16(channels, groups, options, layout):
+    conv = nn.Conv2d(channels, channels, 5, padding=4, groups=groups, **options)
+    conv.to(memory_format=layout)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(8, channels, 40, 40, generator=generator).contiguous(memory_format=layout)
+        expected = gradients(conv, x)
+        found = gradients(conv, x.bfloat16(), in_bf16())
+        assert found[0].dtype == torch.bfloat16
+        for one, other in zip(expected, found):
+            torch.testing.assert_close(
+                other.float(), one, rtol=0, atol=0.02 * float(one.abs().max())
+            )
+
+
+def test_a_convolution_by_keywords_too():
+    x, weight = torch.randn(2, 8, 16, 16), torch.randn(8, 1, 3, 3)
+    with in_bf16():
+        found = nn.functional.conv2d(input=x, weight=weight, groups=8, dilation=2)
+    assert found.dtype == torch.bfloat16
+    expected = nn.functional.conv2d(x, weight, groups=8, dilation=2)
+    torch.testing.assert_close(
+        found.float(), expected, rtol=0, atol=0.02 * float(expected.abs().max())
+    )
+
+
+def test_compiled_models_train_so_too():
+    class Dilated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    x = torch.randn(2, 8, 16, 16)
+    model = Dilated()
+    with in_bf16():
+        expected = model(x)
+        found = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", families_by_default())
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_models_are_the_same(name, checkpointing):
+    torch.manual_seed(0)
+    model = backbones.create_model(name, **shallow(name, blocks=1), num_classes=3).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0  # statistics stay, so that both steps see the same model
+    model.set_grad_checkpointing(checkpointing)
+    side = 2 * smallest_size(model)
+    x = torch.randn(3, 3, side, side)
+    found = []
+    for context in (contextlib.nullcontext(), cpu_convolutions()):
+        torch.manual_seed(1)  # of what is dropped
+        with context:
+            loss = model(x).square().sum()
+            found.append(torch.autograd.grad(loss, [*model.parameters()]))
+    scale = max(float(one.abs().max()) for one in found[0])
+    for one, other in zip(*found, strict=True):
+        atol = 1e-3 * float(one.abs().max()) + 1e-6 * scale
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["moganet_xtiny", "spartan_t"])
+def test_checkpointing_in_bf16_gives_the_same_gradients(name):
+    model = backbones.create_model(name, **shallow(name, blocks=1), num_classes=3).train()
+    x, found = torch.randn(2, 3, 96, 96), []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        with in_bf16():
+            loss = model(x).float().square().sum()
+        found.append(torch.autograd.grad(loss, [*model.parameters()]))
+    for one, other in zip(*found, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(other, one, rtol=0, atol=0.02 * float(one.abs().max()) + 1e-6)
