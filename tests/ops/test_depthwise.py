@@ -15,8 +15,8 @@ by_onednn = pytest.mark.skipif(
 CASES = [
     ((5, 5), (2, 2), (1, 1), 16, 20),
     ((7, 7), (3, 3), (1, 1), 5, 3),
-    ((1, 9), (0, 4), (1, 1), 11, 13),
-    ((7, 1), (3, 0), (1, 1), 12, 10),
+    ((5, 9), (2, 4), (1, 1), 11, 13),
+    ((1, 7), (0, 9), (1, 3), 12, 10),
     ((3, 3), (2, 2), (2, 2), 14, 15),
     ((5, 5), (6, 6), (3, 3), 9, 16),
     ((17, 17), (8, 8), (1, 1), 20, 18),
@@ -79,8 +79,8 @@ def test_other_cases_are_pytorchs():
     x, weight = torch.randn(2, 4, 8, 8), torch.randn(4, 1, 5, 5, requires_grad=True)
     with torch.no_grad():
         assert ops.depthwise_conv2d(x, weight).grad_fn is None
-    small = torch.randn(4, 1, 3, 3, requires_grad=True)
-    for given in ((x.double(), weight.double()), (x, small), (x[:0], weight)):
+    small, band = (torch.randn(4, 1, *k, requires_grad=True) for k in ((3, 3), (1, 7)))
+    for given in ((x.double(), weight.double()), (x, small), (x, band), (x[:0], weight)):
         assert "Convolution" in type(ops.depthwise_conv2d(*given).grad_fn).__name__
     with ops.use_reference():
         assert "Convolution" in type(ops.depthwise_conv2d(x, weight).grad_fn).__name__
