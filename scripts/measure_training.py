@@ -47,7 +47,7 @@ def step_of(model: nn.Module, images: torch.Tensor, *, plain: bool = False) -> C
 
     def step() -> float:
         start = time.perf_counter()
-        with nullcontext() if plain else train.cpu_convolutions():
+        with nullcontext() if plain else train.cpu_convolutions(model):
             loss = model(images).float().square().mean()
         loss.backward()
         seconds = time.perf_counter() - start

@@ -17,7 +17,7 @@ from backbones.ops.dispatch import is_recorded, is_transformed, reference_active
 
 Pair = tuple[int, int]
 
-_LEAST = 25  # taps of kernels below which PyTorch's gradient is fast, unless they are dilated
+LEAST_TAPS = 25  # of kernels, below which PyTorch's gradient is fast, unless they are dilated
 _MOST = 13  # of those that oneDNN has a kernel for without channels last
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,7 +58,7 @@ def _has_slow_gradients(
     if reference_active() or is_recorded() or not _by_onednn():
         return False
     kernel = weight.shape[2:]
-    large = math.prod(kernel) >= _LEAST or max(dilation) > 1
+    large = math.prod(kernel) >= LEAST_TAPS or max(dilation) > 1
     inside = all(p <= d * (k - 1) for p, d, k in zip(padding, dilation, kernel))
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (

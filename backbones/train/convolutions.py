@@ -1,30 +1,38 @@
 """Convolutions in training on CPUs, where PyTorch's gradients are slow, or wrong in bf16."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
-from backbones.ops import depthwise_conv2d, is_recorded
+from backbones.ops import LEAST_TAPS, depthwise_conv2d, is_recorded
 
 __all__ = ["cpu_convolutions"]
 
 
-@contextmanager
-def cpu_convolutions() -> Iterator[None]:
-    """Let the gradients of convolutions on CPUs be fast, and right in bf16, of any model.
+def cpu_convolutions(model: nn.Module) -> AbstractContextManager[object]:
+    """Let the gradients of a model's convolutions on CPUs be fast, and right in bf16.
 
-    To be open in the forward pass of a training step. Depthwise convolutions go by
+    The context is to be open in the forward pass of a training step. Depthwise convolutions go by
     :func:`backbones.ops.depthwise_conv2d`. In bf16, other dilated grouped ones are computed in
     float32: with channels last, oneDNN leaves their weight gradients partly unset (PyTorch 2.14):
-    what was in memory before, from small errors to 1e35 and NaN. All else is PyTorch's.
+    what was in memory before, from small errors to 1e35 and NaN. All else is PyTorch's, and a model
+    without such convolutions is left alone.
     """
-    with _Convolutions():
-        yield
+    return _Convolutions() if any(map(_is_slow, model.modules())) else nullcontext()
+
+
+def _is_slow(module: nn.Module) -> bool:
+    """Whether a module is a grouped convolution with a large or a dilated kernel, or built so."""
+    kernel, groups = getattr(module, "kernel_size", None), getattr(module, "groups", None)
+    if not isinstance(kernel, int | tuple) or groups == 1:
+        return False
+    return math.prod(_pair(kernel)) >= LEAST_TAPS or _pair(getattr(module, "dilation", 1)) != (1, 1)
 
 
 class _Convolutions(TorchFunctionMode):

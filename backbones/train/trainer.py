@@ -101,7 +101,7 @@ class Trainer:
             first = index - index % config.grad_accum_steps
             members = min(config.grad_accum_steps, batches - first)
             last = index - first == members - 1
-            with nullcontext() if last else task.no_sync(), self._convolutions():
+            with nullcontext() if last else task.no_sync():
                 loss = self._forward(images, targets)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -142,7 +142,7 @@ class Trainer:
         )
         with torch.inference_mode():
             for images, targets in self.val_batches:
-                with self._convolutions(), self._autocast():
+                with self._autocast():
                     output = model(self._placed(images))
                 evaluator.update(output, targets.to(self.group.device))
         return dict(evaluator.compute(distributed=self.group.distributed))
@@ -151,7 +151,7 @@ class Trainer:
         images, targets = self._placed(images), targets.to(self.group.device, non_blocking=True)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        with self._autocast():
+        with self._convolutions(), self._autocast():
             return self.task(images, targets)["loss"]
 
     def _backward(self, loss: Tensor, *, step: bool) -> None:
@@ -181,7 +181,8 @@ class Trainer:
         return torch.autocast(self.group.device.type, getattr(torch, self.config.amp_dtype))
 
     def _convolutions(self) -> Any:
-        return cpu_convolutions() if self.group.device.type == "cpu" else nullcontext()
+        on_cpu = self.group.device.type == "cpu"
+        return cpu_convolutions(self.task.get_trainable_module()) if on_cpu else nullcontext()
 
     def _report(self, epoch: int, update: int, loss: float, images: int) -> Update:
         started, first = self._start

@@ -22,8 +22,8 @@ def dirty_memory():
 
 
 @contextlib.contextmanager
-def in_bf16():
-    with cpu_convolutions(), torch.autocast("cpu", torch.bfloat16):
+def in_bf16(model):
+    with cpu_convolutions(model), torch.autocast("cpu", torch.bfloat16):
         yield
 
 
@@ -46,7 +46,7 @@ def test_weight_gradients_in_bf16(channels, groups, options, layout):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(8, channels, 40, 40, generator=generator).contiguous(memory_format=layout)
         expected = gradients(conv, x)
-        found = gradients(conv, x.bfloat16(), in_bf16())
+        found = gradients(conv, x.bfloat16(), in_bf16(conv))
         assert found[0].dtype == torch.bfloat16
         for one, other in zip(expected, found):
             torch.testing.assert_close(
@@ -56,7 +56,7 @@ def test_weight_gradients_in_bf16(channels, groups, options, layout):
 
 def test_a_convolution_by_keywords_too():
     x, weight = torch.randn(2, 8, 16, 16), torch.randn(8, 1, 3, 3)
-    with in_bf16():
+    with in_bf16(nn.Conv2d(8, 8, 3, dilation=2, groups=8)):
         found = nn.functional.conv2d(input=x, weight=weight, groups=8, dilation=2)
     assert found.dtype == torch.bfloat16
     expected = nn.functional.conv2d(x, weight, groups=8, dilation=2)
@@ -76,7 +76,7 @@ def test_compiled_models_train_so_too():
 
     x = torch.randn(2, 8, 16, 16)
     model = Dilated()
-    with in_bf16():
+    with in_bf16(model):
         expected = model(x)
         found = torch.compile(model, backend="aot_eager")(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
@@ -94,7 +94,7 @@ def test_gradients_of_models_are_the_same(name, checkpointing):
     side = 2 * smallest_size(model)
     x = torch.randn(3, 3, side, side)
     found = []
-    for context in (contextlib.nullcontext(), cpu_convolutions()):
+    for context in (contextlib.nullcontext(), cpu_convolutions(model)):
         torch.manual_seed(1)  # of what is dropped
         with context:
             loss = model(x).square().sum()
@@ -112,9 +112,36 @@ def test_checkpointing_in_bf16_gives_the_same_gradients(name):
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(1)
-        with in_bf16():
+        with in_bf16(model):
             loss = model(x).float().square().sum()
         found.append(torch.autograd.grad(loss, [*model.parameters()]))
     for one, other in zip(*found, strict=True):
         assert other.isfinite().all()
         torch.testing.assert_close(other, one, rtol=0, atol=0.02 * float(one.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, slow",
+    [
+        ({"kernel_size": 7, "groups": 8}, True),
+        ({"kernel_size": 3, "groups": 2, "dilation": 2}, True),
+        ({"kernel_size": 7}, False),
+        ({"kernel_size": 3, "groups": 8}, False),
+        ({"kernel_size": (1, 11), "groups": 8}, False),
+    ],
+)
+def test_other_models_are_left_alone(options, slow):
+    model = nn.Sequential(nn.Conv2d(8, 8, **options), nn.MaxPool2d(2))
+    assert isinstance(cpu_convolutions(model), contextlib.nullcontext) != slow
+
+
+def test_kernels_that_are_made_take_the_fast_way_too():
+    model = backbones.create_model("smpnet_tiny", **shallow("smpnet_tiny", blocks=1)).train()
+    with cpu_convolutions(model):
+        nodes, seen = [model(torch.randn(2, 3, 64, 64)).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [one for one, _ in node.next_functions]
+    assert sum(type(node).__name__ == "_DepthwiseBackward" for node in seen) >= 4

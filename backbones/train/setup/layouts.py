@@ -71,12 +71,12 @@ def _step(config: TrainConfig, model: nn.Module, images: Tensor, layout: Any) ->
     images, device = images.contiguous(memory_format=layout), images.device.type
     dtype = getattr(torch, config.amp_dtype)
     start = _now(device)
-    with cpu_convolutions() if device == "cpu" else nullcontext():
-        with torch.autocast(device, dtype) if config.amp else nullcontext():
-            output = model(images)
-        outputs = output if isinstance(output, list | tuple) else [output]
-        loss = torch.stack([one.float().square().mean() for one in outputs]).sum()
-        loss.backward()
+    convolutions = cpu_convolutions(model) if device == "cpu" else nullcontext()
+    with convolutions, torch.autocast(device, dtype) if config.amp else nullcontext():
+        output = model(images)
+    outputs = output if isinstance(output, list | tuple) else [output]
+    loss = torch.stack([one.float().square().mean() for one in outputs]).sum()
+    loss.backward()
     seconds = _now(device) - start
     model.zero_grad()
     return seconds
