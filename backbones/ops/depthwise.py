@@ -6,6 +6,7 @@ each channel's map, with the gradient of the output as the kernel.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,10 @@ Pair = tuple[int, int]
 
 LEAST_TAPS = 25  # of kernels, below which PyTorch's gradient is fast, unless they are dilated
 _MOST = 13  # of those that oneDNN has a kernel for without channels last
+# Positions of a map from which images are taken one by one: where it has channels last and where
+# not, and where the convolution needs channels last.
+_SINGLY = {True: 196, False: 1024}
+_SINGLY_LAST = 49
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -64,6 +69,7 @@ def _has_slow_gradients(
     return (
         large
         and inside
+        and math.prod(x.shape[2:]) > 1  # of one position PyTorch's is fast
         and x.numel() > 0
         and all(one.device.type == "cpu" and one.dtype == x.dtype for one in tensors)
         and x.dtype in _DTYPES
@@ -94,9 +100,12 @@ class _Depthwise(torch.autograd.Function):
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         (p, q), (d, e), (kh, kw) = ctx.padding, ctx.dilation, weight.shape[2:]
         around = (d * (kh - 1) - p, e * (kw - 1) - q)
+        to_weight = None
+        if of_weight:
+            to_weight = _gradient_of_weight(x, grad, (kh, kw), (p, q), (d, e)).to(weight.dtype)
         return (
             _convolved(grad, weight.flip(2, 3), None, around, (d, e)) if of_x else None,
-            _gradient_of_weight(x, grad, (p, q), (d, e)).to(weight.dtype) if of_weight else None,
+            to_weight,
             grad.sum((0, 2, 3)) if of_bias else None,
             None,
             None,
@@ -107,23 +116,39 @@ def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, dilation: Pair
 ) -> Tensor:
     """Convolve in the layout of `x`, or where that is slow by way of channels last."""
-    reach = max(d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:]))
-    all_padding = any(p >= side for p, side in zip(padding, x.shape[2:]))
-    if x.is_contiguous() and (reach > _MOST or all_padding):
+    if x.is_contiguous() and _needs_channels_last(x, weight.shape[2:], padding, dilation):
         last = x.contiguous(memory_format=torch.channels_last)
         return F.conv2d(last, weight, bias, 1, padding, dilation, len(weight)).contiguous()
     return F.conv2d(x, weight, bias, 1, padding, dilation, len(weight))
 
 
-def _gradient_of_weight(x: Tensor, grad: Tensor, padding: Pair, dilation: Pair) -> Tensor:
-    """Return the gradient of the weight (C, 1, kh, kw) in float32, image by image.
+def _needs_channels_last(x: Tensor, kernel: Sequence[int], padding: Pair, dilation: Pair) -> bool:
+    """Whether oneDNN has a kernel for a convolution with channels last alone."""
+    reach = max(d * (k - 1) + 1 for d, k in zip(dilation, kernel))
+    return reach > _MOST or any(p >= side for p, side in zip(padding, x.shape[2:]))
 
-    The kernel's taps are as far apart as its dilation, hence the stride.
+
+def _gradient_of_weight(
+    x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Pair, dilation: Pair
+) -> Tensor:
+    """Return the gradient of the weight (C, 1, kh, kw) in float32.
+
+    The kernel's taps are as far apart as its dilation, hence the stride. Large maps are taken image
+    by image, with channels last; small ones all at once, every image's channels beside each other.
     """
-    images = x.contiguous(memory_format=torch.channels_last).split(1)
-    channels = x.shape[1]
-    total = torch.zeros((), dtype=torch.float32)
-    for image, kernels in zip(images, grad):  # 1 C H W; C H' W'
-        part = F.conv2d(image, kernels.unsqueeze(1), None, dilation, padding, 1, channels)
-        total = total + part.float()  # 1 C kh kw
-    return total.transpose(0, 1)
+    batch, channels = x.shape[:2]
+    last = _needs_channels_last(x, kernel, padding, dilation)
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    if math.prod(x.shape[2:]) >= (_SINGLY_LAST if last else _SINGLY[is_last]):
+        images = x.contiguous(memory_format=torch.channels_last).split(1)
+        total = torch.zeros((), dtype=torch.float32)
+        for image, kernels in zip(images, grad):  # 1 C H W; C H' W'
+            part = F.conv2d(image, kernels.unsqueeze(1), None, dilation, padding, 1, channels)
+            total = total + part.float()  # 1 C kh kw
+        return total.transpose(0, 1)
+    maps = x.reshape(1, batch * channels, *x.shape[2:])
+    if last:
+        maps = maps.contiguous(memory_format=torch.channels_last)
+    kernels = grad.reshape(batch * channels, 1, *grad.shape[2:])
+    parts = F.conv2d(maps, kernels, None, dilation, padding, 1, batch * channels)  # 1 BC kh kw
+    return parts.float().unflatten(1, (batch, channels)).sum(1).transpose(0, 1)
