@@ -44,10 +44,11 @@ def timms_class(name: str) -> nn.Module | None:
 def step_of(model: nn.Module, images: torch.Tensor, *, plain: bool = False) -> Callable[[], float]:
     """Return a training step that gives its seconds, as `backbones train` does it or `plain`."""
     model.train()
+    convolutions = nullcontext() if plain else train.cpu_convolutions(model)
 
     def step() -> float:
         start = time.perf_counter()
-        with nullcontext() if plain else train.cpu_convolutions(model):
+        with convolutions:
             loss = model(images).float().square().mean()
         loss.backward()
         seconds = time.perf_counter() - start

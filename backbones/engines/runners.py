@@ -208,7 +208,7 @@ class Deployment:
 
     @property
     def model(self) -> nn.Module:
-        """The model."""
+        """What `source` gives."""
         return self.source()
 
     @property

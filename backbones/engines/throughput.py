@@ -184,7 +184,7 @@ def _search(
         best = found[0][1]
         found = [one for one in found if one[1].engine == best.engine]
         others = [
-            dataclasses.replace(setting, batch_size=size, images_per_second=None)
+            dataclasses.replace(setting, batch_size=size)
             for setting in first
             if setting.engine == best.engine
             for size in _BATCHES

@@ -7,7 +7,7 @@ values and gradients. :func:`use_reference` forces the reference.
 
 from backbones.ops.adaptive_spectral import adaptive_spectral_filter
 from backbones.ops.attentive import attentive_convolution
-from backbones.ops.depthwise import LEAST_TAPS, depthwise_conv2d
+from backbones.ops.depthwise import depthwise_conv2d, gradients_are_ours, is_slow_kernel
 from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
@@ -24,16 +24,17 @@ from backbones.ops.small_kernel import small_kernel_aggregation, small_kernel_co
 from backbones.ops.spectral import resize_filter, spectral_filter
 
 __all__ = [
-    "LEAST_TAPS",
     "adaptive_mean",
     "amplify_low_frequencies",
     "adaptive_spectral_filter",
     "at_least_float32",
     "attentive_convolution",
     "depthwise_conv2d",
+    "gradients_are_ours",
     "involution",
     "fixed",
     "is_recorded",
+    "is_slow_kernel",
     "mean_matrix",
     "neighborhood_aggregation",
     "neighborhood_bias",

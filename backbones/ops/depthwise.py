@@ -18,7 +18,7 @@ from backbones.ops.dispatch import is_recorded, is_transformed, reference_active
 
 Pair = tuple[int, int]
 
-LEAST_TAPS = 25  # of kernels, below which PyTorch's gradient is fast, unless they are dilated
+_LEAST_TAPS = 25  # of kernels, below which PyTorch's gradient is fast, unless they are dilated
 _MOST = 13  # of those that oneDNN has a kernel for without channels last
 # Positions of a map from which images are taken one by one: where it has channels last and where
 # not, and where the convolution needs channels last.
@@ -49,25 +49,30 @@ def depthwise_conv2d(
     Returns:
         (B, C, H', W'), where H' is H + 2 padding - dilation (kh - 1), and W' likewise.
     """
-    if _has_slow_gradients(x, weight, bias, padding, dilation):
+    if gradients_are_ours(x, weight, bias, padding, dilation):
         out: Tensor = _Depthwise.apply(x, weight, bias, padding, dilation)
         return out
     return F.conv2d(x, weight, bias, 1, padding, dilation, len(weight))
 
 
-def _has_slow_gradients(
+def is_slow_kernel(kernel: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether PyTorch's gradient of a depthwise weight with such a kernel is slow on CPUs."""
+    return math.prod(kernel) >= _LEAST_TAPS or max(dilation) > 1
+
+
+def gradients_are_ours(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, dilation: Pair
 ) -> bool:
+    """Whether :func:`depthwise_conv2d` computes the gradients of such a call, not PyTorch."""
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return False
     if reference_active() or is_recorded() or not _by_onednn():
         return False
     kernel = weight.shape[2:]
-    large = math.prod(kernel) >= LEAST_TAPS or max(dilation) > 1
     inside = all(p <= d * (k - 1) for p, d, k in zip(padding, dilation, kernel))
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        large
+        is_slow_kernel(kernel, dilation)
         and inside
         and math.prod(x.shape[2:]) > 1  # of one position PyTorch's is fast
         and x.numel() > 0

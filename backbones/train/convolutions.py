@@ -1,6 +1,5 @@
 """Convolutions in training on CPUs, where PyTorch's gradients are slow, or wrong in bf16."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
-from backbones.ops import LEAST_TAPS, depthwise_conv2d, is_recorded
+from backbones.ops import depthwise_conv2d, gradients_are_ours, is_recorded, is_slow_kernel
 
 __all__ = ["cpu_convolutions"]
 
@@ -21,10 +20,13 @@ def cpu_convolutions(model: nn.Module) -> AbstractContextManager[object]:
     The context is to be open in the forward pass of a training step. Depthwise convolutions go by
     :func:`backbones.ops.depthwise_conv2d`. In bf16, other dilated grouped ones are computed in
     float32: with channels last, oneDNN leaves their weight gradients partly unset (PyTorch 2.14):
-    what was in memory before, from small errors to 1e35 and NaN. All else is PyTorch's, and a model
-    without such convolutions is left alone.
+    what was in memory before, from small errors to 1e35 and NaN. All else is PyTorch's, and models
+    without such convolutions or on other devices are left alone. One context may be opened for step
+    after step.
     """
-    return _Convolutions() if any(map(_is_slow, model.modules())) else nullcontext()
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    pays = on_cpu and any(map(_is_slow, model.modules()))
+    return _Convolutions() if pays else nullcontext()
 
 
 def _is_slow(module: nn.Module) -> bool:
@@ -32,7 +34,7 @@ def _is_slow(module: nn.Module) -> bool:
     kernel, groups = getattr(module, "kernel_size", None), getattr(module, "groups", None)
     if not isinstance(kernel, int | tuple) or groups == 1:
         return False
-    return math.prod(_pair(kernel)) >= LEAST_TAPS or _pair(getattr(module, "dilation", 1)) != (1, 1)
+    return is_slow_kernel(_pair(kernel), _pair(getattr(module, "dilation", 1)))
 
 
 class _Convolutions(TorchFunctionMode):
@@ -57,22 +59,20 @@ def _conv2d(
     if groups == 1 or input.device.type != "cpu" or isinstance(padding, str):
         return torch.conv2d(input, weight, bias, *options)
     cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-    in_bf16, dilated = cast is torch.bfloat16, _pair(dilation) != (1, 1)
+    wrong = cast is torch.bfloat16 and _pair(dilation) != (1, 1)
     depthwise = weight.shape[:2] == (groups, 1) and input.dim() == 4 and _pair(stride) == (1, 1)
-    tensors = (input, weight, bias)
-    if is_recorded():
-        if not (in_bf16 and dilated):
-            return torch.conv2d(*tensors, *options)
+    if wrong or depthwise:
         with torch.autocast("cpu", enabled=False):
-            return torch.conv2d(*_all_in(torch.float32, *tensors), *options).to(cast)
-    if not depthwise and not (in_bf16 and dilated):
-        return torch.conv2d(*tensors, *options)
-    with torch.autocast("cpu", enabled=False):
-        tensors = _all_in(cast, *tensors)
-        if depthwise:
-            return depthwise_conv2d(*tensors, _pair(padding), _pair(dilation))
-        out: Tensor = _InFloat32.apply(*tensors, *options)
-        return out
+            tensors = _all_in(cast, input, weight, bias)
+            reach = _pair(padding), _pair(dilation)
+            if depthwise and gradients_are_ours(*tensors, *reach):
+                return depthwise_conv2d(*tensors, *reach)
+            if wrong and is_recorded():
+                return torch.conv2d(*_all_in(torch.float32, input, weight, bias), *options).to(cast)
+            if wrong:
+                out: Tensor = _InFloat32.apply(*tensors, *options)
+                return out
+    return torch.conv2d(input, weight, bias, *options)
 
 
 class _InFloat32(torch.autograd.Function):

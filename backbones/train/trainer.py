@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class Trainer:
         images, targets = self._placed(images), targets.to(self.group.device, non_blocking=True)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        with self._convolutions(), self._autocast():
+        with self._convolutions, self._autocast():
             return self.task(images, targets)["loss"]
 
     def _backward(self, loss: Tensor, *, step: bool) -> None:
@@ -180,9 +181,9 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.group.device.type, getattr(torch, self.config.amp_dtype))
 
-    def _convolutions(self) -> Any:
-        on_cpu = self.group.device.type == "cpu"
-        return cpu_convolutions(self.task.get_trainable_module()) if on_cpu else nullcontext()
+    @cached_property
+    def _convolutions(self) -> AbstractContextManager[object]:
+        return cpu_convolutions(self.task.get_trainable_module())
 
     def _report(self, epoch: int, update: int, loss: float, images: int) -> Update:
         started, first = self._start

@@ -59,10 +59,9 @@ def test_a_convolution_by_keywords_too():
     with in_bf16(nn.Conv2d(8, 8, 3, dilation=2, groups=8)):
         found = nn.functional.conv2d(input=x, weight=weight, groups=8, dilation=2)
     assert found.dtype == torch.bfloat16
-    expected = nn.functional.conv2d(x, weight, groups=8, dilation=2)
-    torch.testing.assert_close(
-        found.float(), expected, rtol=0, atol=0.02 * float(expected.abs().max())
-    )
+    rounded = (one.bfloat16().float() for one in (x, weight))
+    expected = nn.functional.conv2d(*rounded, groups=8, dilation=2)
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
 
 
 def test_compiled_models_train_so_too():
@@ -80,6 +79,18 @@ def test_compiled_models_train_so_too():
         expected = model(x)
         found = torch.compile(model, backend="aot_eager")(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("padding, side", [(1, 1), (6, 20)])
+def test_what_no_fast_gradient_is_for_stays_right_in_bf16(padding, side):
+    conv = nn.Conv2d(16, 16, 3, padding=padding + 1, dilation=2, groups=16).to(memory_format=LAST)
+    x = torch.randn(8, 16, side, side).contiguous(memory_format=LAST)
+    expected = gradients(conv, x)
+    found = gradients(conv, x.bfloat16(), in_bf16(conv))
+    with in_bf16(conv):
+        assert type(conv(x).grad_fn).__name__ == "_InFloat32Backward"
+    for one, other in zip(expected, found):
+        torch.testing.assert_close(other.float(), one, rtol=0, atol=0.02 * float(one.abs().max()))
 
 
 @pytest.mark.parametrize("name", families_by_default())

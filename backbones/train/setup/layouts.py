@@ -71,8 +71,8 @@ def _step(config: TrainConfig, model: nn.Module, images: Tensor, layout: Any) ->
     images, device = images.contiguous(memory_format=layout), images.device.type
     dtype = getattr(torch, config.amp_dtype)
     start = _now(device)
-    convolutions = cpu_convolutions(model) if device == "cpu" else nullcontext()
-    with convolutions, torch.autocast(device, dtype) if config.amp else nullcontext():
+    precision = torch.autocast(device, dtype) if config.amp else nullcontext()
+    with cpu_convolutions(model), precision:
         output = model(images)
     outputs = output if isinstance(output, list | tuple) else [output]
     loss = torch.stack([one.float().square().mean() for one in outputs]).sum()
