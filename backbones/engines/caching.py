@@ -77,12 +77,8 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-# What makes a file, beside the forward methods of the model's own family.
-_MAKERS = (
-    "ops layers merge reparameterization stages.py skeleton.py engines/exporting.py"
-    " engines/formats.py engines/preparation engines/rewrites engines/onnx.py engines/openvino"
-    " engines/executorch engines/litert engines/ncnn engines/coreml engines/quantization"
-).split()
+# What makes a file and remembers what was chosen, beside the forward methods of the model's family.
+_MAKERS = "ops layers merge reparameterization stages.py skeleton.py engines".split()
 
 
 def _code_digest(model: nn.Module, package: Path) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -252,11 +253,13 @@ def test_a_full_disk_keeps_the_old_file(capsys, tmp_path, saved):
     assert out.read_text() == "old"
 
 
-def test_dry_run_shows_what_would_be_sent(capsys, saved):
+def test_dry_run_shows_what_would_be_sent(capsys, monkeypatch, tmp_path, saved):
     model, path = saved
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main(["weights", "push", path, "me/digits", "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     folder = Path(facts["folder"])
+    assert folder.parent == tmp_path
     assert facts["would go to"] == "me/digits"
     assert facts["files"] == {name: (folder / name).stat().st_size for name in FILES}
     for create in (timm.create_model, backbones.create_model):
