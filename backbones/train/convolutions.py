@@ -58,7 +58,9 @@ def _conv2d(
     options = (stride, padding, dilation, groups)
     if groups == 1 or input.device.type != "cpu" or isinstance(padding, str):
         return torch.conv2d(input, weight, bias, *options)
-    cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    cast = input.dtype
+    if torch.is_autocast_enabled("cpu") and cast is not torch.float64:  # which it leaves alone
+        cast = torch.get_autocast_dtype("cpu")
     wrong = cast is torch.bfloat16 and _pair(dilation) != (1, 1)
     depthwise = weight.shape[:2] == (groups, 1) and input.dim() == 4 and _pair(stride) == (1, 1)
     if wrong or depthwise:

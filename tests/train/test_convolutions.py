@@ -64,6 +64,15 @@ def test_a_convolution_by_keywords_too():
     torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"dilation": 2}])
+def test_float64_stays_so(options):
+    conv = nn.Conv2d(8, 8, 5, groups=8, **options).double()
+    x = torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    with in_bf16(conv):
+        found = conv(x)
+    torch.testing.assert_close(found, conv(x), rtol=0, atol=0)
+
+
 def test_compiled_models_train_so_too():
     class Dilated(nn.Module):
         def __init__(self):
