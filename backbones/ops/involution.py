@@ -48,7 +48,7 @@ def involution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     with without_autocast(x):
         # (B, C, H, W) to (B*G, C/G, H, W): what shares a kernel becomes an image of its own.
         maps = x.to(dtype).unflatten(1, (groups, -1)).flatten(0, 1)
-        taps = weight.to(dtype).flatten(0, 1).unsqueeze(1)  # B*G 1 K H' W'
+        taps = weight.to(dtype).flatten(0, 1)  # B*G K H' W'
         if reference_active():
             out = _reference(maps, taps, k, stride)
         elif stride == 1:
@@ -88,8 +88,8 @@ def _check(x: Tensor, weight: Tensor, stride: int) -> int:
 
 def _reference(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
     patches = F.unfold(maps, k, padding=k // 2, stride=stride)
-    patches = patches.unflatten(1, (-1, k * k)).unflatten(3, taps.shape[3:])  # B*G C/G K H' W'
-    return (patches * taps).sum(2)
+    patches = patches.unflatten(1, (-1, k * k)).unflatten(3, taps.shape[2:])  # B*G C/G K H' W'
+    return (patches * taps.unsqueeze(1)).sum(2)
 
 
 def _by_phases(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
@@ -98,7 +98,7 @@ def _by_phases(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
     Tap a reads row ``s*i + a - k//2``, which is row ``i + (a - k//2) // s`` of the phase
     ``(a - k//2) % s``. The kernel of a phase is centered, with zeros where no tap falls.
     """
-    height, width = taps.shape[3:]
+    height, width = taps.shape[2:]
     edge = (0, stride * width - maps.shape[3], 0, stride * height - maps.shape[2])
     whole = F.pad(maps, edge)
     taps = F.pad(taps, (0, 0, 0, 0, 0, 1))  # tap k*k is zero
@@ -113,7 +113,7 @@ def _by_phases(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
         # Axis by axis, as Core ML has no tensors of six.
         phase = whole.unflatten(2, (height, stride))[:, :, :, row]
         phase = phase.unflatten(3, (width, stride))[..., col]
-        term = small_kernel_aggregation(phase, taps[:, :, chosen])
+        term = small_kernel_aggregation(phase, taps[:, chosen])
         out = term if out is None else out + term
     assert out is not None  # the center lies in phase 0
     return out

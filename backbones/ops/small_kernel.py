@@ -144,13 +144,13 @@ def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
     (height, width), edge = x.shape[2:], k // 2 * (x.shape[3] + 1)
     grouped = weight.ndim == 5  # else no more than four axes, as many as ncnn has
     taps = (weight * _inside_recorded(x, k)).flatten(weight.ndim - 2)
+    taps = taps.transpose(1, 2) if grouped else taps  # (B, K, wc, H*W) or (B, K, H*W)
     flat = F.pad(x.flatten(2), (edge, edge))
     flat = flat.unflatten(1, (-1, weight.shape[1])) if grouped else flat
     out = None
-    for tap in range(k * k):
+    for tap, part in enumerate(taps.split(1, 1)):  # one operation, where `taps[:, tap]` is several
         row, col = divmod(tap, k)
         start = row * width + col
-        part = taps[:, None, :, tap] if grouped else taps[:, tap, None]
         term = flat[..., start : start + height * width] * part
         out = term if out is None else out + term
     assert out is not None  # k >= 1
