@@ -61,13 +61,14 @@ def _conv2d(
     cast = input.dtype
     if torch.is_autocast_enabled("cpu") and cast is not torch.float64:  # which it leaves alone
         cast = torch.get_autocast_dtype("cpu")
-    wrong = cast is torch.bfloat16 and _pair(dilation) != (1, 1)
+    reach = _pair(padding), _pair(dilation)
+    wrong = cast is torch.bfloat16 and reach[1] != (1, 1)
     depthwise = weight.shape[:2] == (groups, 1) and input.dim() == 4 and _pair(stride) == (1, 1)
-    if wrong or depthwise:
+    slow = depthwise and is_slow_kernel(weight.shape[2:], reach[1])
+    if wrong or slow:  # of no others a copy is made in another type
         with torch.autocast("cpu", enabled=False):
             tensors = _all_in(cast, input, weight, bias)
-            reach = _pair(padding), _pair(dilation)
-            if depthwise and gradients_are_ours(*tensors, *reach):
+            if slow and gradients_are_ours(*tensors, *reach):
                 return depthwise_conv2d(*tensors, *reach)
             if wrong and is_recorded():
                 return torch.conv2d(*_all_in(torch.float32, input, weight, bias), *options).to(cast)
