@@ -49,6 +49,13 @@ def test_the_fastest_comes_first(report):
     assert report.input_size == SIZE
 
 
+def test_the_batch_size_is_chosen_where_none_is_given(tiny):
+    one = {"engines": ["onnxruntime"], "precisions": ["fp32"], "threads": 1}
+    row = throughput(tiny, **one, input_size=SIZE, seconds=0.2).best
+    assert row.setting.batch_size >= 1 and row.setting.streams * row.setting.threads == 1
+    assert row.images_per_second > 0
+
+
 def test_what_an_engine_cannot_do_is_a_row_with_the_reason(report):
     (row,) = [row for row in report.rows if (row.engine, row.precision) == ("onnxruntime", "bf16")]
     assert row.images_per_second is None
