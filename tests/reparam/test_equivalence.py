@@ -58,12 +58,15 @@ def assert_close(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
         assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
 
 
+def arguments_of(name: str) -> dict[str, object]:
+    """The largest are 5 GB of float64 each; where blocks repeat, two of them show the same."""
+    return {"num_classes": 7, **(shallow(name) if parameters_of(name) > 100e6 else {})}
+
+
 @pytest.fixture(scope="module", params=by_size())
 def pair(request):
     """A variant's training form and what `reparameterize` makes of it."""
-    # The largest are 5 GB of float64 each; where blocks repeat, two of them show the same.
-    large = parameters_of(request.param) > 100e6
-    model = make(request.param, num_classes=7, **(shallow(request.param) if large else {}))
+    model = make(request.param, **arguments_of(request.param))
     return request.param, model, backbones.reparameterize(model, verify=False)
 
 
@@ -143,7 +146,7 @@ def test_no_batch_norm_is_left_beside_a_linear_layer_that_can_take_it(pair):
 
 def test_the_meta_device_gives_the_same_names_and_shapes(pair):
     name, _, merged = pair
-    meta = backbones.create_model(name, num_classes=7, device="meta", deploy=True)
+    meta = backbones.create_model(name, **arguments_of(name), device="meta", deploy=True)
     shapes = {key: value.shape for key, value in meta.state_dict().items()}
     assert shapes == {key: value.shape for key, value in merged.state_dict().items()}
 
