@@ -175,6 +175,8 @@ def start_slowly(checkpoint, photos, output, *options, wait_after=0):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Where the tests run in the background, shells have set it to be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
