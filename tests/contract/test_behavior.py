@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiers import by_size, representatives, shallow, smallest_size
+from tiers import by_size, representatives, shallow, smallest_of_each_family, smallest_size
 
 import backbones
 from backbones.errors import InputSizeError
@@ -14,6 +14,16 @@ from backbones.errors import InputSizeError
 EACH = pytest.mark.parametrize("name", by_size())
 # Costly tests run on one variant of each structure; widths and depths do not change the answer.
 STRUCTURES = pytest.mark.parametrize("name", representatives())
+# The costliest run on one variant of each family by default, on the others if slow.
+TRACED = pytest.mark.parametrize(
+    "name",
+    [
+        p
+        if p.marks or p.values[0] in smallest_of_each_family()
+        else pytest.param(*p.values, marks=pytest.mark.slow)
+        for p in representatives()
+    ],
+)
 
 
 def build(name, **arguments):
@@ -273,7 +283,7 @@ def test_deepcopy_is_independent(name):
     assert twin.arguments == model.arguments
 
 
-@STRUCTURES
+@TRACED
 def test_compiles_as_one_graph_with_gradients(name):
     model = build(name, **shallow(name, blocks=1), num_classes=3)
     x = image(model, 2)
@@ -287,7 +297,7 @@ def test_compiles_as_one_graph_with_gradients(name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1, float(b.abs().max())))
 
 
-@STRUCTURES
+@TRACED
 @torch.no_grad()
 def test_exports_with_dynamic_batch(name):
     model = build(name, **shallow(name, blocks=1), num_classes=3)

@@ -53,6 +53,7 @@ def test_int8_names_the_digits_of_fp32(make, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # RedNet is lowered several times, each takes minutes
 @pytest.mark.parametrize("name", smallest_of_each_family())
 def test_every_family_leaves_in_int8(name, tmp_path):
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from backbones.errors import ConfigError, ExportError, InputSizeError, Unsupport
 pytest.importorskip("executorch")
 FREE = ("batch", "height", "width")
 SIZE = (3, 64, 64)
-QUICK = {"convnext_atto", "cpubone_nano"}
+QUICK = {"convnext_atto"}
 
 
 class Added(nn.Module):

@@ -113,7 +113,9 @@ def test_photographs_are_compared_as_they_are(photos, suffix, tmp_path):
         assert own.shape == (6, None, None, 3) and "real images 6x?x?x3" in str(report)
 
 
-@pytest.mark.parametrize("kind", ["photographs", "normalized"])
+@pytest.mark.parametrize(
+    "kind", ["photographs", pytest.param("normalized", marks=pytest.mark.slow)]
+)
 def test_int8_leaves_the_preprocessing_exact(kind, photos, suffix, tmp_path):
     """The file computes what the int8 file without preprocessing does of normalized images."""
     model, options = small(), {"input_size": (3, 64, 64), "precision": "int8"}

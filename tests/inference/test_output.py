@@ -148,13 +148,13 @@ def flush(self):
     print("part", flush=True)
     parts += 1
     if parts == int(sys.argv[1]):
-        time.sleep(60)
+        time.sleep(float(sys.argv[2]))
 journal.Journal.flush = flush
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
-def start_slowly(checkpoint, photos, output, *options, wait_after=0):
+def start_slowly(checkpoint, photos, output, *options, wait_after=0, seconds=60):
     argv = [
         "predict",
         checkpoint,
@@ -170,7 +170,7 @@ def start_slowly(checkpoint, photos, output, *options, wait_after=0):
         *options,
     ]
     return subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(wait_after), *map(str, argv)],
+        [sys.executable, "-c", SLOWLY, str(wait_after), str(seconds), *map(str, argv)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -235,7 +235,7 @@ def test_killed_many_times(checkpoint, photos, whole, tmp_path, seed):
 
 def test_interrupted(checkpoint, photos, whole, tmp_path):
     output = tmp_path / "rows.jsonl"
-    run = start_slowly(checkpoint, photos, output, wait_after=3)
+    run = start_slowly(checkpoint, photos, output, wait_after=3, seconds=5)
     while len(list(output.with_name("rows.jsonl.partial").glob("0*"))) < 3:
         assert run.poll() is None
         time.sleep(0.01)
