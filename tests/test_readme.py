@@ -92,7 +92,7 @@ def test_a_page_without_a_place_for_the_table_is_refused():
 
 def test_front_page_is_short():
     """Its text: every new family adds a row to a table."""
-    assert len([line for line in README.splitlines() if not line.startswith("|")]) <= 165
+    assert len([line for line in README.splitlines() if not line.startswith("|")]) <= 162
 
 
 def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second():

@@ -72,13 +72,16 @@ def smallest_of_each_family() -> list[str]:
     ]
 
 
-def families_by_default() -> list[Any]:
-    """The smallest variant of every family by default, all of `representatives` if slow."""
+def families_by_default(large: bool = False) -> list[Any]:
+    """The smallest variant of every family by default, the other `representatives` if slow.
+
+    Those that `by_size` leaves to the slow tier are among them only if `large`.
+    """
     small = set(smallest_of_each_family())
     return [
         pytest.param(p.values[0], marks=[] if p.values[0] in small else [pytest.mark.slow])
         for p in representatives()
-        if not p.marks
+        if large or not p.marks
     ]
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiers import by_size, representatives, shallow, smallest_of_each_family, smallest_size
+from tiers import by_size, families_by_default, representatives, shallow, smallest_size
 
 import backbones
 from backbones.errors import InputSizeError
@@ -15,15 +15,7 @@ EACH = pytest.mark.parametrize("name", by_size())
 # Costly tests run on one variant of each structure; widths and depths do not change the answer.
 STRUCTURES = pytest.mark.parametrize("name", representatives())
 # The costliest run on one variant of each family by default, on the others if slow.
-TRACED = pytest.mark.parametrize(
-    "name",
-    [
-        p
-        if p.marks or p.values[0] in smallest_of_each_family()
-        else pytest.param(*p.values, marks=pytest.mark.slow)
-        for p in representatives()
-    ],
-)
+TRACED = pytest.mark.parametrize("name", families_by_default(large=True))
 
 
 def build(name, **arguments):

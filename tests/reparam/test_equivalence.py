@@ -59,7 +59,10 @@ def assert_close(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
 
 
 def arguments_of(name: str) -> dict[str, object]:
-    """The largest are 5 GB of float64 each; where blocks repeat, two of them show the same."""
+    """What a variant is built with here.
+
+    The largest are 5 GB of float64 each; where blocks repeat, two of them show the same.
+    """
     return {"num_classes": 7, **(shallow(name) if parameters_of(name) > 100e6 else {})}
 
 
