@@ -17,7 +17,7 @@ from backbones.ops.dispatch import (
     reference_active,
     without_autocast,
 )
-from backbones.ops.small_kernel import small_kernel_aggregation
+from backbones.ops.small_kernel import Window, square, window_aggregation
 
 
 def involution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -52,7 +52,7 @@ def involution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         if reference_active():
             out = _reference(maps, taps, k, stride)
         elif stride == 1:
-            out = small_kernel_aggregation(maps, taps)
+            out = window_aggregation(maps, taps, square(k))
         else:
             out = _by_phases(maps, taps, k, stride)
         out = out.unflatten(0, (-1, groups)).flatten(1, 2)  # B C H' W'
@@ -96,24 +96,22 @@ def _by_phases(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
     """Split rows and columns by their remainder; each phase is aggregated at stride 1.
 
     Tap a reads row ``s*i + a - k//2``, which is row ``i + (a - k//2) // s`` of the phase
-    ``(a - k//2) % s``. The kernel of a phase is centered, with zeros where no tap falls.
+    ``(a - k//2) % s``. So the taps of a phase are its window.
     """
     height, width = taps.shape[2:]
     edge = (0, stride * width - maps.shape[3], 0, stride * height - maps.shape[2])
     whole = F.pad(maps, edge)
-    taps = F.pad(taps, (0, 0, 0, 0, 0, 1))  # tap k*k is zero
     out = None
     for row, col in product(range(stride), repeat=2):
         rows, cols = (_taps_of_phase(k, stride, phase) for phase in (row, col))
         if not rows or not cols:
             continue
-        reach = max(map(abs, (*rows, *cols)))
-        places = product(range(-reach, reach + 1), repeat=2)
-        chosen = [k * rows[m] + cols[n] if m in rows and n in cols else k * k for m, n in places]
+        window = Window(*(range(min(places), max(places) + 1) for places in (rows, cols)))
+        chosen = [k * rows[m] + cols[n] for m, n in product(*window)]
         # Axis by axis, as Core ML has no tensors of six.
         phase = whole.unflatten(2, (height, stride))[:, :, :, row]
         phase = phase.unflatten(3, (width, stride))[..., col]
-        term = small_kernel_aggregation(phase, taps[:, chosen])
+        term = window_aggregation(phase, taps[:, chosen], window)
         out = term if out is None else out + term
     assert out is not None  # the center lies in phase 0
     return out

@@ -8,6 +8,7 @@ logits of its sliding windows so, and sums the values by aggregation.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,28 @@ from backbones.ops.dispatch import (
     reference_active,
     without_autocast,
 )
+
+
+class Window(NamedTuple):
+    """Rows and columns of a kernel, as distances from its position; each begins at 0 or before."""
+
+    rows: range
+    cols: range
+
+    def pads(self, width: int) -> tuple[int, int]:
+        """How far the window reaches beyond both ends of a flattened map of such a width."""
+        before = -self.rows.start * width - self.cols.start
+        return before, max(self.rows.stop - 1, 0) * width + max(self.cols.stop - 1, 0)
+
+    def starts(self, width: int) -> Iterator[int]:
+        """Where each tap begins to read the flattened map between its pads."""
+        return (r * width + c for r in range(len(self.rows)) for c in range(len(self.cols)))
+
+
+def square(k: int) -> Window:
+    """The window of a centered kernel, with k odd."""
+    side = range(-(k // 2), k // 2 + 1)
+    return Window(side, side)
 
 
 def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
@@ -48,20 +71,31 @@ def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         InputSizeError: the shapes do not fit each other, or k is no odd integer.
     """
-    whole = weight.unsqueeze(1) if weight.ndim == 4 else weight
-    k = _check(x, whole)
+    k = _check(x, weight.unsqueeze(1) if weight.ndim == 4 else weight)
     dtype = at_least_float32(x, weight)
     with without_autocast(x):
-        if is_recorded() and not reference_active():
-            return _recorded(x.to(dtype), weight.to(dtype), k).to(x.dtype)
-        weight = whole
-        if reference_active():
-            out = _reference(x.to(dtype), weight.to(dtype), k)
-        elif _is_differentiated(x, weight) or is_transformed(x, weight):
-            out = _SmallKernel.apply(x.to(dtype), weight.to(dtype), k)
-        else:  # on small maps the autograd function itself would cost a third of the time
-            out = _eager(x.to(dtype), weight.to(dtype), k)
-        return out.to(x.dtype)
+        return window_aggregation(x.to(dtype), weight.to(dtype), square(k)).to(x.dtype)
+
+
+def window_aggregation(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """:func:`small_kernel_aggregation` with a window for a kernel.
+
+    Args:
+        x: (B, C, H, W), float32 or wider, where autocast is off.
+        weight: (B, wc, K, H, W) or (B, K, H, W), of `x`'s type, K being the window's rows times
+            columns.
+        window: the K places that a position reads, row by row.
+    """
+    if is_recorded() and not reference_active():
+        return _recorded(x, weight, window)
+    weight = weight.unsqueeze(1) if weight.ndim == 4 else weight
+    if reference_active():
+        return _reference(x, weight, window)
+    if _is_differentiated(x, weight) or is_transformed(x, weight):
+        out: Tensor = _SmallKernel.apply(x, weight, window)
+        return out
+    # On small maps the autograd function itself would cost a third of the time.
+    return _eager(x, weight, window)
 
 
 def small_kernel_correlation(query: Tensor, key: Tensor, kernel_size: int) -> Tensor:
@@ -89,17 +123,17 @@ def small_kernel_correlation(query: Tensor, key: Tensor, kernel_size: int) -> Te
             "small_kernel_correlation takes query and key (B, C, H, W) and an odd kernel size, "
             f"not {tuple(query.shape)}, {tuple(key.shape)} and {kernel_size}"
         )
-    dtype = at_least_float32(query, key)
+    dtype, window = at_least_float32(query, key), square(kernel_size)
     with without_autocast(query):
         q, k = query.to(dtype), key.to(dtype)
         if reference_active():
-            out = _correlation_reference(q, k, kernel_size)
+            out = _correlation_reference(q, k, window)
         elif is_recorded():
-            out = _correlation_recorded(q, k, kernel_size)
+            out = _correlation_recorded(q, k, window)
         elif _is_differentiated(query, key) or is_transformed(query, key):
-            out = _SmallKernelCorrelation.apply(q, k, kernel_size)
+            out = _SmallKernelCorrelation.apply(q, k, window)
         else:
-            out = _correlation_eager(q, k, kernel_size)
+            out = _correlation_eager(q, k, window)
         return out.to(query.dtype)
 
 
@@ -132,50 +166,55 @@ def _check(x: Tensor, weight: Tensor) -> int:
     return k
 
 
-def _reference(x: Tensor, weight: Tensor, k: int) -> Tensor:
-    groups = weight.shape[1]
-    patches = F.unfold(x, k, padding=k // 2)
-    patches = patches.view(x.shape[0], x.shape[1] // groups, groups, k * k, *x.shape[2:])
-    return (patches * weight.unsqueeze(1)).sum(3).view(x.shape)
+def _reference(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    patches = _patches(x, window).unflatten(1, (-1, weight.shape[1]))  # B C/wc wc K H W
+    return (patches * weight.unsqueeze(1)).sum(3).flatten(1, 2)
 
 
-def _recorded(x: Tensor, weight: Tensor, k: int) -> Tensor:
+def _patches(x: Tensor, window: Window) -> Tensor:
+    """What each position reads, (B, C, K, H, W)."""
+    rows, cols = window
+    padded = F.pad(x, (-cols.start, cols.stop - 1, -rows.start, rows.stop - 1))
+    patches = F.unfold(padded, (len(rows), len(cols)))
+    return patches.unflatten(1, (x.shape[1], -1)).unflatten(3, x.shape[2:])
+
+
+def _recorded(x: Tensor, weight: Tensor, window: Window) -> Tensor:
     """The eager path in operations that graphs have; height and width may be symbolic."""
-    (height, width), edge = x.shape[2:], k // 2 * (x.shape[3] + 1)
+    height, width = x.shape[2:]
     grouped = weight.ndim == 5  # else no more than four axes, as many as ncnn has
-    taps = (weight * _inside_recorded(x, k)).flatten(weight.ndim - 2)
+    taps = (weight * _inside_recorded(x, window)).flatten(weight.ndim - 2)
     taps = taps.transpose(1, 2) if grouped else taps  # (B, K, wc, H*W) or (B, K, H*W)
-    flat = F.pad(x.flatten(2), (edge, edge))
+    flat = F.pad(x.flatten(2), window.pads(width))
     flat = flat.unflatten(1, (-1, weight.shape[1])) if grouped else flat
     out = None
-    for tap, part in enumerate(taps.split(1, 1)):  # one operation, where `taps[:, tap]` is several
-        row, col = divmod(tap, k)
-        start = row * width + col
+    # One operation splits all taps, where `taps[:, tap]` is several of each.
+    for start, part in zip(window.starts(width), taps.split(1, 1), strict=True):
         term = flat[..., start : start + height * width] * part
         out = term if out is None else out + term
-    assert out is not None  # k >= 1
+    assert out is not None  # a window has a tap
     return (out.flatten(1, 2) if grouped else out).view_as(x)
 
 
-def _inside_recorded(x: Tensor, k: int) -> Tensor:
+def _inside_recorded(x: Tensor, window: Window) -> Tensor:
     """:func:`_inside` for a map `x` as operations, in its type."""
-    (height, width), pad = x.shape[2:], k // 2
-    columns = (
-        torch.arange(width, device=x.device) + torch.arange(-pad, pad + 1, device=x.device)[:, None]
-    )
+    (height, width), (rows, cols) = x.shape[2:], window
+    places = torch.arange(cols.start, cols.stop, device=x.device)[:, None]
+    columns = torch.arange(width, device=x.device) + places
     # (column of the kernel, column of the map); Core ML's converter knows no `&`
     inside = torch.logical_and(columns >= 0, columns < width)
-    return inside.to(x.dtype)[None, :, None].expand(k, k, height, width).flatten(0, 1)
+    inside = inside.to(x.dtype)[None, :, None].expand(len(rows), len(cols), height, width)
+    return inside.flatten(0, 1)
 
 
-def _eager(x: Tensor, weight: Tensor, k: int) -> Tensor:
+def _eager(x: Tensor, weight: Tensor, window: Window) -> Tensor:
     """One multiply-add per tap on the flattened map.
 
     There a tap is an offset, and its products run over whole maps instead of rows. An offset wraps
     around at the left and right border; at these positions the weight is set to zero.
     """
-    flat, taps = _flatten(x, weight, k)
-    views = _shifted(flat, x.shape[3], k)
+    flat, taps = _flatten(x, weight, window)
+    views = _shifted(flat, x, window)
     out = torch.mul(next(views), taps[0])
     for shifted, tap in zip(views, taps[1:], strict=True):
         out.addcmul_(shifted, tap)
@@ -188,63 +227,61 @@ class _SmallKernel(Bilinear):
     recorded = staticmethod(_recorded)
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, k: int) -> Tensor:
-        return _eager(x, weight, k)
+    def forward(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+        return _eager(x, weight, window)
 
     @staticmethod
     def gradients(
-        x: Tensor, weight: Tensor, k: int, grad: Tensor, needed: tuple[bool, ...]
+        x: Tensor, weight: Tensor, window: Window, grad: Tensor, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         shape, groups = x.shape, weight.shape[1]
-        flat, taps = _flatten(x, weight, k)
+        flat, taps = _flatten(x, weight, window)
         grad_out = grad.contiguous().view(shape[0], -1, groups, shape[2] * shape[3])
         grad_x = grad_weight = None
         if needed[0]:
             grad_flat = torch.zeros_like(flat)
-            for shifted, tap in zip(_shifted(grad_flat, shape[3], k), taps, strict=True):
+            for shifted, tap in zip(_shifted(grad_flat, x, window), taps, strict=True):
                 shifted.addcmul_(grad_out, tap)
-            edge = k // 2 * (shape[3] + 1)
-            inner = grad_flat[..., edge : edge + shape[2] * shape[3]]
+            before, _ = window.pads(shape[3])
+            inner = grad_flat[..., before : before + shape[2] * shape[3]]
             grad_x = in_layout_of(x, inner.reshape(shape))
         if needed[1]:
-            by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, shape[3], k)]
+            by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, x, window)]
             grad_weight = torch.stack(by_tap, 2).view(weight.shape)
-            _zero_wrapped(grad_weight, k)
+            _zero_wrapped(grad_weight, window)
         return grad_x, grad_weight
 
 
-def _correlation_reference(query: Tensor, key: Tensor, k: int) -> Tensor:
-    patches = F.unfold(key, k, padding=k // 2).view(*key.shape[:2], k * k, *key.shape[2:])
-    return (patches * query.unsqueeze(2)).sum(1)
+def _correlation_reference(query: Tensor, key: Tensor, window: Window) -> Tensor:
+    return (_patches(key, window) * query.unsqueeze(2)).sum(1)
 
 
-def _correlation_recorded(query: Tensor, key: Tensor, k: int) -> Tensor:
+def _correlation_recorded(query: Tensor, key: Tensor, window: Window) -> Tensor:
     """The eager path in operations that graphs have; height and width may be symbolic."""
     height, width = key.shape[2:]
-    edge, size = k // 2 * (width + 1), height * width
-    maps, flat = query.flatten(2), F.pad(key.flatten(2), (edge, edge))
-    starts = [row * width + col for row in range(k) for col in range(k)]
-    by_tap = [(maps * flat[..., start : start + size]).sum(1) for start in starts]
+    maps, flat = query.flatten(2), F.pad(key.flatten(2), window.pads(width))
+    starts = list(window.starts(width))
+    by_tap = [(maps * flat[..., start : start + height * width]).sum(1) for start in starts]
     out = torch.stack(by_tap, 1).unflatten(2, (height, width))
-    return out * _inside_recorded(query, k)
+    return out * _inside_recorded(query, window)
 
 
-def _correlation_eager(query: Tensor, key: Tensor, k: int) -> Tensor:
+def _correlation_eager(query: Tensor, key: Tensor, window: Window) -> Tensor:
     """One multiply-add per channel, of all taps at once, on the flattened map.
 
     As in :func:`_eager`, what wraps around is set to zero.
     """
     batch, channels, height, width = query.shape
-    edge = k // 2 * (width + 1)
-    maps = query.contiguous().view(batch, channels, 1, 1, height * width)
-    flat = F.pad(key.contiguous().view(batch, channels, height * width), (edge, edge))
-    shape, stride = (*maps.shape[:2], k, k, height * width), flat.stride()
+    size, sides = height * width, (len(window.rows), len(window.cols))
+    maps = query.contiguous().view(batch, channels, 1, 1, size)
+    flat = F.pad(key.contiguous().view(batch, channels, size), window.pads(width))
+    shape, stride = (batch, channels, *sides, size), flat.stride()
     windows = flat.as_strided(shape, (*stride[:2], width, 1, 1))  # (B, C, row, column, H*W)
-    out = query.new_zeros(batch, k, k, height * width)
+    out = query.new_zeros(batch, *sides, size)
     for channel in range(channels):
         out.addcmul_(windows[:, channel], maps[:, channel])
-    out = out.view(batch, k * k, height, width)
-    _zero_wrapped(out.unsqueeze(1), k)
+    out = out.view(batch, -1, height, width)
+    _zero_wrapped(out.unsqueeze(1), window)
     return out
 
 
@@ -254,60 +291,56 @@ class _SmallKernelCorrelation(Bilinear):
     recorded = staticmethod(_correlation_recorded)
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, k: int) -> Tensor:
-        return _correlation_eager(query, key, k)
+    def forward(query: Tensor, key: Tensor, window: Window) -> Tensor:
+        return _correlation_eager(query, key, window)
 
     @staticmethod
     def gradients(
-        query: Tensor, key: Tensor, k: int, grad: Tensor, needed: tuple[bool, ...]
+        query: Tensor, key: Tensor, window: Window, grad: Tensor, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         weight = grad.unsqueeze(1)
-        of_query = _eager(key, weight, k) if needed[0] else None
-        of_key, _ = _SmallKernel.gradients(key, weight, k, query, (needed[1], False))
+        of_query = _eager(key, weight, window) if needed[0] else None
+        of_key, _ = _SmallKernel.gradients(key, weight, window, query, (needed[1], False))
         return of_query, of_key
 
 
-def _flatten(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The map as (B, C/wc, wc, e + H*W + e) with zero ends; per tap (B, 1, wc, H*W) weights."""
+def _flatten(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The map as (B, C/wc, wc, H*W and its pads); per tap (B, 1, wc, H*W) weights."""
     batch, channels, height, width = x.shape
     groups, size = weight.shape[1], height * width
-    edge = k // 2 * (width + 1)
     if weight.device.type == "cpu":
-        inside = torch.from_numpy(_inside(k, height, width, weight.dtype == torch.float32))
+        inside = torch.from_numpy(_inside(window, height, width, weight.dtype == torch.float32))
         masked = weight.contiguous() * inside
     else:  # a table would have to be sent there
         masked = weight.clone(memory_format=torch.contiguous_format)
-        _zero_wrapped(masked, k)
+        _zero_wrapped(masked, window)
     # Of four axes, padding would keep the layout that a map of one position seems to have.
-    flat = F.pad(x.contiguous().view(batch, channels, size), (edge, edge))
-    taps = masked.view(batch, 1, groups, k * k, size).unbind(3)
+    flat = F.pad(x.contiguous().view(batch, channels, size), window.pads(width))
+    taps = masked.view(batch, 1, groups, -1, size).unbind(3)
     return flat.view(batch, channels // groups, groups, -1), taps
 
 
-def _shifted(flat: Tensor, width: int, k: int) -> Iterator[Tensor]:
-    """Views (B, C/wc, wc, H*W) of the flattened map, one a tap."""
-    length = flat.shape[3] - 2 * (k // 2) * (width + 1)
-    shape, stride = (*flat.shape[:3], length), flat.stride()
-    for row in range(0, k * width, width):
-        for col in range(k):
-            yield flat.as_strided(shape, stride, row + col)
+def _shifted(flat: Tensor, x: Tensor, window: Window) -> Iterator[Tensor]:
+    """Views (B, C/wc, wc, H*W) of the flattened map of `x`, one a tap."""
+    height, width = x.shape[2:]
+    shape, stride = (*flat.shape[:3], height * width), flat.stride()
+    for start in window.starts(width):
+        yield flat.as_strided(shape, stride, start)
 
 
 @lru_cache(maxsize=64)
-def _inside(k: int, height: int, width: int, single: bool) -> npt.NDArray[np.floating]:
-    """1 where a tap's column lies inside the map, else 0, (k*k, H, W); float32 if `single`."""
-    column = np.arange(width) + np.arange(-(k // 2), k // 2 + 1)[:, None]
+def _inside(window: Window, height: int, width: int, single: bool) -> npt.NDArray[np.floating]:
+    """1 where a tap's column lies inside the map, else 0, (K, H, W); float32 if `single`."""
+    column = np.arange(width) + np.arange(window.cols.start, window.cols.stop)[:, None]
     inside = ((column >= 0) & (column < width)).astype(np.float32 if single else np.float64)
-    return np.tile(inside[:, None], (k, height, 1)).reshape(k * k, height, width)
+    inside = np.tile(inside[:, None], (len(window.rows), height, 1))
+    return inside.reshape(-1, height, width)
 
 
-def _zero_wrapped(weight: Tensor, k: int) -> None:
+def _zero_wrapped(weight: Tensor, window: Window) -> None:
     """Zero, in place, the weights whose column lies outside the map, left and right."""
-    batch, channels, _, height, width = weight.shape
-    size = height * width
-    for col in range(k // 2):  # the kernel's column; its mirror image is k - 1 - col
-        for j in range(min(k // 2 - col, width)):
-            # The second axis steps from (col, j) to (k - 1 - col, width - 1 - j).
-            step = (k - 1 - 2 * col) * size + width - 1 - 2 * j
-            shape, stride = (batch * channels * k, 2, height), (k * size, step, width)
-            weight.as_strided(shape, stride, col * size + j).zero_()
+    by_col = weight.unflatten(2, (-1, len(window.cols)))
+    for place, col in enumerate(window.cols):
+        if col:
+            out = slice(None, -col) if col < 0 else slice(max(weight.shape[4] - col, 0), None)
+            by_col[:, :, :, place, :, out].zero_()
