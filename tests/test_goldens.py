@@ -17,7 +17,6 @@ SPECIAL = ("_dense", "_custom", "convnext_dcls", "_deploy", "_reparam")
 RENAMED = {"inception_next_base_384": "inception_next_base"}
 # Large depthwise kernels, for which gradients in float64 take minutes, and longer in NCHW.
 LARGE_KERNELS = ("smpnet",)
-DEFAULT_PIXELS = 224 * 224 * 2
 # Parameters that the authors' count has and ours, without auxiliary heads, has not.
 AUTHORS_EXTRA = {"overlock": ("aux_head.",), "uniformer": ("norm_cls.", "head_cls.")}
 

@@ -53,13 +53,14 @@ def test_a_file_of_ours_says_all_itself(name, deploy, tmp_path):
 
 @SMALLEST
 def test_a_file_of_others_takes_a_name_and_tells_its_sizes(name, tmp_path):
-    model = randomize(backbones.create_model(name, num_classes=7, in_chans=4)).eval()
+    fewer = shallow(name)
+    model = randomize(backbones.create_model(name, num_classes=7, in_chans=4, **fewer)).eval()
     wrapped = {"model": {f"module.{key}": value for key, value in model.state_dict().items()}}
     torch.save(wrapped, tmp_path / "m.pth")
-    loaded = backbones.load_model(tmp_path / "m.pth", name)
+    loaded = backbones.load_model(tmp_path / "m.pth", name, **fewer)
     assert (loaded.num_classes, loaded.in_chans, loaded.training) == (7, 4, False)
     assert torch.equal(logits(loaded), logits(model))
-    merged = backbones.load_model(tmp_path / "m.pth", name, deploy=True)
+    merged = backbones.load_model(tmp_path / "m.pth", name, deploy=True, **fewer)
     assert merged.deployed
     assert torch.allclose(logits(merged), logits(model), atol=1e-3)
 

@@ -261,9 +261,8 @@ def test_outside_of_the_repository(tmp_path):
     (tmp_path / "use.py").write_text(PLUGIN + USE)
     used = run(tmp_path, str(tmp_path / "use.py"))
     assert used.stdout.endswith(f"used from {ROOT}\n"), used.stderr
-    command = "-m pytest -q -n0 -p toynet_plugin tests/contract -k toynet_t".split()
-    contract = run(tmp_path, *command)
+    command = "-m pytest -q -n0 -p toynet_plugin tests/contract/test_structure.py -k toynet_t"
+    contract = run(tmp_path, *command.split())
     assert contract.returncode == 0, contract.stdout[-3000:]
     passed = int(contract.stdout.splitlines()[-1].split()[0])
-    per_variant = 30
-    assert passed >= 2 * per_variant - 12  # costly tests run once, as the two differ in structure
+    assert passed >= 2 * 9

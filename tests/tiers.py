@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from torch.overrides import TorchFunctionMode
 
 import backbones
 from backbones.manifest import load_manifest
@@ -17,12 +18,26 @@ from backbones.schema import constructor_hints
 
 GOLDEN_LIMIT = 16e6  # parameters of the models whose golden files are compared by default
 DEFAULT_LIMIT = 10e6  # of other variants than the smallest of their family
+INITIALIZERS = frozenset(
+    "kaiming_uniform_ uniform_ normal_ constant_ erfinv_ mul_ add_ clamp_ fill_ zero_".split()
+)
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Models on the meta device have no values; initializing them takes half of building them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        target = args[0] if args else (kwargs or {}).get("tensor")
+        if function.__name__ in INITIALIZERS and getattr(target, "is_meta", False):
+            return target
+        return function(*args, **(kwargs or {}))
 
 
 @cache
 def parameters_of(name: str) -> int:
     variant = registry.variants[name]
-    model = registry.classes[variant.family](**variant.arguments, device="meta")
+    with WithoutInitialization():
+        model = registry.classes[variant.family](**variant.arguments, device="meta")
     return sum(p.numel() for p in model.parameters())
 
 

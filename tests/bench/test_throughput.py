@@ -49,6 +49,7 @@ def test_the_fastest_comes_first(report):
     assert report.input_size == SIZE
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_chosen_where_none_is_given(tiny):
     one = {"engines": ["onnxruntime"], "precisions": ["fp32"], "threads": 1}
     row = throughput(tiny, **one, input_size=SIZE, seconds=0.2).best

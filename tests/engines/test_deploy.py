@@ -94,7 +94,7 @@ def refuse_to_make(monkeypatch):
     monkeypatch.setattr(requesting, "reparameterized_copy", refuse)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_model_from_the_cache_is_neither_merged_nor_measured(
     model, engine, precision, tmp_path, monkeypatch

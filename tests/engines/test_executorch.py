@@ -150,6 +150,7 @@ def test_a_program_for_one_number_of_images_takes_any(images, tmp_path):
         torch.testing.assert_close(runner(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_deploy_lowers_for_its_number_of_images(tmp_path):
     model = small()
     options = {"engine": "executorch", "batch_size": 2, "input_size": (3, 64, 64)}

@@ -186,6 +186,7 @@ def test_photographs_keep_one_size(tmp_path):
     assert open_exported(report.path).shape == (None, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     saved = str(backbones.save_checkpoint(small(), tmp_path / "m.safetensors"))
     options = ["--img-size", "64", "--dynamic", *FREE, "--max-size", "96", "--json"]

@@ -84,7 +84,8 @@ def test_every_family_leaves_in_every_format(name, format, arguments, tmp_path):
     "name",
     [
         pytest.param(
-            name, marks=[] if name in LIGHT | {"lsnet_t", "overlock_xt"} else [pytest.mark.slow]
+            name,
+            marks=[] if name in ("convnext_atto", "lsnet_t", "overlock_xt") else [pytest.mark.slow],
         )
         for name in [*smallest_of_each_family(), "hornet_tiny_gf"]
     ],

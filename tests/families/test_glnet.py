@@ -117,6 +117,7 @@ def test_slots_of_maps_whose_squares_overflow(dtype):
     assert torch.nn.functional.cosine_similarity(found.float(), expected).min() > 0.98
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_height_and_width_stay_free_where_slots_are_learned(tmp_path):
     pytest.importorskip("onnxruntime")

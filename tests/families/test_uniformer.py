@@ -240,7 +240,7 @@ def test_of_equal_scores_the_first_are_chosen():
     assert [sorted(row) for row in index.tolist()] == [[0, 1, 2], [0, 1, 4], [0, 1, 6]]
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".xml", marks=pytest.mark.slow)])
 def test_a_fresh_light_form_leaves_for_engines(suffix, tmp_path):
     """Its class token is zeros, so that it finds all tokens equally good."""
     pytest.importorskip("openvino" if suffix == ".xml" else "onnxruntime")

@@ -205,18 +205,21 @@ def test_half_types_keep_their_type(name):
 
 
 @pytest.mark.parametrize("name", families_by_default())
+@pytest.mark.parametrize("way", ["compile", pytest.param("export", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_the_deploy_form_compiles_and_exports(name):
+def test_the_deploy_form_compiles_and_exports(name, way):
+    """Exported by default as well, on the way to ONNX (tests/smoke)."""
     model = backbones.create_model(name, **shallow(name, blocks=1), num_classes=3, deploy=True)
     side = smallest_size(model)
     x = torch.randn(3, 3, side, side)
+    if way == "export":
+        dimensions = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        traced = torch.export.export(model, (x[:2],), dynamic_shapes=dimensions).module()
+    else:
+        torch.compiler.reset()
+        traced = torch.compile(model, fullgraph=True, backend="eager")
     expected = model(x)
-    dimensions = ({0: torch.export.Dim("batch", min=1, max=64)},)
-    exported = torch.export.export(model, (x[:2],), dynamic_shapes=dimensions).module()
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for function in (exported, compiled):
-        assert (function(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (traced(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "inception_next_atto"])

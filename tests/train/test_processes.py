@@ -81,6 +81,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
     assert abs(half.epochs[-1].train_loss - one.epochs[-1].train_loss) > 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_with_batchnorm_average_and_resume(options, tmp_path):
     common = {**options, "model": "inception_next_atto", "model_kwargs": SMALL_AS_TEXT}
     common |= {"batch_size": 8, "model_ema": True, "device": "cpu"}

@@ -15,7 +15,6 @@ import timm
 import torch
 from golden import FOLDER, Golden
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from backbones.registry import registry
 from backbones.weights import map_checkpoint
@@ -59,9 +58,6 @@ NAMED_BY = {
 }
 # Whose authors number blocks through, over what are stages here.
 COUNTED_THROUGH = ("patchconvnet",)
-INITIALIZERS = frozenset(
-    "kaiming_uniform_ uniform_ normal_ constant_ erfinv_ mul_ add_ clamp_ fill_ zero_".split()
-)
 MANY = 4000  # entries
 COUNTERS = "num_batches_tracked"
 # What the authors call as we do, of variants without a golden.
@@ -69,16 +65,6 @@ NAMED_ALIKE = re.compile(r"\.init_slots$")
 # What our models have another entry for, or none.
 DERIVED = (".dwconv.P", ".filter", ".kernel_coord")
 SHARED_POSITIONS = re.compile(r"^(stages\.\d+)\.positions$")
-
-
-class WithoutInitialization(TorchFunctionMode):
-    """Models on the meta device have no values; initializing them takes half of building them."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        target = args[0] if args else (kwargs or {}).get("tensor")
-        if function.__name__ in INITIALIZERS and getattr(target, "is_meta", False):
-            return target
-        return function(*args, **(kwargs or {}))
 
 
 def released(

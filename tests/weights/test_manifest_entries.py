@@ -15,14 +15,13 @@ import timm.data
 import torch
 from golden import FOLDER, Golden, variant_of
 from released_keys import (
-    WithoutInitialization,
     from_siblings,
     golden_shapes,
     merge_branches,
     released,
     siblings,
 )
-from tiers import families_in_manifest, smallest_of_each_family
+from tiers import WithoutInitialization, families_in_manifest, smallest_of_each_family
 
 import backbones
 from backbones.config import data_folder, read_yaml
