@@ -5,6 +5,7 @@ member of every family is measured, at 224 pixels:
 
     python scripts/measure_executorch.py --threads 1
     python scripts/measure_executorch.py --threads 1 cpubone_nano convnext_atto
+    python scripts/measure_executorch.py --shares  # with height and width free, one block a stage
 """
 
 import argparse
@@ -45,6 +46,21 @@ def row(name: str, size: int, threads: int, int8: bool) -> str:
     return "| " + " | ".join(rows) + " |"
 
 
+def shares(name: str) -> str:
+    """Lower a model of one block a stage for all sizes, and return its row of what XNNPACK runs."""
+    torch.manual_seed(0)
+    depths = backbones.create_model(name, device="meta").arguments["depths"]
+    fewer = {"depths": [min(depth, 1) for depth in depths]}
+    model = backbones.create_model(name, **fewer, deploy=True).eval()
+    found = []
+    with TemporaryDirectory() as folder:
+        for free in (("batch", "height", "width"), ("height", "width")):
+            path = Path(folder, "m.pte")
+            report = export(model, path, input_size=(3, 64, 64), dynamic=free, verify=False)
+            found.append(f"{report.notes['delegated_share']:.3f}")
+    return f"| `{name}` | " + " | ".join(found) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -53,17 +69,24 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--int8", action="store_true", help="also measure int8")
+    parser.add_argument("--shares", action="store_true", help="of what XNNPACK runs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(
-        f"{processor()}, {args.threads} threads, {args.img_size} pixels, medians in ms", flush=True
-    )
-    head = ["model", "delegated", "ONNX Runtime", "ExecuTorch", "ratio"]
-    head += ["int8", "ratio"] if args.int8 else []
+    if args.shares:
+        head = ["all sizes free, one block a stage", "delegated", "with `--batch 1`"]
+        measure = shares
+    else:
+        print(
+            f"{processor()}, {args.threads} threads, {args.img_size} pixels, medians in ms",
+            flush=True,
+        )
+        head = ["model", "delegated", "ONNX Runtime", "ExecuTorch", "ratio"]
+        head += ["int8", "ratio"] if args.int8 else []
+        measure = partial(row, size=args.img_size, threads=args.threads, int8=args.int8)
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
     for name in args.models or smallest_members():
         try:
-            print(row(name, args.img_size, args.threads, args.int8), flush=True)
+            print(measure(name), flush=True)
         except BackbonesError as error:
             print(f"| `{name}` | {error} |", flush=True)
 

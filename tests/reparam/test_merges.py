@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from types import ModuleType
@@ -383,36 +384,42 @@ def matches(row: Row, names: dict[int, str], args: tuple[Any, ...]) -> bool:
     return any(re.search(row.where, names.get(id(arg), "")) for arg in args)
 
 
-def reparameterized(row: Row, monkeypatch: pytest.MonkeyPatch, skip: bool) -> tuple[Any, int]:
-    """Re-parameterize the row's model, with or without the rule at the row's places."""
-    model = make(row.model, row.depths)
+def reparameterized(
+    rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch, skip: bool
+) -> tuple[Any, dict[Row, int]]:
+    """Re-parameterize the model of the rows; return it, and how often each row's merge was made.
+
+    If `skip`, the rules are skipped at the rows' places.
+    """
+    model = make(rows[0].model, rows[0].depths)
     alive = [*model.named_modules()]  # or else a new layer may get the number of one that went
     names = {id(module): name for name, module in alive if name}
-    module_name, _, path = row.target.partition(":")
-    owner: Any = importlib.import_module(module_name)
-    *parents, attribute = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    original, made = getattr(owner, attribute), 0
+    made = dict.fromkeys(rows, 0)
 
-    def rule(*args: Any, **options: Any) -> Any:
-        nonlocal made
-        before = Counter() if merge_counter is None else Counter(merge_counter)
-        if not matches(row, names, args):
-            return original(*args, **options)
-        if skip:
-            return None if row.skipped is None else args[row.skipped]
-        result = original(*args, **options)
-        changed = merge_counter is not None and Counter(merge_counter) != before
-        made += changed or row.target.endswith("kernel_from_points")
-        return result
+    def watched(original: Any, rows: list[Row]) -> Any:
+        def rule(*args: Any, **options: Any) -> Any:
+            before = Counter() if merge_counter is None else Counter(merge_counter)
+            met = [row for row in rows if matches(row, names, args)]
+            if skip and met:
+                return None if met[0].skipped is None else args[met[0].skipped]
+            result = original(*args, **options)
+            changed = merge_counter is not None and Counter(merge_counter) != before
+            for row in met:
+                made[row] += changed or row.target.endswith("kernel_from_points")
+            return result
+
+        return rule
 
     with monkeypatch.context() as patch, merge.recorded() as merge_counter:
-        patch.setattr(owner, attribute, rule)
-        if owner is merge:  # its own modules call each other's rules, not the package's
-            for module in merge_modules():
-                if attribute in vars(module):
-                    patch.setattr(module, attribute, rule)
+        for target in {row.target: None for row in rows}:
+            owner, attribute = owner_of(target)
+            original = getattr(owner, attribute)
+            rule = watched(original, [row for row in rows if row.target == target])
+            patch.setattr(owner, attribute, rule)
+            if owner is merge:  # its own modules call each other's rules, not the package's
+                for module in merge_modules():
+                    if attribute in vars(module):
+                        patch.setattr(module, attribute, rule)
         try:
             for _, child in model.named_children():
                 walk(child)
@@ -420,6 +427,16 @@ def reparameterized(row: Row, monkeypatch: pytest.MonkeyPatch, skip: bool) -> tu
             if not skip:
                 raise
     return model, made
+
+
+def owner_of(target: str) -> tuple[Any, str]:
+    """Return the module or class that holds a rule, and the rule's name there."""
+    module_name, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, attribute
 
 
 def merge_modules() -> list[ModuleType]:
@@ -434,12 +451,21 @@ def walk(module: nn.Module) -> None:
         walk(child)
 
 
+@pytest.fixture(scope="module")
+def counted() -> dict[tuple[str, Any], dict[Row, int]]:
+    """How often merges were made, by model and depths: once for all rows of a model."""
+    return {}
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model}: {row.what}")
-def test_every_merge_is_made(row, monkeypatch):
-    _, made = reparameterized(row, monkeypatch, skip=False)
-    assert made == row.count
-    skipped, _ = reparameterized(row, monkeypatch, skip=True)
-    assert not same(_measured(row.model, row.depths), measure(skipped))
+def test_every_merge_is_made(row, counted, monkeypatch):
+    of_model = (row.model, row.depths)
+    if of_model not in counted:
+        rows = [one for one in ROWS if (one.model, one.depths) == of_model]
+        counted[of_model] = reparameterized(rows, monkeypatch, skip=False)[1]
+    assert counted[of_model][row] == row.count
+    skipped, _ = reparameterized([row], monkeypatch, skip=True)
+    assert not same(_measured(*of_model), measure(skipped))
 
 
 @dataclass(frozen=True)
