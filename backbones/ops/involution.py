@@ -4,9 +4,6 @@ Source: "Involution: Inverting the Inherence of Convolution for Visual Recogniti
 2021, arXiv 2103.06255), section 3, equations 4 and 6.
 """
 
-from itertools import product
-
-import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.errors import InputSizeError
@@ -14,10 +11,9 @@ from backbones.ops.dispatch import (
     at_least_float32,
     fixed,
     in_layout_of,
-    reference_active,
     without_autocast,
 )
-from backbones.ops.small_kernel import Window, square, window_aggregation
+from backbones.ops.small_kernel import Kernel, strided_aggregation
 
 
 def involution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -44,18 +40,9 @@ def involution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
             less than 1.
     """
     k = _check(x, weight, stride)
-    dtype, groups = at_least_float32(x, weight), weight.shape[1]
+    dtype = at_least_float32(x, weight)
     with without_autocast(x):
-        # (B, C, H, W) to (B*G, C/G, H, W): what shares a kernel becomes an image of its own.
-        maps = x.to(dtype).unflatten(1, (groups, -1)).flatten(0, 1)
-        taps = weight.to(dtype).flatten(0, 1)  # B*G K H' W'
-        if reference_active():
-            out = _reference(maps, taps, k, stride)
-        elif stride == 1:
-            out = window_aggregation(maps, taps, square(k))
-        else:
-            out = _by_phases(maps, taps, k, stride)
-        out = out.unflatten(0, (-1, groups)).flatten(1, 2)  # B C H' W'
+        out = strided_aggregation(x.to(dtype), weight.to(dtype), Kernel(k, stride), neighbors=True)
         return in_layout_of(x, out).to(x.dtype)
 
 
@@ -84,40 +71,3 @@ def _check(x: Tensor, weight: Tensor, stride: int) -> int:
             f"involution: {x.shape[1]} channels of x are no multiple of {weight.shape[1]} groups"
         )
     return k
-
-
-def _reference(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
-    patches = F.unfold(maps, k, padding=k // 2, stride=stride)
-    patches = patches.unflatten(1, (-1, k * k)).unflatten(3, taps.shape[2:])  # B*G C/G K H' W'
-    return (patches * taps.unsqueeze(1)).sum(2)
-
-
-def _by_phases(maps: Tensor, taps: Tensor, k: int, stride: int) -> Tensor:
-    """Split rows and columns by their remainder; each phase is aggregated at stride 1.
-
-    Tap a reads row ``s*i + a - k//2``, which is row ``i + (a - k//2) // s`` of the phase
-    ``(a - k//2) % s``. So the taps of a phase are its window.
-    """
-    height, width = taps.shape[2:]
-    edge = (0, stride * width - maps.shape[3], 0, stride * height - maps.shape[2])
-    whole = F.pad(maps, edge)
-    out = None
-    for row, col in product(range(stride), repeat=2):
-        rows, cols = (_taps_of_phase(k, stride, phase) for phase in (row, col))
-        if not rows or not cols:
-            continue
-        window = Window(*(range(min(places), max(places) + 1) for places in (rows, cols)))
-        chosen = [k * rows[m] + cols[n] for m, n in product(*window)]
-        # Axis by axis, as Core ML has no tensors of six.
-        phase = whole.unflatten(2, (height, stride))[:, :, :, row]
-        phase = phase.unflatten(3, (width, stride))[..., col]
-        term = window_aggregation(phase, taps[:, chosen], window)
-        out = term if out is None else out + term
-    assert out is not None  # the center lies in phase 0
-    return out
-
-
-def _taps_of_phase(k: int, stride: int, phase: int) -> dict[int, int]:
-    """The taps of one direction that read a phase, by their distance in it."""
-    offsets = {tap: tap - k // 2 for tap in range(k)}
-    return {at // stride: tap for tap, at in offsets.items() if at % stride == phase}

@@ -29,26 +29,38 @@ from backbones.ops.dispatch import (
 )
 
 
-class Window(NamedTuple):
-    """Rows and columns of a kernel, as distances from its position; each begins at 0 or before."""
+class Kernel(NamedTuple):
+    """k x k taps, k odd, around every `stride`-th position of a map.
 
-    rows: range
-    cols: range
+    The map's rows and columns fall into phases by their remainder, `stride` times `stride` maps of
+    the output's size: tap a reads row ``s*i + a - k//2``, which is row ``i + (a - k//2) // s`` of
+    phase ``(a - k//2) % s``.
+    """
+
+    k: int
+    stride: int = 1
+
+    @property
+    def phases(self) -> int:
+        return self.stride**2
 
     def pads(self, width: int) -> tuple[int, int]:
-        """How far the window reaches beyond both ends of a flattened map of such a width."""
-        before = -self.rows.start * width - self.cols.start
-        return before, max(self.rows.stop - 1, 0) * width + max(self.cols.stop - 1, 0)
+        """How far taps reach beyond both ends of a flattened phase of such a width."""
+        before, after = self.k // 2 + self.stride - 1, self.k // 2
+        return before // self.stride * (width + 1), after // self.stride * (width + 1)
 
-    def starts(self, width: int) -> Iterator[int]:
-        """Where each tap begins to read the flattened map between its pads."""
-        return (r * width + c for r in range(len(self.rows)) for c in range(len(self.cols)))
+    def distances(self) -> tuple[list[int], list[int]]:
+        """Which phase the taps of one direction read, and how far from their own position there."""
+        offsets = range(-(self.k // 2), self.k // 2 + 1)
+        return [at % self.stride for at in offsets], [at // self.stride for at in offsets]
 
-
-def square(k: int) -> Window:
-    """The window of a centered kernel, with k odd."""
-    side = range(-(k // 2), k // 2 + 1)
-    return Window(side, side)
+    def starts(self, width: int) -> Iterator[tuple[int, int]]:
+        """The phase that each tap reads, and where in the flattened phase, with its pads."""
+        phases, distances = self.distances()
+        before, _ = self.pads(width)
+        for row, down in zip(phases, distances):
+            for col, right in zip(phases, distances):
+                yield self.stride * row + col, before + down * width + right
 
 
 def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
@@ -74,28 +86,42 @@ def small_kernel_aggregation(x: Tensor, weight: Tensor) -> Tensor:
     k = _check(x, weight.unsqueeze(1) if weight.ndim == 4 else weight)
     dtype = at_least_float32(x, weight)
     with without_autocast(x):
-        return window_aggregation(x.to(dtype), weight.to(dtype), square(k)).to(x.dtype)
+        return strided_aggregation(x.to(dtype), weight.to(dtype), Kernel(k)).to(x.dtype)
 
 
-def window_aggregation(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """:func:`small_kernel_aggregation` with a window for a kernel.
+def strided_aggregation(
+    x: Tensor, weight: Tensor, kernel: Kernel, neighbors: bool = False
+) -> Tensor:
+    """:func:`small_kernel_aggregation` of the neighborhoods of every `stride`-th position.
 
     Args:
         x: (B, C, H, W), float32 or wider, where autocast is off.
-        weight: (B, wc, K, H, W) or (B, K, H, W), of `x`'s type, K being the window's rows times
-            columns.
-        window: the K places that a position reads, row by row.
+        weight: (B, wc, k*k, H', W') or (B, k*k, H', W') of `x`'s type, with H' and W' the sizes of
+            `x` divided by the stride and rounded up.
+        kernel: k and the stride.
+        neighbors: weights are shared by C/wc neighboring channels.
     """
+    if kernel.stride > 1:
+        (height, width), side = weight.shape[-2:], kernel.stride
+        x = F.pad(x, (0, side * width - x.shape[3], 0, side * height - x.shape[2]))
     if is_recorded() and not reference_active():
-        return _recorded(x, weight, window)
+        return _recorded(_split_map(x, kernel.stride), weight, kernel, neighbors)
+    groups = 0
+    if neighbors:  # what shares a kernel becomes an image of its own
+        groups = weight.shape[1]
+        x = x.unflatten(1, (groups, -1)).flatten(0, 1)  # B*wc C/wc H W
+        weight = weight.flatten(0, 1)  # B*wc K H' W'
     weight = weight.unsqueeze(1) if weight.ndim == 4 else weight
     if reference_active():
-        return _reference(x, weight, window)
-    if _is_differentiated(x, weight) or is_transformed(x, weight):
-        out: Tensor = _SmallKernel.apply(x, weight, window)
-        return out
-    # On small maps the autograd function itself would cost a third of the time.
-    return _eager(x, weight, window)
+        out = _reference(x, weight, kernel)
+    else:
+        if kernel.stride > 1:
+            x = F.pixel_unshuffle(x, kernel.stride)
+        if _is_differentiated(x, weight) or is_transformed(x, weight):
+            out = _SmallKernel.apply(x, weight, kernel)
+        else:  # on small maps the autograd function itself would cost a third of the time
+            out = _eager(x, weight, kernel)
+    return out.unflatten(0, (-1, groups)).flatten(1, 2) if neighbors else out
 
 
 def small_kernel_correlation(query: Tensor, key: Tensor, kernel_size: int) -> Tensor:
@@ -123,17 +149,17 @@ def small_kernel_correlation(query: Tensor, key: Tensor, kernel_size: int) -> Te
             "small_kernel_correlation takes query and key (B, C, H, W) and an odd kernel size, "
             f"not {tuple(query.shape)}, {tuple(key.shape)} and {kernel_size}"
         )
-    dtype, window = at_least_float32(query, key), square(kernel_size)
+    dtype, kernel = at_least_float32(query, key), Kernel(kernel_size)
     with without_autocast(query):
         q, k = query.to(dtype), key.to(dtype)
         if reference_active():
-            out = _correlation_reference(q, k, window)
+            out = _correlation_reference(q, k, kernel)
         elif is_recorded():
-            out = _correlation_recorded(q, k, window)
+            out = _correlation_recorded(q, k, kernel)
         elif _is_differentiated(query, key) or is_transformed(query, key):
-            out = _SmallKernelCorrelation.apply(q, k, window)
+            out = _SmallKernelCorrelation.apply(q, k, kernel)
         else:
-            out = _correlation_eager(q, k, window)
+            out = _correlation_eager(q, k, kernel)
         return out.to(query.dtype)
 
 
@@ -166,122 +192,146 @@ def _check(x: Tensor, weight: Tensor) -> int:
     return k
 
 
-def _reference(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    patches = _patches(x, window).unflatten(1, (-1, weight.shape[1]))  # B C/wc wc K H W
+def _reference(x: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
+    patches = _patches(x, kernel).unflatten(3, weight.shape[3:])
+    patches = patches.unflatten(1, (-1, weight.shape[1]))  # B C/wc wc K H' W'
     return (patches * weight.unsqueeze(1)).sum(3).flatten(1, 2)
 
 
-def _patches(x: Tensor, window: Window) -> Tensor:
-    """What each position reads, (B, C, K, H, W)."""
-    rows, cols = window
-    padded = F.pad(x, (-cols.start, cols.stop - 1, -rows.start, rows.stop - 1))
-    patches = F.unfold(padded, (len(rows), len(cols)))
-    return patches.unflatten(1, (x.shape[1], -1)).unflatten(3, x.shape[2:])
+def _patches(x: Tensor, kernel: Kernel) -> Tensor:
+    """What each position reads, (B, C, K, positions)."""
+    patches = F.unfold(x, kernel.k, padding=kernel.k // 2, stride=kernel.stride)
+    return patches.unflatten(1, (x.shape[1], -1))
 
 
-def _recorded(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+def _split_map(x: Tensor, stride: int) -> list[Tensor]:
+    """Return the phases of a map (B, C, s*H', s*W'), each (B, C, H', W')."""
+    if stride == 1:
+        return [x]
+    rows = x.unflatten(2, (-1, stride))  # axis by axis, as Core ML has no tensors of six
+    halves = [rows[:, :, :, row].unflatten(3, (-1, stride)) for row in range(stride)]
+    return [half[..., col] for half in halves for col in range(stride)]
+
+
+def _recorded(
+    phases: list[Tensor], weight: Tensor, kernel: Kernel, neighbors: bool = False
+) -> Tensor:
     """The eager path in operations that graphs have; height and width may be symbolic."""
+    x = phases[0]
     height, width = x.shape[2:]
     grouped = weight.ndim == 5  # else no more than four axes, as many as ncnn has
-    taps = (weight * _inside_recorded(x, window)).flatten(weight.ndim - 2)
-    taps = taps.transpose(1, 2) if grouped else taps  # (B, K, wc, H*W) or (B, K, H*W)
-    flat = F.pad(x.flatten(2), window.pads(width))
-    flat = flat.unflatten(1, (-1, weight.shape[1])) if grouped else flat
+    taps = (weight * _inside_recorded(x, kernel)).flatten(weight.ndim - 2)
+    if grouped and not neighbors:
+        taps = taps.transpose(1, 2)
+    groups = (weight.shape[1], -1) if neighbors else (-1, weight.shape[1])
+    flat: dict[int, Tensor] = {}
     out = None
-    # One operation splits all taps, where `taps[:, tap]` is several of each.
-    for start, part in zip(window.starts(width), taps.split(1, 1), strict=True):
-        term = flat[..., start : start + height * width] * part
+    # (B, wc, 1, H'*W'), (B, 1, wc, H'*W') or (B, 1, H'*W'): one operation splits all taps, where
+    # `taps[:, tap]` is several of each.
+    parts = taps.split(1, 2 if neighbors else 1)
+    for (phase, start), part in zip(kernel.starts(width), parts, strict=True):
+        if phase not in flat:
+            padded = F.pad(phases[phase].flatten(2), kernel.pads(width))
+            flat[phase] = padded.unflatten(1, groups) if grouped else padded
+        term = flat[phase][..., start : start + height * width] * part
         out = term if out is None else out + term
-    assert out is not None  # a window has a tap
+    assert out is not None  # k >= 1
     return (out.flatten(1, 2) if grouped else out).view_as(x)
 
 
-def _inside_recorded(x: Tensor, window: Window) -> Tensor:
-    """:func:`_inside` for a map `x` as operations, in its type."""
-    (height, width), (rows, cols) = x.shape[2:], window
-    places = torch.arange(cols.start, cols.stop, device=x.device)[:, None]
-    columns = torch.arange(width, device=x.device) + places
+def _inside_recorded(x: Tensor, kernel: Kernel) -> Tensor:
+    """:func:`_inside` for maps as large as `x` as operations, in its type."""
+    (height, width), k = x.shape[2:], kernel.k
+    if kernel.stride == 1:
+        distances = torch.arange(-(k // 2), k // 2 + 1, device=x.device)
+    else:
+        distances = torch.tensor(kernel.distances()[1], device=x.device)
+    columns = torch.arange(width, device=x.device) + distances[:, None]
     # (column of the kernel, column of the map); Core ML's converter knows no `&`
     inside = torch.logical_and(columns >= 0, columns < width)
-    inside = inside.to(x.dtype)[None, :, None].expand(len(rows), len(cols), height, width)
-    return inside.flatten(0, 1)
+    return inside.to(x.dtype)[None, :, None].expand(k, k, height, width).flatten(0, 1)
 
 
-def _eager(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """One multiply-add per tap on the flattened map.
+def _eager(x: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
+    """One multiply-add per tap on flattened maps.
 
     There a tap is an offset, and its products run over whole maps instead of rows. An offset wraps
     around at the left and right border; at these positions the weight is set to zero.
     """
-    flat, taps = _flatten(x, weight, window)
-    views = _shifted(flat, x, window)
+    flat, taps = _flatten(x, weight, kernel)
+    views = _shifted(flat, x, kernel)
     out = torch.mul(next(views), taps[0])
     for shifted, tap in zip(views, taps[1:], strict=True):
         out.addcmul_(shifted, tap)
-    return in_layout_of(x, out.view(x.shape))
+    out = out.view(x.shape[0], -1, *x.shape[2:])
+    return in_layout_of(x, out)
 
 
 class _SmallKernel(Bilinear):
-    """The eager path, forward and backward."""
-
-    recorded = staticmethod(_recorded)
+    """The eager path, forward and backward, of the phases of a map: (B, C*s*s, H', W')."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-        return _eager(x, weight, window)
+    def recorded(x: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
+        phases = x.unflatten(1, (-1, kernel.phases)).unbind(2)
+        return _recorded([*phases], weight, kernel)
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
+        return _eager(x, weight, kernel)
 
     @staticmethod
     def gradients(
-        x: Tensor, weight: Tensor, window: Window, grad: Tensor, needed: tuple[bool, ...]
+        x: Tensor, weight: Tensor, kernel: Kernel, grad: Tensor, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         shape, groups = x.shape, weight.shape[1]
-        flat, taps = _flatten(x, weight, window)
+        flat, taps = _flatten(x, weight, kernel)
         grad_out = grad.contiguous().view(shape[0], -1, groups, shape[2] * shape[3])
         grad_x = grad_weight = None
         if needed[0]:
             grad_flat = torch.zeros_like(flat)
-            for shifted, tap in zip(_shifted(grad_flat, x, window), taps, strict=True):
+            for shifted, tap in zip(_shifted(grad_flat, x, kernel), taps, strict=True):
                 shifted.addcmul_(grad_out, tap)
-            before, _ = window.pads(shape[3])
+            before, _ = kernel.pads(shape[3])
             inner = grad_flat[..., before : before + shape[2] * shape[3]]
             grad_x = in_layout_of(x, inner.reshape(shape))
         if needed[1]:
-            by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, x, window)]
+            by_tap = [(shifted * grad_out).sum(1) for shifted in _shifted(flat, x, kernel)]
             grad_weight = torch.stack(by_tap, 2).view(weight.shape)
-            _zero_wrapped(grad_weight, window)
+            _zero_wrapped(grad_weight, kernel)
         return grad_x, grad_weight
 
 
-def _correlation_reference(query: Tensor, key: Tensor, window: Window) -> Tensor:
-    return (_patches(key, window) * query.unsqueeze(2)).sum(1)
+def _correlation_reference(query: Tensor, key: Tensor, kernel: Kernel) -> Tensor:
+    patches = _patches(key, kernel).unflatten(3, key.shape[2:])  # B C K H W
+    return (patches * query.unsqueeze(2)).sum(1)
 
 
-def _correlation_recorded(query: Tensor, key: Tensor, window: Window) -> Tensor:
+def _correlation_recorded(query: Tensor, key: Tensor, kernel: Kernel) -> Tensor:
     """The eager path in operations that graphs have; height and width may be symbolic."""
     height, width = key.shape[2:]
-    maps, flat = query.flatten(2), F.pad(key.flatten(2), window.pads(width))
-    starts = list(window.starts(width))
+    maps, flat = query.flatten(2), F.pad(key.flatten(2), kernel.pads(width))
+    starts = [start for _, start in kernel.starts(width)]
     by_tap = [(maps * flat[..., start : start + height * width]).sum(1) for start in starts]
     out = torch.stack(by_tap, 1).unflatten(2, (height, width))
-    return out * _inside_recorded(query, window)
+    return out * _inside_recorded(query, kernel)
 
 
-def _correlation_eager(query: Tensor, key: Tensor, window: Window) -> Tensor:
+def _correlation_eager(query: Tensor, key: Tensor, kernel: Kernel) -> Tensor:
     """One multiply-add per channel, of all taps at once, on the flattened map.
 
     As in :func:`_eager`, what wraps around is set to zero.
     """
     batch, channels, height, width = query.shape
-    size, sides = height * width, (len(window.rows), len(window.cols))
+    k, size = kernel.k, height * width
     maps = query.contiguous().view(batch, channels, 1, 1, size)
-    flat = F.pad(key.contiguous().view(batch, channels, size), window.pads(width))
-    shape, stride = (batch, channels, *sides, size), flat.stride()
+    flat = F.pad(key.contiguous().view(batch, channels, size), kernel.pads(width))
+    shape, stride = (batch, channels, k, k, size), flat.stride()
     windows = flat.as_strided(shape, (*stride[:2], width, 1, 1))  # (B, C, row, column, H*W)
-    out = query.new_zeros(batch, *sides, size)
+    out = query.new_zeros(batch, k, k, size)
     for channel in range(channels):
         out.addcmul_(windows[:, channel], maps[:, channel])
-    out = out.view(batch, -1, height, width)
-    _zero_wrapped(out.unsqueeze(1), window)
+    out = out.view(batch, k * k, height, width)
+    _zero_wrapped(out.unsqueeze(1), kernel)
     return out
 
 
@@ -291,56 +341,56 @@ class _SmallKernelCorrelation(Bilinear):
     recorded = staticmethod(_correlation_recorded)
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, window: Window) -> Tensor:
-        return _correlation_eager(query, key, window)
+    def forward(query: Tensor, key: Tensor, kernel: Kernel) -> Tensor:
+        return _correlation_eager(query, key, kernel)
 
     @staticmethod
     def gradients(
-        query: Tensor, key: Tensor, window: Window, grad: Tensor, needed: tuple[bool, ...]
+        query: Tensor, key: Tensor, kernel: Kernel, grad: Tensor, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         weight = grad.unsqueeze(1)
-        of_query = _eager(key, weight, window) if needed[0] else None
-        of_key, _ = _SmallKernel.gradients(key, weight, window, query, (needed[1], False))
+        of_query = _eager(key, weight, kernel) if needed[0] else None
+        of_key, _ = _SmallKernel.gradients(key, weight, kernel, query, (needed[1], False))
         return of_query, of_key
 
 
-def _flatten(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The map as (B, C/wc, wc, H*W and its pads); per tap (B, 1, wc, H*W) weights."""
+def _flatten(x: Tensor, weight: Tensor, kernel: Kernel) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The phases as (B, C/wc, wc, s*s, H'*W' and pads); per tap (B, 1, wc, H'*W') weights."""
     batch, channels, height, width = x.shape
     groups, size = weight.shape[1], height * width
     if weight.device.type == "cpu":
-        inside = torch.from_numpy(_inside(window, height, width, weight.dtype == torch.float32))
+        inside = torch.from_numpy(_inside(kernel, height, width, weight.dtype == torch.float32))
         masked = weight.contiguous() * inside
     else:  # a table would have to be sent there
         masked = weight.clone(memory_format=torch.contiguous_format)
-        _zero_wrapped(masked, window)
+        _zero_wrapped(masked, kernel)
     # Of four axes, padding would keep the layout that a map of one position seems to have.
-    flat = F.pad(x.contiguous().view(batch, channels, size), window.pads(width))
+    flat = F.pad(x.contiguous().view(batch, channels, size), kernel.pads(width))
     taps = masked.view(batch, 1, groups, -1, size).unbind(3)
-    return flat.view(batch, channels // groups, groups, -1), taps
+    return flat.view(batch, -1, groups, kernel.phases, flat.shape[2]), taps
 
 
-def _shifted(flat: Tensor, x: Tensor, window: Window) -> Iterator[Tensor]:
-    """Views (B, C/wc, wc, H*W) of the flattened map of `x`, one a tap."""
+def _shifted(flat: Tensor, x: Tensor, kernel: Kernel) -> Iterator[Tensor]:
+    """Views (B, C/wc, wc, H'*W') of the flattened phases, which are as large as `x`, one a tap."""
     height, width = x.shape[2:]
     shape, stride = (*flat.shape[:3], height * width), flat.stride()
-    for start in window.starts(width):
-        yield flat.as_strided(shape, stride, start)
+    for phase, start in kernel.starts(width):
+        yield flat.as_strided(shape, (*stride[:3], 1), phase * stride[3] + start)
 
 
 @lru_cache(maxsize=64)
-def _inside(window: Window, height: int, width: int, single: bool) -> npt.NDArray[np.floating]:
-    """1 where a tap's column lies inside the map, else 0, (K, H, W); float32 if `single`."""
-    column = np.arange(width) + np.arange(window.cols.start, window.cols.stop)[:, None]
+def _inside(kernel: Kernel, height: int, width: int, single: bool) -> npt.NDArray[np.floating]:
+    """1 where a tap's column lies inside its phase, else 0, (K, H', W'); float32 if `single`."""
+    column = np.arange(width) + np.array(kernel.distances()[1])[:, None]
     inside = ((column >= 0) & (column < width)).astype(np.float32 if single else np.float64)
-    inside = np.tile(inside[:, None], (len(window.rows), height, 1))
-    return inside.reshape(-1, height, width)
+    return np.tile(inside[:, None], (kernel.k, height, 1)).reshape(-1, height, width)
 
 
-def _zero_wrapped(weight: Tensor, window: Window) -> None:
-    """Zero, in place, the weights whose column lies outside the map, left and right."""
-    by_col = weight.unflatten(2, (-1, len(window.cols)))
-    for place, col in enumerate(window.cols):
-        if col:
-            out = slice(None, -col) if col < 0 else slice(max(weight.shape[4] - col, 0), None)
-            by_col[:, :, :, place, :, out].zero_()
+def _zero_wrapped(weight: Tensor, kernel: Kernel) -> None:
+    """Zero, in place, the weights whose column lies outside of its phase, left and right."""
+    by_col = weight.unflatten(2, (-1, kernel.k))
+    for col, distance in enumerate(kernel.distances()[1]):
+        if distance:
+            first = max(weight.shape[4] - distance, 0)
+            out = slice(None, -distance) if distance < 0 else slice(first, None)
+            by_col[:, :, :, col, :, out].zero_()

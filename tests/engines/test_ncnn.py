@@ -36,7 +36,6 @@ FILES = ["m.ncnn.bin", "m.ncnn.json", "m.ncnn.param"]
 # What stands in the way, as the error names it. The dense form of UniFormer leaves.
 WITHOUT = {
     "overlock_xt": "ncnn has no operation for torch.index_select in OverLoCK",
-    "rednet26": "ncnn has no operation for Tensor.index, Tensor.reshape",
     "uniformer_xxs": "ncnn has no operation for .*torch.topk in UniFormer",
 }
 
