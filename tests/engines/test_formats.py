@@ -5,11 +5,13 @@ what is off by more than 1e-4; these tests compare once more, independently, on 
 """
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 from damping import damp
 from randomized import randomize
+from small_models import small
 from tiers import representatives, shallow, smallest_of_each_family, smallest_size
 
 import backbones
@@ -113,6 +115,28 @@ def test_every_structure_leaves_as_onnx(name, tmp_path):
     side = max(64, smallest_size(model))
     report = export(model, tmp_path / "m.onnx", input_size=(3, side, side))
     assert max(check.agreement.relative_error for check in report.checks) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "suffix, package",
+    [
+        (".onnx", "onnx"),
+        (".xml", "openvino"),
+        (".pt2", "torch"),
+        (".ncnn.param", "pnnx"),
+        pytest.param(".pte", "executorch", marks=pytest.mark.slow),
+        pytest.param(".aoti", "torch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_path_from_where_one_is(suffix, package, tmp_path, monkeypatch):
+    """Converters that are programs of their own may run elsewhere."""
+    pytest.importorskip(package)
+    (tmp_path / "files").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = small()
+    for path in (Path(f"m{suffix}"), Path("files", f"m{suffix}")):
+        assert export(model, path, input_size=(3, 64, 64)).path == path
+        assert differences(model, open_exported(path), (1, 3, 64, 64)) < TOLERANCE
 
 
 def test_a_plain_model_of_timm_leaves_merged(tmp_path):

@@ -85,6 +85,7 @@ def _ends(conversion: Conversion) -> dict[str, Any]:
 def _converted(conversion: Conversion, folder: Path, name: str) -> tuple[Path, Path]:
     """Return the graph and the weights that pnnx writes to a folder."""
     pnnx = optional_import("pnnx", "ncnn")
+    folder = folder.resolve()  # pnnx runs there, and is told paths
     files = {product: folder / f"{product}.out" for product in _PRODUCTS}
     program = folder / "traced.pt"
     with explained(f"{name}: PyTorch cannot trace the model"):
