@@ -52,8 +52,9 @@ def test_a_file_of_ours_says_all_itself(name, deploy, tmp_path):
 
 
 @SMALLEST
-def test_a_file_of_others_takes_a_name_and_tells_its_sizes(name, tmp_path):
-    fewer = shallow(name)
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_file_of_others_takes_a_name_and_tells_its_sizes(name, whole, tmp_path):
+    fewer = {} if whole else shallow(name)
     model = randomize(backbones.create_model(name, num_classes=7, in_chans=4, **fewer)).eval()
     wrapped = {"model": {f"module.{key}": value for key, value in model.state_dict().items()}}
     torch.save(wrapped, tmp_path / "m.pth")

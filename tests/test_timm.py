@@ -8,7 +8,7 @@ import sys
 import pytest
 import timm
 import torch
-from tiers import DEFAULT_LIMIT, by_size, parameters_of
+from tiers import by_size, parameters_of
 
 import backbones
 from backbones.registry import registry
@@ -39,13 +39,7 @@ def test_state_dict_is_key_for_key_timms(name):
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if parameters_of(name) > DEFAULT_LIMIT else [])
-        for name in SMALL
-    ],
-)
+@pytest.mark.parametrize("name", [param for param in by_size() if param.values[0] in SMALL])
 @torch.no_grad()
 def test_outputs_equal_timms(name):
     theirs = timm.create_model(name, dtype=torch.float64).eval()

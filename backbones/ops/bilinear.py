@@ -10,7 +10,7 @@ from torch import Tensor
 class Bilinear(torch.autograd.Function):
     """An operator of two tensors (B, ...) and its kernel, linear in each of the tensors.
 
-    The kernel is its size or its window, and no tensor.
+    The kernel is its size, or its size and stride, and no tensor.
 
     A subclass has `forward` and, for a plain backward pass, `gradients`, each the fastest way. What
     is to be differentiated further goes by `recorded`, the same in out-of-place operations that

@@ -6,7 +6,7 @@ position with its neighborhood: TransNeXt (Shi, CVPR 2024, arXiv 2311.17132), se
 logits of its sliding windows so, and sums the values by aggregation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -101,27 +101,27 @@ def strided_aggregation(
         kernel: k and the stride.
         neighbors: weights are shared by C/wc neighboring channels.
     """
+    recorded = is_recorded() and not reference_active()
+    if neighbors and not recorded:  # what shares a kernel becomes an image of its own
+        groups = weight.shape[1]
+        maps = x.unflatten(1, (groups, -1)).flatten(0, 1)  # B*wc C/wc H W
+        out = strided_aggregation(maps, weight.flatten(0, 1), kernel)
+        return out.unflatten(0, (-1, groups)).flatten(1, 2)  # B C H' W'
     if kernel.stride > 1:
         (height, width), side = weight.shape[-2:], kernel.stride
         x = F.pad(x, (0, side * width - x.shape[3], 0, side * height - x.shape[2]))
-    if is_recorded() and not reference_active():
+    if recorded:
         return _recorded(_split_map(x, kernel.stride), weight, kernel, neighbors)
-    groups = 0
-    if neighbors:  # what shares a kernel becomes an image of its own
-        groups = weight.shape[1]
-        x = x.unflatten(1, (groups, -1)).flatten(0, 1)  # B*wc C/wc H W
-        weight = weight.flatten(0, 1)  # B*wc K H' W'
     weight = weight.unsqueeze(1) if weight.ndim == 4 else weight
     if reference_active():
-        out = _reference(x, weight, kernel)
-    else:
-        if kernel.stride > 1:
-            x = F.pixel_unshuffle(x, kernel.stride)
-        if _is_differentiated(x, weight) or is_transformed(x, weight):
-            out = _SmallKernel.apply(x, weight, kernel)
-        else:  # on small maps the autograd function itself would cost a third of the time
-            out = _eager(x, weight, kernel)
-    return out.unflatten(0, (-1, groups)).flatten(1, 2) if neighbors else out
+        return _reference(x, weight, kernel)
+    if kernel.stride > 1:
+        x = F.pixel_unshuffle(x, kernel.stride)  # B C*s*s H' W'
+    if _is_differentiated(x, weight) or is_transformed(x, weight):
+        out = _SmallKernel.apply(x, weight, kernel)
+        return out
+    # On small maps the autograd function itself would cost a third of the time.
+    return _eager(x, weight, kernel)
 
 
 def small_kernel_correlation(query: Tensor, key: Tensor, kernel_size: int) -> Tensor:
@@ -214,7 +214,7 @@ def _split_map(x: Tensor, stride: int) -> list[Tensor]:
 
 
 def _recorded(
-    phases: list[Tensor], weight: Tensor, kernel: Kernel, neighbors: bool = False
+    phases: Sequence[Tensor], weight: Tensor, kernel: Kernel, neighbors: bool = False
 ) -> Tensor:
     """The eager path in operations that graphs have; height and width may be symbolic."""
     x = phases[0]
@@ -242,7 +242,7 @@ def _recorded(
 def _inside_recorded(x: Tensor, kernel: Kernel) -> Tensor:
     """:func:`_inside` for maps as large as `x` as operations, in its type."""
     (height, width), k = x.shape[2:], kernel.k
-    if kernel.stride == 1:
+    if kernel.stride == 1:  # a range is computed, where a tensor would be a constant of the graph
         distances = torch.arange(-(k // 2), k // 2 + 1, device=x.device)
     else:
         distances = torch.tensor(kernel.distances()[1], device=x.device)
@@ -272,8 +272,7 @@ class _SmallKernel(Bilinear):
 
     @staticmethod
     def recorded(x: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
-        phases = x.unflatten(1, (-1, kernel.phases)).unbind(2)
-        return _recorded([*phases], weight, kernel)
+        return _recorded(x.unflatten(1, (-1, kernel.phases)).unbind(2), weight, kernel)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:

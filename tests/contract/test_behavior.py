@@ -289,8 +289,7 @@ def test_compiles_as_one_graph_with_gradients(name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1, float(b.abs().max())))
 
 
-@pytest.mark.slow  # of every family in the smoke tests of CI, and merged on the way to ONNX
-@STRUCTURES
+@TRACED
 @torch.no_grad()
 def test_exports_with_dynamic_batch(name):
     model = build(name, **shallow(name, blocks=1), num_classes=3)

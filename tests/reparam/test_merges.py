@@ -384,9 +384,7 @@ def matches(row: Row, names: dict[int, str], args: tuple[Any, ...]) -> bool:
     return any(re.search(row.where, names.get(id(arg), "")) for arg in args)
 
 
-def reparameterized(
-    rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch, skip: bool
-) -> tuple[Any, dict[Row, int]]:
+def reparameterized(rows: Sequence[Row], skip: bool) -> tuple[Any, dict[Row, int]]:
     """Re-parameterize the model of the rows; return it, and how often each row's merge was made.
 
     If `skip`, the rules are skipped at the rows' places.
@@ -410,7 +408,7 @@ def reparameterized(
 
         return rule
 
-    with monkeypatch.context() as patch, merge.recorded() as merge_counter:
+    with pytest.MonkeyPatch.context() as patch, merge.recorded() as merge_counter:
         for target in {row.target: None for row in rows}:
             owner, attribute = owner_of(target)
             original = getattr(owner, attribute)
@@ -451,21 +449,18 @@ def walk(module: nn.Module) -> None:
         walk(child)
 
 
-@pytest.fixture(scope="module")
-def counted() -> dict[tuple[str, Any], dict[Row, int]]:
-    """How often merges were made, by model and depths: once for all rows of a model."""
-    return {}
+@cache
+def _made_merges(name: str, depths: tuple[int, ...] | None) -> dict[Row, int]:
+    """How often the merges of a model's rows are made, all counted at once."""
+    rows = [row for row in ROWS if (row.model, row.depths) == (name, depths)]
+    return reparameterized(rows, skip=False)[1]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model}: {row.what}")
-def test_every_merge_is_made(row, counted, monkeypatch):
-    of_model = (row.model, row.depths)
-    if of_model not in counted:
-        rows = [one for one in ROWS if (one.model, one.depths) == of_model]
-        counted[of_model] = reparameterized(rows, monkeypatch, skip=False)[1]
-    assert counted[of_model][row] == row.count
-    skipped, _ = reparameterized([row], monkeypatch, skip=True)
-    assert not same(_measured(*of_model), measure(skipped))
+def test_every_merge_is_made(row):
+    assert _made_merges(row.model, row.depths)[row] == row.count
+    skipped, _ = reparameterized([row], skip=True)
+    assert not same(_measured(row.model, row.depths), measure(skipped))
 
 
 @dataclass(frozen=True)

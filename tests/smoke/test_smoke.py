@@ -102,7 +102,7 @@ def test_save_and_load(name, tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
-@pytest.mark.slow  # by default models are exported on the way to ONNX, below
+@ELSEWHERE
 @FAMILIES
 @pytest.mark.parametrize("deploy", [False, True], ids=["training-form", "deploy-form"])
 @torch.no_grad()
